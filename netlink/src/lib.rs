@@ -1,1 +1,63 @@
-//! Placeholder.
+//! Everything Cali says to the Linux kernel, and hears from it.
+//!
+//! - [`NetNs`], [`Netlink`]: a handle to one network namespace. Links, addresses and rules are `async`, one request
+//!   at a time; routes, nexthop objects, neighbours and forwarding entries are synchronous batches with one result
+//!   per item.
+//! - [`events`]: notifications, on a socket of their own.
+//! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
+//! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
+//! - [`reconcile`]: the pure planner that every kernel programmer here uses.
+//! - [`probe`]: what this host can do, said so that an operator can act on it.
+//!
+//! All `unsafe` code of the workspace is in this crate, in files that say so. This crate decides nothing: what is to
+//! be in the kernel is its callers' business, and it never touches an object that it was not told to.
+
+pub mod address;
+pub mod error;
+pub mod link;
+pub mod mac;
+pub mod neighbour;
+pub mod nexthop;
+pub mod reconcile;
+pub mod route;
+pub mod rule;
+
+pub use address::Address;
+pub use error::{Cause, Error, Result};
+pub use ipnetwork::IpNetwork;
+pub use link::{IfIndex, IpIp, Link, LinkChange, LinkKind, NewLink, NewLinkKind, VethPeer, Vxlan};
+pub use mac::MacAddr;
+pub use neighbour::{FdbEntry, Neighbour};
+pub use nexthop::{Nexthop, NexthopTarget};
+pub use nix::errno::Errno;
+pub use reconcile::Reconciler;
+pub use route::{Hop, Route, RouteDecision, RouteFilter, RouteKey, RouteKind, Scope, Target};
+pub use rule::Rule;
+
+/// One change of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change<T> {
+    /// Make it; an error if it is there.
+    Add(T),
+    /// Make it, or put it in the place of the one with the same key.
+    Replace(T),
+    /// Remove it.
+    Delete(T),
+}
+
+impl<T> Change<T> {
+    /// The object that the change is about.
+    pub fn object(&self) -> &T {
+        match self {
+            Self::Add(object) | Self::Replace(object) | Self::Delete(object) => object,
+        }
+    }
+
+    fn operation(&self) -> &'static str {
+        match self {
+            Self::Add(_) => "add",
+            Self::Replace(_) => "replace",
+            Self::Delete(_) => "delete",
+        }
+    }
+}
