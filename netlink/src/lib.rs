@@ -18,9 +18,11 @@ pub mod link;
 pub mod mac;
 pub mod neighbour;
 pub mod nexthop;
+pub mod nft;
 pub mod reconcile;
 pub mod route;
 pub mod rule;
+mod wire;
 
 pub use address::Address;
 pub use error::{Cause, Error, Result};
