@@ -1,1 +1,13 @@
-//! Placeholder.
+//! Brings up containerlab topology files in network namespaces, without containers.
+//!
+//! A node is a network namespace; its image name decides which programs run in it ([`topology::Role`]): `cali/*`
+//! starts our own, `frr`, `bird` and `gobgp` start Debian's daemons unpacked in the cache, everything else runs only
+//! its `exec` lines. The file stays valid for containerlab itself. [`plan`] decides, without touching anything, what
+//! is to exist; [`bring_up`] makes it so and is idempotent; [`supervise`] keeps the programs running.
+//!
+//! It does not emulate containers: there is one file system, and paths that a node names under one of its `binds` are
+//! rewritten to where they are on the host.
+
+pub mod plan;
+pub mod state;
+pub mod topology;

@@ -1,0 +1,37 @@
+# Each target does one thing a person asks for. The first two are all a new user needs.
+SHELL := /bin/bash
+LAB ?= deploy/containerlab/mesh.clab.yml
+BIN := target/debug
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
+
+.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+setup: ## install the system packages that the other targets need
+	@scripts/setup
+
+build: setup ## build every program
+	cargo build --workspace --bins
+
+lab: build ## bring up three nodes on this machine and show what runs there
+	$(SUDO) $(BIN)/calictl lab up $(LAB) --show
+
+lab-down: ## take the lab away again
+	$(SUDO) $(BIN)/calictl lab down $(LAB)
+
+test: setup lint test-unit test-netns test-lab ## every test of the repository
+
+lint: setup ## formatting and clippy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+test-unit: setup ## pure cores: unit and property tests
+	cargo test --workspace --lib --bins
+
+test-netns: build ## kernel tests in network namespaces (root)
+	scripts/test-as-root 'netns_*'
+
+test-lab: build ## the three-node lab, end to end (root)
+	scripts/test-as-root 'lab_*'
