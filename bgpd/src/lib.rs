@@ -1,1 +1,3 @@
-//! Placeholder.
+//! A native BGP speaker for Kubernetes nodes, route reflectors and fabric routers.
+
+pub mod fsm;
