@@ -1,1 +1,27 @@
-//! Placeholder.
+//! Calico's resources as Rust types: what a user may write, what it means, and how it is written
+//! back.
+//!
+//! This crate holds the `projectcalico.org/v3` kinds ([`v3`]), the native Kubernetes kinds from
+//! which some of them are made ([`kubernetes`]), and the stream of changes that the rest of the
+//! system is driven by ([`update`]). It is pure: no I/O, no clock, no randomness.
+
+mod any;
+mod cidr;
+mod decode;
+mod kind;
+pub mod kubernetes;
+mod metadata;
+mod names;
+mod resource;
+mod text;
+pub mod update;
+pub mod v3;
+
+pub use any::AnyResource;
+pub use cidr::{Cidr, CidrError, Net};
+pub use decode::DecodeError;
+pub use kind::{CALICO_API_VERSION, Key, Kind, UnknownKind};
+pub use metadata::{ObjectMeta, OwnerReference, StringMap};
+pub use names::{Asn, AsnError, MacAddr, MacAddrError, NodeName, Revision};
+pub use resource::{NoStatus, Resource, Spec};
+pub use text::UnknownValue;

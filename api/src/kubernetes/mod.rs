@@ -1,0 +1,5 @@
+//! Kubernetes' own objects.
+
+mod native;
+
+pub use native::*;
