@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The local sockets of a Cali node: where they are, how a frame looks, and the types that cross them.
+//!
+//! Three protocols share one framing ([`frame`]): best paths from `bgpd` to the node's route table ([`routes`]),
+//! status for people and tools ([`status`]), and the CNI plugin's calls ([`cni`]). Each has a name and a version,
+//! exchanged as the first frame in both directions; unknown fields are ignored so that a newer side can add some.
+//!
+//! This crate holds no logic: it decides nothing and keeps no state.
+
+pub mod cni;
+pub mod frame;
+pub mod paths;
+pub mod routes;
+pub mod status;
+
+pub use frame::{Error, FrameReader, FrameWriter, Hello};

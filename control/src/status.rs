@@ -1,0 +1,243 @@
+//! What `calictl` and other tools ask the daemons of one node.
+//!
+//! Requests and answers alternate on a connection, after the two `Hello` frames. `node.sock` answers the requests
+//! of [`NodeRequest`], `bgpd.sock` those of [`BgpRequest`]. Times are seconds since the Unix epoch.
+
+use cali_api::{Asn, Cidr};
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, Ipv4Addr};
+
+/// Name in the [`crate::Hello`] of `node.sock`.
+pub const NODE_PROTOCOL: &str = "cali-node-status";
+/// Name in the [`crate::Hello`] of `bgpd.sock`.
+pub const BGP_PROTOCOL: &str = "cali-bgp-status";
+/// Version of both.
+pub const VERSION: u32 = 1;
+
+/// To `bgpd.sock`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BgpRequest {
+    Status,
+    /// Best and other paths of the table, all of it or those inside one prefix.
+    Routes {
+        within: Option<Cidr>,
+    },
+    /// Routes of one peer, before and after filters, and what was advertised to it.
+    PeerRoutes {
+        peer: IpAddr,
+        direction: Direction,
+    },
+    /// Re-reads the peer's routes (RFC 2918) without a reset.
+    Refresh {
+        peer: IpAddr,
+    },
+    /// Ends all sessions with Cease/Administrative Shutdown (RFC 4486) and exits: for a node that leaves.
+    Drain {
+        message: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Direction {
+    Received,
+    Accepted,
+    Advertised,
+}
+
+/// From `bgpd.sock`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum BgpResponse {
+    Status(BgpStatus),
+    Routes(Vec<RouteStatus>),
+    Done,
+    /// The request could not be served; words for an operator.
+    Error(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BgpStatus {
+    pub version: String,
+    pub router_id: Ipv4Addr,
+    pub local_as: Asn,
+    pub started_at: u64,
+    /// Time of the last applied change of configuration.
+    pub configured_at: u64,
+    pub peers: Vec<PeerStatus>,
+    /// Prefixes with at least one path, per family.
+    pub prefixes_v4: u64,
+    pub prefixes_v6: u64,
+    /// `true` until the first synchronisation with the route table has ended (graceful restart in progress).
+    pub restarting: bool,
+}
+
+/// How a peer came to be configured; the display form is the second column of `calictl node status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PeerKind {
+    /// Node-to-node mesh.
+    Mesh,
+    /// A `BGPPeer` with `node` or `nodeSelector`.
+    NodeSpecific,
+    /// A `BGPPeer` for all nodes.
+    Global,
+    /// A pod that speaks BGP.
+    LocalWorkload,
+    /// A neighbour of a configuration file.
+    Static,
+}
+
+impl PeerKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Mesh => "node-to-node mesh",
+            Self::NodeSpecific => "node specific",
+            Self::Global => "global",
+            Self::LocalWorkload => "local workload",
+            Self::Static => "static",
+        }
+    }
+}
+
+/// RFC 4271 §8.2.2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SessionState {
+    Idle,
+    Connect,
+    Active,
+    OpenSent,
+    OpenConfirm,
+    Established,
+}
+
+impl SessionState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "Idle",
+            Self::Connect => "Connect",
+            Self::Active => "Active",
+            Self::OpenSent => "OpenSent",
+            Self::OpenConfirm => "OpenConfirm",
+            Self::Established => "Established",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    pub address: IpAddr,
+    pub port: u16,
+    /// Node name or description, where known.
+    pub name: Option<String>,
+    pub kind: PeerKind,
+    pub remote_as: Asn,
+    pub local_as: Asn,
+    pub state: SessionState,
+    /// When the session reached this state.
+    pub since: u64,
+    /// Last error, NOTIFICATION or reason for not dialling (for example a missing password secret).
+    pub info: Option<String>,
+    /// Routes of this peer are kept although the session is down (RFC 4724 helper).
+    pub graceful_restart: bool,
+    pub hold_time: u16,
+    pub capabilities: Vec<String>,
+    pub received: u64,
+    pub accepted: u64,
+    pub advertised: u64,
+    pub updates_in: u64,
+    pub updates_out: u64,
+    /// Times the session was established.
+    pub established_count: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RouteStatus {
+    pub prefix: Cidr,
+    pub next_hop: Option<IpAddr>,
+    /// `None`: originated here.
+    pub peer: Option<IpAddr>,
+    pub as_path: String,
+    pub origin: String,
+    pub local_pref: Option<u32>,
+    pub med: Option<u32>,
+    pub communities: Vec<String>,
+    pub best: bool,
+    pub stale: bool,
+    /// Why it is not best, not accepted or not advertised.
+    pub reason: Option<String>,
+}
+
+/// To `node.sock`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeRequest {
+    Status,
+    /// The node's route table: who owns each route and why it is there.
+    Routes,
+    /// Endpoints and whether their policy is in the kernel.
+    Endpoints,
+}
+
+/// From `node.sock`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum NodeResponse {
+    Status(NodeStatus),
+    Routes(Vec<OwnedRoute>),
+    Endpoints(Vec<EndpointStatus>),
+    Error(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    pub node: String,
+    pub version: String,
+    pub pid: u32,
+    pub started_at: u64,
+    /// Address with its prefix length, `10.0.0.1/24`.
+    pub ipv4: Option<String>,
+    pub ipv6: Option<String>,
+    /// Every part that must be ready, with the reason where it is not.
+    pub readiness: Vec<Readiness>,
+    /// Objects that the kernel refused, each with its reason; everything else is programmed.
+    pub quarantined: Vec<Quarantined>,
+    /// Things an operator should know: missing kernel features, foreign chains that can drop our traffic, fighters.
+    pub notices: Vec<String>,
+    pub bgpd_pid: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    pub part: String,
+    pub ready: bool,
+    pub reason: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Kernel object, for example `route 10.0.1.0/26`.
+    pub object: String,
+    pub reason: String,
+    /// The resources that asked for it.
+    pub caused_by: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnedRoute {
+    pub prefix: Cidr,
+    /// As `ip route` would print it, without the prefix.
+    pub kernel: String,
+    /// Who supplies it: `workload`, `block`, `affinity`, `bgp`, ...
+    pub source: String,
+    /// The resource or peer that it comes from.
+    pub because: String,
+    pub programmed: bool,
+    pub problem: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointStatus {
+    /// `namespace/name` of the workload endpoint.
+    pub endpoint: String,
+    pub interface: String,
+    pub addresses: Vec<IpAddr>,
+    pub policies: Vec<String>,
+    pub programmed: bool,
+    pub problem: Option<String>,
+}
