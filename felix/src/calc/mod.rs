@@ -1,0 +1,28 @@
+//! From the datastore's objects to what this node must enforce.
+//!
+//! A pure, incremental graph: [`Input`] in, [`Batch`] out, no clock, no I/O. The same objects give
+//! the same result in whatever order they arrive, and a change costs what it touches.
+
+mod output;
+
+use std::sync::Arc;
+
+use cali_api::Key;
+use cali_api::update::SyncEvent;
+use cali_api::v3::WorkloadEndpoint;
+
+pub use output::{
+    Action, Batch, Delta, Direction, Endpoint, Icmp, IpSetId, IpSetKind, IpVersion, Member,
+    PeerMatch, PoolNat, PortRange, Rule, Rules, TierDefault, TierPolicies,
+};
+
+/// What the graph is told.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// From the datastore.
+    Sync(SyncEvent),
+    /// From the CNI server: a local endpoint that the datastore may not have yet (or, with `None`,
+    /// an announcement taken back). As soon as the datastore has the endpoint, its labels, ports
+    /// and profiles count; interface and addresses stay the announced ones.
+    Announce(Key, Option<Arc<WorkloadEndpoint>>),
+}
