@@ -1,0 +1,556 @@
+//! What the kernel is to hold, what it holds, and the steps between: rows and nexthop objects together.
+//!
+//! Pure; [`crate::writer`] carries the steps out. One turn is: [`Program::plan_nexthops`], apply,
+//! [`Program::plan_routes`], apply, [`Program::retire_nexthops`], [`Program::plan_nexthops`] again. So an object is
+//! there before the first route that names it, and goes after the last.
+//!
+//! Fail static: what an earlier incarnation left is held as it is until the part that supplies it says that it has
+//! told everything ([`Program::release`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use cali_api::Cidr;
+use cali_netlink::reconcile::{Drift, Op};
+use cali_netlink::{IfIndex, Nexthop, NexthopTarget, Reconciler, Route, RouteKey, Target};
+
+use crate::nexthops::{NexthopIds, is_ours};
+use crate::render::{Devices, KernelSettings, Waiting, render, same_way};
+use crate::table::Selected;
+
+/// Which of the held routes are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hold {
+    /// Workload and IPAM-derived routes: until the datastore is in sync.
+    Datastore,
+    /// Routes that BGP supplied, of one family: until bgpd's end of sync.
+    Bgp {
+        /// IPv4 or IPv6.
+        v4: bool,
+    },
+}
+
+/// What to do with one row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Make it where nothing is.
+    Add(Route),
+    /// Put it in the place of a row of ours.
+    Replace(Route),
+    /// Remove a row of ours.
+    Delete(Route),
+    /// Somebody else's row is in the place.
+    Refuse(Route),
+}
+
+/// Knowledge of what is ours, shared with the reconcilers' predicates.
+#[derive(Debug, Default)]
+struct Ours {
+    /// Pools and blocks that we hold.
+    prefixes: Vec<Cidr>,
+    /// Rows that this process wrote.
+    written: BTreeSet<RouteKey>,
+    /// While adopting, everything with our protocols is looked at (and held, never changed).
+    adopting: bool,
+    protocols: [u8; 2],
+}
+
+impl Ours {
+    /// DESIGN §5: protocol AND (nexthop id in our range, or prefix within a pool, block or announced set).
+    fn claims(&self, key: &RouteKey, route: &Route) -> bool {
+        let object = matches!(route.target, Target::Nexthop(id) if is_ours(id));
+        let within = || {
+            self.prefixes.iter().any(|pool| {
+                pool.contains(key.prefix.ip()) && pool.prefix_len() <= key.prefix.prefix()
+            })
+        };
+        self.protocols.contains(&route.protocol)
+            && (self.adopting || object || self.written.contains(key) || within())
+    }
+}
+
+#[derive(Debug)]
+struct Placed {
+    selected: Selected,
+    /// The row's key and the objects it needs, or what is waited for.
+    row: Result<(RouteKey, Vec<u32>), Waiting>,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub struct Program {
+    settings: KernelSettings,
+    devices: Devices,
+    ids: NexthopIds,
+    routes: Reconciler<RouteKey, Route>,
+    nexthops: Reconciler<u32, Nexthop>,
+    placed: BTreeMap<Cidr, Placed>,
+    uses: BTreeMap<u32, usize>,
+    retiring: BTreeSet<u32>,
+    held: BTreeMap<RouteKey, Hold>,
+    released: BTreeSet<Hold>,
+    ours: Arc<Mutex<Ours>>,
+}
+
+impl Program {
+    /// A program that has not seen the kernel yet.
+    #[must_use]
+    pub fn new(settings: KernelSettings) -> Self {
+        let ours = Arc::new(Mutex::new(Ours {
+            adopting: true,
+            protocols: [settings.protocol, settings.bgp_protocol],
+            ..Ours::default()
+        }));
+        let owner = ours.clone();
+        let routes = Reconciler::new(move |key, route| {
+            owner
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .claims(key, route)
+        });
+        Self {
+            settings,
+            devices: Devices::new(),
+            ids: NexthopIds::default(),
+            routes,
+            nexthops: Reconciler::new(|id, _| is_ours(*id)),
+            placed: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            retiring: BTreeSet::new(),
+            held: BTreeMap::new(),
+            released: BTreeSet::new(),
+            ours,
+        }
+    }
+
+    /// How rows are written.
+    #[must_use]
+    pub const fn settings(&self) -> &KernelSettings {
+        &self.settings
+    }
+
+    /// The kernel has no nexthop objects: everything is written without them from now on.
+    pub fn do_without_nexthop_objects(&mut self) {
+        if !self.settings.nexthop_objects {
+            return;
+        }
+        self.settings.nexthop_objects = false;
+        self.nexthops.set_desired([]);
+        self.uses.clear();
+        self.replace_where(|_| true);
+    }
+
+    /// Replaces the prefixes that are ours by right: pools.
+    pub fn set_prefixes(&mut self, prefixes: Vec<Cidr>) {
+        self.lock().prefixes = prefixes;
+    }
+
+    /// Replaces the devices that are up. Rows over others wait.
+    pub fn set_devices(&mut self, devices: Devices) {
+        if self.devices == devices {
+            return;
+        }
+        let before = std::mem::replace(&mut self.devices, devices);
+        let changed: BTreeSet<Arc<str>> = before
+            .keys()
+            .chain(self.devices.keys())
+            .filter(|name| before.get(*name) != self.devices.get(*name))
+            .cloned()
+            .collect();
+        self.replace_where(|selected| {
+            selected
+                .way
+                .devices()
+                .any(|device| changed.contains(device))
+        });
+    }
+
+    /// The devices that are up.
+    #[must_use]
+    pub const fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// Takes in the first dump and holds what it shows.
+    pub fn adopt(&mut self, routes: Vec<Route>, nexthops: Vec<Nexthop>, now: Instant) {
+        for nexthop in &nexthops {
+            self.ids.adopt(nexthop);
+            if is_ours(nexthop.id) {
+                self.nexthops.desire(nexthop.id, nexthop.clone());
+                self.retiring.insert(nexthop.id);
+            }
+        }
+        self.nexthops.on_dump(
+            nexthops.into_iter().map(|nexthop| (nexthop.id, nexthop)),
+            now,
+        );
+        self.routes
+            .on_dump(routes.into_iter().map(|route| (route.key(), route)), now);
+        for (key, route) in self.routes.observed().clone() {
+            let hold = if route.protocol == self.settings.bgp_protocol {
+                Hold::Bgp {
+                    v4: key.prefix.is_ipv4(),
+                }
+            } else {
+                Hold::Datastore
+            };
+            if !self.routes.desired().contains_key(&key) && !self.released.contains(&hold) {
+                self.routes.desire(key, route);
+                self.held.insert(key, hold);
+            }
+        }
+        self.lock().adopting = false;
+    }
+
+    /// The supplier has told everything: what is still only held goes, if it is ours.
+    pub fn release(&mut self, hold: Hold) {
+        self.released.insert(hold);
+        let gone: Vec<RouteKey> = self
+            .held
+            .iter()
+            .filter(|(_, held)| **held == hold)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in gone {
+            self.held.remove(&key);
+            self.routes.undesire(&key);
+        }
+    }
+
+    /// Rows that are held from an earlier incarnation.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Sets or removes the route of a prefix.
+    pub fn place(&mut self, prefix: Cidr, selected: Option<Selected>) {
+        let before = self.placed.remove(&prefix);
+        let old_key = before
+            .as_ref()
+            .and_then(|placed| Some(placed.row.as_ref().ok()?.0));
+        let mut new_key = None;
+        if let Some(selected) = selected {
+            let rendered = render(
+                &prefix,
+                &selected,
+                &self.settings,
+                &self.devices,
+                &mut self.ids,
+            );
+            let row = rendered.map(|rendered| {
+                let key = rendered.route.key();
+                for nexthop in &rendered.nexthops {
+                    *self.uses.entry(nexthop.id).or_default() += 1;
+                    self.retiring.remove(&nexthop.id);
+                    self.nexthops.desire(nexthop.id, nexthop.clone());
+                }
+                self.held.remove(&key);
+                self.lock().written.insert(key);
+                self.routes.desire(key, rendered.route);
+                new_key = Some(key);
+                (
+                    key,
+                    rendered.nexthops.iter().map(|nexthop| nexthop.id).collect(),
+                )
+            });
+            self.placed.insert(prefix, Placed { selected, row });
+        }
+        if let Some(old) = old_key
+            && Some(old) != new_key
+        {
+            self.routes.undesire(&old);
+        }
+        if let Some(Placed {
+            row: Ok((_, ids)), ..
+        }) = before
+        {
+            for id in ids {
+                self.unuse(id);
+            }
+        }
+    }
+
+    /// The next steps for nexthop objects; sets come in id order, so members precede groups.
+    pub fn plan_nexthops(&mut self, now: Instant) -> Vec<Op<u32, Nexthop>> {
+        if self.settings.nexthop_objects || !self.nexthops.observed().is_empty() {
+            self.nexthops.plan(now)
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// Reports the result of one nexthop step.
+    pub fn on_nexthop_result<E: std::fmt::Display>(
+        &mut self,
+        op: &Op<u32, Nexthop>,
+        result: Result<(), E>,
+        now: Instant,
+    ) {
+        if result.is_ok()
+            && let Op::Delete { key, .. } = op
+            && !self.uses.contains_key(key)
+        {
+            self.ids.release(*key);
+        }
+        self.nexthops.on_result(op, result, now);
+    }
+
+    /// The next steps for rows.
+    pub fn plan_routes(&mut self, now: Instant) -> Vec<(Op<RouteKey, Route>, Step)> {
+        let protocols = [self.settings.protocol, self.settings.bgp_protocol];
+        let step = |op: &Op<RouteKey, Route>| match op {
+            Op::Set {
+                value, old: None, ..
+            } => Step::Add(value.clone()),
+            Op::Set {
+                value,
+                old: Some(old),
+                ..
+            } => {
+                if protocols.contains(&old.protocol) || same_way(value, old) {
+                    Step::Replace(value.clone())
+                } else {
+                    Step::Refuse(old.clone())
+                }
+            }
+            Op::Delete { old, .. } => Step::Delete(old.clone()),
+        };
+        self.routes
+            .plan(now)
+            .into_iter()
+            .map(|op| (op.clone(), step(&op)))
+            .collect()
+    }
+
+    /// Reports the result of one row's step.
+    pub fn on_route_result<E: std::fmt::Display>(
+        &mut self,
+        op: &Op<RouteKey, Route>,
+        result: Result<(), E>,
+        now: Instant,
+    ) {
+        if result.is_ok()
+            && let Op::Delete { key, .. } = op
+            && !self.routes.desired().contains_key(key)
+        {
+            self.lock().written.remove(key);
+        }
+        self.routes.on_result(op, result, now);
+    }
+
+    /// Gives up the objects that no route names any more, in the kernel or in the wish.
+    pub fn retire_nexthops(&mut self) {
+        if self.retiring.is_empty() {
+            return;
+        }
+        let mut named: BTreeSet<u32> = self
+            .routes
+            .observed()
+            .values()
+            .filter_map(|route| match route.target {
+                Target::Nexthop(id) => Some(id),
+                _ => None,
+            })
+            .collect();
+        for (id, nexthop) in self.nexthops.observed() {
+            if let NexthopTarget::Group(members) = &nexthop.target
+                && named.contains(id)
+            {
+                named.extend(members.iter().map(|(member, _)| *member));
+            }
+        }
+        let gone: Vec<u32> = self.retiring.difference(&named).copied().collect();
+        for id in gone {
+            self.retiring.remove(&id);
+            if self.nexthops.undesire(&id).is_none() || !self.nexthops.observed().contains_key(&id)
+            {
+                self.ids.release(id);
+            }
+        }
+    }
+
+    /// Takes in one notification about a row.
+    pub fn on_route_event(
+        &mut self,
+        route: Route,
+        present: bool,
+        now: Instant,
+    ) -> Option<Drift<RouteKey, Route>> {
+        let key = route.key();
+        if !present {
+            // Another row of the same key may go without ours being touched (another protocol's).
+            let believed = self.routes.observed().get(&key)?;
+            if believed.protocol != route.protocol {
+                return None;
+            }
+        }
+        self.routes.on_observed(&key, present.then_some(route), now)
+    }
+
+    /// Takes in one notification about a nexthop object. Its end takes all routes with it, without their own events.
+    pub fn on_nexthop_event(
+        &mut self,
+        nexthop: Nexthop,
+        present: bool,
+        now: Instant,
+    ) -> Option<Drift<u32, Nexthop>> {
+        let id = nexthop.id;
+        if !is_ours(id) {
+            return None;
+        }
+        if !present {
+            for key in self.keys_with(|route| route.target == Target::Nexthop(id)) {
+                self.routes.on_observed(&key, None, now);
+            }
+        }
+        self.nexthops
+            .on_observed(&id, present.then_some(nexthop), now)
+    }
+
+    /// Takes in all nexthop objects.
+    pub fn on_nexthop_dump(
+        &mut self,
+        nexthops: Vec<Nexthop>,
+        now: Instant,
+    ) -> Vec<Drift<u32, Nexthop>> {
+        self.nexthops.on_dump(
+            nexthops.into_iter().map(|nexthop| (nexthop.id, nexthop)),
+            now,
+        )
+    }
+
+    /// Takes in all rows of our protocols.
+    pub fn on_route_dump(
+        &mut self,
+        routes: Vec<Route>,
+        now: Instant,
+    ) -> Vec<Drift<RouteKey, Route>> {
+        self.routes
+            .on_dump(routes.into_iter().map(|route| (route.key(), route)), now)
+    }
+
+    /// Takes in the rows of our protocols over one device.
+    pub fn on_device_dump(
+        &mut self,
+        device: IfIndex,
+        routes: Vec<Route>,
+        now: Instant,
+    ) -> Vec<Drift<RouteKey, Route>> {
+        let mut seen: BTreeMap<RouteKey, Route> = routes
+            .into_iter()
+            .map(|route| (route.key(), route))
+            .collect();
+        let mut keys: BTreeSet<RouteKey> = seen.keys().copied().collect();
+        keys.extend(self.keys_with(|route| self.goes_over(route, device)));
+        keys.into_iter()
+            .filter_map(|key| self.routes.on_observed(&key, seen.remove(&key), now))
+            .collect()
+    }
+
+    /// When something is due again that failed or is fought over.
+    #[must_use]
+    pub fn next_due(&self, now: Instant) -> Option<Instant> {
+        [self.routes.next_due(now), self.nexthops.next_due(now)]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// The rows of the kernel, as far as we know.
+    #[must_use]
+    pub const fn routes(&self) -> &Reconciler<RouteKey, Route> {
+        &self.routes
+    }
+
+    /// Whether the selected route of a prefix is in the kernel.
+    ///
+    /// # Errors
+    /// The reason why it is not.
+    pub fn state_of(&self, prefix: &Cidr) -> Result<(), String> {
+        let Some(placed) = self.placed.get(prefix) else {
+            return Err("no route is selected".into());
+        };
+        let (key, _) = placed.row.as_ref().map_err(ToString::to_string)?;
+        if self.routes.desired().get(key) == self.routes.observed().get(key) {
+            return Ok(());
+        }
+        let failure = self.routes.quarantined().find(|(failed, _)| *failed == key);
+        Err(failure.map_or_else(
+            || "being written".into(),
+            |(_, failure)| failure.reason.clone(),
+        ))
+    }
+
+    /// Devices and gateways of the rows in the kernel: what must not be taken away from under them.
+    pub fn gateways_in_use(&self) -> impl Iterator<Item = (IfIndex, std::net::IpAddr)> + '_ {
+        self.nexthops
+            .observed()
+            .values()
+            .filter_map(|nexthop| match nexthop.target {
+                NexthopTarget::Gateway { gateway, oif, .. } => Some((oif, gateway)),
+                _ => None,
+            })
+    }
+
+    fn goes_over(&self, route: &Route, device: IfIndex) -> bool {
+        match &route.target {
+            Target::None => false,
+            Target::Hop(hop) => hop.oif == Some(device),
+            Target::Multipath(hops) => hops.iter().any(|hop| hop.oif == Some(device)),
+            Target::Nexthop(id) => self.object_over(*id, device),
+        }
+    }
+
+    fn object_over(&self, id: u32, device: IfIndex) -> bool {
+        match self.ids.target(id) {
+            Some(NexthopTarget::Gateway { oif, .. } | NexthopTarget::Device { oif, .. }) => {
+                *oif == device
+            }
+            Some(NexthopTarget::Group(members)) => members
+                .iter()
+                .any(|(member, _)| *member != id && self.object_over(*member, device)),
+            _ => false,
+        }
+    }
+
+    fn keys_with(&self, wanted: impl Fn(&Route) -> bool) -> Vec<RouteKey> {
+        self.routes
+            .observed()
+            .iter()
+            .filter(|(_, route)| wanted(route))
+            .map(|(key, _)| *key)
+            .collect()
+    }
+
+    fn unuse(&mut self, id: u32) {
+        if let Some(count) = self.uses.get_mut(&id) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.uses.remove(&id);
+                self.retiring.insert(id);
+            }
+        }
+    }
+
+    fn replace_where(&mut self, wanted: impl Fn(&Selected) -> bool) {
+        let again: Vec<(Cidr, Selected)> = self
+            .placed
+            .iter()
+            .filter(|(_, placed)| wanted(&placed.selected))
+            .map(|(prefix, placed)| (*prefix, placed.selected.clone()))
+            .collect();
+        for (prefix, selected) in again {
+            self.place(prefix, Some(selected));
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Ours> {
+        self.ours.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+#[path = "program_tests.rs"]
+mod tests;
