@@ -1,1 +1,21 @@
-//! Placeholder.
+//! Fan-out of the datastore to many nodes: one watch of the datastore, one cache, many cheap clients.
+//!
+//! A client receives exactly the stream that `cali_datastore::sync` would give it (see [`cali_api::update`]), over TCP, with
+//! reconnection hidden: after an outage it is sent what changed, and only what really is gone is reported deleted. The
+//! server encodes each object once and compresses each delta and each page of the snapshot once for all clients.
+//!
+//! - [`wire`]: frames and messages;
+//! - [`digest`]: how two sides find out what differs;
+//! - [`cache`]: what the server holds, and what it shares between clients;
+//! - [`server`], [`client`]: each a state machine without I/O (`conn`), and the tasks that move its bytes;
+//! - [`config`]: the environment.
+//!
+//! It does not interpret objects, and keeps nothing on disk. Connections are not encrypted yet; a configuration that asks for
+//! TLS is refused.
+
+pub mod cache;
+pub mod client;
+pub mod config;
+pub mod digest;
+pub mod server;
+pub mod wire;

@@ -1,0 +1,462 @@
+//! The server's one picture of the datastore, kept in encoded form.
+//!
+//! Each object is encoded once, when it arrives. What clients need is then made by concatenation and shared between
+//! all clients with the same subscription:
+//!
+//! - a *delta* (everything that arrived in one go) is put together and compressed once;
+//! - the *snapshot* consists of pages, ranges of the key space (see [`crate::digest`]). A page is compressed once and stays
+//!   valid until an object in it changes, so that a thousand clients that start together cost one compression, and one
+//!   change costs one page.
+//!
+//! Every change has a sequence number of this process; it never leaves the process. A client is a *cursor* into the changes, and nothing is
+//! queued for it: it takes the shared deltas while they are kept, and a client that fell further behind gets the newest version of everything
+//! changed since its cursor ([`Cache::next`]). So a slow client costs no memory, sees each key at most once, and never sees a key
+//! go back in time. Deletions are remembered up to a bound; behind it, the client is sent the snapshot again.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
+
+use bytes::Bytes;
+use cali_api::update::Update;
+use cali_api::{Key, Kind};
+
+use crate::digest::{self, LEAVES, Leaves};
+use crate::wire::{self, Object};
+
+/// Raw size near which batches made for one client, and pages, are cut.
+pub const CHUNK: usize = 256 * 1024;
+
+/// A set of kinds: the subscription of a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct KindSet(u64);
+
+impl KindSet {
+    /// True when the kind is in the set.
+    pub fn contains(self, kind: Kind) -> bool {
+        self.0 & Self::bit(kind) != 0
+    }
+
+    fn bit(kind: Kind) -> u64 {
+        const { assert!(Kind::ALL.len() <= 64) };
+        1 << (kind as u32)
+    }
+}
+
+impl FromIterator<Kind> for KindSet {
+    fn from_iter<I: IntoIterator<Item = Kind>>(kinds: I) -> Self {
+        Self(kinds.into_iter().fold(0, |set, kind| set | Self::bit(kind)))
+    }
+}
+
+/// Bounds of what is kept for clients that are behind.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of shared deltas.
+    pub backlog_bytes: usize,
+    /// Number of remembered deletions.
+    pub tombstones: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            backlog_bytes: 8 * 1024 * 1024,
+            tombstones: 65_536,
+        }
+    }
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Cache {
+    limits: Limits,
+    in_sync: bool,
+    head: u64,
+    objects: BTreeMap<(u64, Key), Stored>,
+    object_bytes: usize,
+    changes: BTreeMap<u64, Change>,
+    /// Where a remembered deletion stands in `changes`.
+    gone: HashMap<Key, u64>,
+    /// Deletions up to here have been forgotten.
+    horizon: u64,
+    leaves: HashMap<Kind, Leaves>,
+    leaf_changed: Box<[u64]>,
+    backlog: VecDeque<Batch>,
+    backlog_bytes: usize,
+    pages: HashMap<(KindSet, usize), Page>,
+    page_count: usize,
+}
+
+#[derive(Debug)]
+struct Stored {
+    encoded: Bytes,
+    sequence: u64,
+    digest: u64,
+}
+
+#[derive(Debug)]
+enum Change {
+    Live((u64, Key)),
+    Gone(Key, Bytes),
+}
+
+#[derive(Debug)]
+struct Batch {
+    first: u64,
+    last: u64,
+    objects: Vec<(Kind, Bytes)>,
+    bytes: usize,
+    frames: HashMap<KindSet, Option<Bytes>>,
+}
+
+#[derive(Debug)]
+struct Page {
+    built: u64,
+    frame: Option<Bytes>,
+}
+
+/// What a client at some cursor is to be sent next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// The client has everything.
+    UpToDate,
+    /// A frame (none when nothing in it concerns the client), and the cursor after it.
+    Frame {
+        /// Ready to be written.
+        frame: Option<Bytes>,
+        /// Cursor once it has been sent.
+        cursor: u64,
+    },
+    /// Deletions since the cursor have been forgotten: a snapshot is needed.
+    Forgotten,
+}
+
+impl Cache {
+    /// An empty cache that is not in sync.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            in_sync: false,
+            head: 0,
+            objects: BTreeMap::new(),
+            object_bytes: 0,
+            changes: BTreeMap::new(),
+            gone: HashMap::new(),
+            horizon: 0,
+            leaves: HashMap::new(),
+            leaf_changed: vec![0; LEAVES].into_boxed_slice(),
+            backlog: VecDeque::new(),
+            backlog_bytes: 0,
+            pages: HashMap::new(),
+            page_count: 1,
+        }
+    }
+
+    /// The datastore's content is complete. It stays so: an outage of the datastore leaves the last state standing,
+    /// and what was missed comes as changes.
+    pub fn set_in_sync(&mut self) {
+        self.in_sync = true;
+    }
+
+    /// True once a snapshot may be sent. Before that, a client would take what has not arrived yet for deleted.
+    pub fn is_in_sync(&self) -> bool {
+        self.in_sync
+    }
+
+    /// Number of the newest change.
+    pub fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// Number of objects.
+    pub fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// True without objects.
+    pub fn is_empty(&self) -> bool {
+        self.objects.is_empty()
+    }
+
+    /// Bytes of shared deltas that are kept, for metrics.
+    pub fn backlog_bytes(&self) -> usize {
+        self.backlog_bytes
+    }
+
+    /// Takes changes from the datastore, in order, as one delta. What does not change anything is dropped. Returns the keys
+    /// of objects that could not be encoded (their former version stays).
+    pub fn apply(&mut self, updates: Vec<Update>) -> Vec<(Key, serde_json::Error)> {
+        let mut failed = Vec::new();
+        let mut batch = Batch {
+            first: self.head + 1,
+            last: 0,
+            objects: Vec::new(),
+            bytes: 0,
+            frames: HashMap::new(),
+        };
+        // Of several changes of one key the last one counts.
+        let last: HashMap<Key, usize> = updates
+            .iter()
+            .enumerate()
+            .map(|(at, u)| (u.key.clone(), at))
+            .collect();
+        for (at, update) in updates.into_iter().enumerate() {
+            if last.get(&update.key) != Some(&at) {
+                continue;
+            }
+            let kind = update.key.kind;
+            match self.apply_one(update) {
+                Ok(Some(encoded)) => {
+                    batch.bytes += encoded.len();
+                    batch.objects.push((kind, encoded));
+                }
+                Ok(None) => {}
+                Err(failure) => failed.push(failure),
+            }
+        }
+        if !batch.objects.is_empty() {
+            batch.last = self.head;
+            self.backlog_bytes += batch.bytes;
+            self.backlog.push_back(batch);
+        }
+        while self.backlog_bytes > self.limits.backlog_bytes
+            && let Some(oldest) = self.backlog.pop_front()
+        {
+            self.backlog_bytes -= oldest.bytes;
+        }
+        while self.gone.len() > self.limits.tombstones {
+            self.forget_oldest_deletion();
+        }
+        failed
+    }
+
+    fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, serde_json::Error)> {
+        let Update {
+            key,
+            value,
+            revision,
+        } = update;
+        let slot = (digest::position(&key), key);
+        let former = self.objects.get(&slot);
+        let json = match &value {
+            Some(value) => {
+                let digest = digest::object(&slot.1, &revision);
+                if former.is_some_and(|former| former.digest == digest) {
+                    return Ok(None);
+                }
+                match serde_json::to_vec(&**value) {
+                    Ok(json) => Some((Bytes::from(json), digest)),
+                    Err(error) => return Err((slot.1, error)),
+                }
+            }
+            None if former.is_none() => return Ok(None),
+            None => None,
+        };
+        self.head += 1;
+        self.leaf_changed[digest::bucket(slot.0, LEAVES)] = self.head;
+        let leaves = self.leaves.entry(slot.1.kind).or_default();
+        if let Some(former) = self.objects.remove(&slot) {
+            leaves.toggle(slot.0, former.digest);
+            self.changes.remove(&former.sequence);
+            self.object_bytes -= former.encoded.len();
+        }
+        let digest = json.as_ref().map(|(_, digest)| *digest);
+        let encoded = wire::encode_object(&Object {
+            kind: slot.1.kind.to_string(),
+            namespace: slot.1.namespace.as_deref().unwrap_or_default().to_owned(),
+            name: slot.1.name.to_string(),
+            revision: revision.as_str().to_owned(),
+            json: json.map(|(json, _)| json),
+        });
+        if let Some(sequence) = self.gone.remove(&slot.1) {
+            self.changes.remove(&sequence);
+        }
+        if let Some(digest) = digest {
+            leaves.toggle(slot.0, digest);
+            self.object_bytes += encoded.len();
+            self.changes.insert(self.head, Change::Live(slot.clone()));
+            self.objects.insert(
+                slot,
+                Stored {
+                    encoded: encoded.clone(),
+                    sequence: self.head,
+                    digest,
+                },
+            );
+        } else {
+            self.gone.insert(slot.1.clone(), self.head);
+            self.changes
+                .insert(self.head, Change::Gone(slot.1, encoded.clone()));
+        }
+        Ok(Some(encoded))
+    }
+
+    fn forget_oldest_deletion(&mut self) {
+        let oldest = self
+            .changes
+            .iter()
+            .find_map(|(sequence, change)| match change {
+                Change::Gone(key, _) => Some((*sequence, key.clone())),
+                Change::Live(_) => None,
+            });
+        let Some((sequence, key)) = oldest else {
+            return;
+        };
+        self.changes.remove(&sequence);
+        self.gone.remove(&key);
+        self.horizon = sequence;
+    }
+
+    /// What follows `cursor` for a client that holds exactly what was there at the cursor: a shared delta while it is kept,
+    /// otherwise [`Self::newest_since`].
+    pub fn next(&mut self, kinds: KindSet, cursor: u64) -> Next {
+        let index = self.backlog.partition_point(|batch| batch.first <= cursor);
+        match self.backlog.get_mut(index) {
+            Some(batch) if batch.first == cursor + 1 => Next::Frame {
+                cursor: batch.last,
+                frame: batch.frame(kinds),
+            },
+            _ => self.newest_since(kinds, cursor),
+        }
+    }
+
+    /// The newest version of what changed since `cursor`, oldest change first, up to about [`CHUNK`] bytes. Also right
+    /// for a client that holds newer versions of some objects (after a snapshot): a shared delta could take it back in time.
+    pub fn newest_since(&self, kinds: KindSet, cursor: u64) -> Next {
+        if cursor >= self.head {
+            return Next::UpToDate;
+        }
+        if cursor < self.horizon {
+            return Next::Forgotten;
+        }
+        let mut chunk = Vec::new();
+        let mut size = 0;
+        let mut reached = self.head;
+        for (sequence, change) in self.changes.range(cursor + 1..) {
+            let (key, encoded) = match change {
+                Change::Live(slot) => match self.objects.get(slot) {
+                    Some(stored) => (&slot.1, &stored.encoded),
+                    None => continue,
+                },
+                Change::Gone(key, encoded) => (key, encoded),
+            };
+            if kinds.contains(key.kind) {
+                size += encoded.len();
+                chunk.push(encoded);
+                if size >= CHUNK {
+                    reached = *sequence;
+                    break;
+                }
+            }
+        }
+        let frame = (!chunk.is_empty()).then(|| wire::frame_updates(chunk.iter().copied()));
+        Next::Frame {
+            frame,
+            cursor: reached,
+        }
+    }
+
+    /// How many pages a snapshot that starts now should have.
+    pub fn page_count(&self) -> usize {
+        (self.object_bytes / (CHUNK / 2))
+            .next_power_of_two()
+            .clamp(1, LEAVES)
+    }
+
+    /// Page number `page` of `pages`: the objects that are in it now. None when there are none.
+    pub fn page(&mut self, kinds: KindSet, page: usize, pages: usize) -> Option<Bytes> {
+        if pages != self.page_count {
+            self.pages.clear();
+            self.page_count = pages;
+        }
+        let per = LEAVES / pages;
+        let changed = self.leaf_changed[page * per..(page + 1) * per]
+            .iter()
+            .max()
+            .copied()
+            .unwrap_or(0);
+        if let Some(built) = self.pages.get(&(kinds, page))
+            && built.built >= changed
+        {
+            return built.frame.clone();
+        }
+        let mut chunk = Vec::new();
+        self.collect(kinds, page, pages, &mut chunk);
+        let frame = (!chunk.is_empty()).then(|| wire::frame_updates(chunk.iter()));
+        self.pages.insert(
+            (kinds, page),
+            Page {
+                built: self.head,
+                frame: frame.clone(),
+            },
+        );
+        frame
+    }
+
+    /// The objects of the given buckets (of [`LEAVES`]), starting at `from`, up to about [`CHUNK`] bytes; and
+    /// how many buckets that were.
+    pub fn leaves(&self, kinds: KindSet, buckets: &[u32]) -> (Option<Bytes>, usize) {
+        let mut chunk = Vec::new();
+        let mut taken = 0;
+        for leaf in buckets {
+            self.collect(kinds, *leaf as usize, LEAVES, &mut chunk);
+            taken += 1;
+            if chunk.iter().map(Bytes::len).sum::<usize>() >= CHUNK {
+                break;
+            }
+        }
+        (
+            (!chunk.is_empty()).then(|| wire::frame_updates(chunk.iter())),
+            taken,
+        )
+    }
+
+    fn collect(&self, kinds: KindSet, bucket: usize, buckets: usize, into: &mut Vec<Bytes>) {
+        let range = digest::range(bucket, buckets);
+        let lowest = |position| (position, Key::cluster(Kind::ALL[0], ""));
+        let end = match range.end().checked_add(1) {
+            Some(next) => Bound::Excluded(lowest(next)),
+            None => Bound::Unbounded,
+        };
+        for ((_, key), stored) in self
+            .objects
+            .range((Bound::Included(lowest(*range.start())), end))
+        {
+            if kinds.contains(key.kind) {
+                into.push(stored.encoded.clone());
+            }
+        }
+    }
+
+    /// The buckets in which a client that reported these digests differs.
+    pub fn stale_buckets(&self, kinds: KindSet, digests: &[u64]) -> Vec<u32> {
+        let mut own = vec![0; digests.len()];
+        for (kind, leaves) in &self.leaves {
+            if kinds.contains(*kind) {
+                leaves.fold_into(&mut own);
+            }
+        }
+        (0u32..)
+            .zip(own.iter().zip(digests))
+            .filter(|(_, (own, theirs))| own != theirs)
+            .map(|(bucket, _)| bucket)
+            .collect()
+    }
+}
+
+impl Batch {
+    fn frame(&mut self, kinds: KindSet) -> Option<Bytes> {
+        let objects = &self.objects;
+        self.frames
+            .entry(kinds)
+            .or_insert_with(|| {
+                let wanted = objects
+                    .iter()
+                    .filter(|(kind, _)| kinds.contains(*kind))
+                    .map(|(_, encoded)| encoded);
+                wanted.clone().next()?;
+                Some(wire::frame_updates(wanted))
+            })
+            .clone()
+    }
+}

@@ -1,0 +1,200 @@
+//! The client: keeps one connection to one of the servers, and yields one stream of changes that knows nothing of connections.
+//!
+//! While no server answers the consumer keeps what it has; nothing is emitted. See [`conn`] for how missed changes
+//! are made up for.
+
+pub mod backoff;
+pub mod conn;
+
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use cali_api::Kind;
+use cali_api::update::{SyncEvent, SyncStatus};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use backoff::Backoff;
+pub use conn::{ClientError, Conn, Held, Identity, Output};
+
+/// Events that may wait for the consumer; beyond them the socket is not read, and the server coalesces.
+const QUEUE: usize = 64;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where to connect and what to ask for.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// `host:port` of each server. One is picked at random and kept while it works.
+    pub addresses: Vec<String>,
+    /// Node name.
+    pub hostname: String,
+    /// Program and version, for the server's log.
+    pub info: String,
+    /// The subscription.
+    pub kinds: Vec<Kind>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Lost {
+    #[error("cannot connect")]
+    Connect(#[source] std::io::Error),
+    #[error("connection failed")]
+    Io(#[source] std::io::Error),
+    #[error("connection closed by the server")]
+    Closed,
+    #[error(transparent)]
+    Protocol(#[from] ClientError),
+    #[error("the consumer is gone")]
+    ConsumerGone,
+}
+
+/// Starts the client. Dropping the receiver ends it.
+pub fn start(config: ClientConfig) -> mpsc::Receiver<SyncEvent> {
+    let (events, receiver) = mpsc::channel(QUEUE);
+    tokio::spawn(async move {
+        let consumer = events.clone();
+        tokio::select! {
+            () = keep_connected(config, events) => {}
+            () = consumer.closed() => {}
+        }
+    });
+    receiver
+}
+
+async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
+    let identity = Identity {
+        hostname: config.hostname,
+        info: config.info,
+        kinds: config.kinds,
+    };
+    let mut held = Held::default();
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    // Seeded from the system's randomness; spreads clients over servers.
+    let random = RandomState::new();
+    let mut attempt = random.hash_one("start") as usize;
+    if events
+        .send(SyncEvent::Status(SyncStatus::WaitForDatastore))
+        .await
+        .is_err()
+        || config.addresses.is_empty()
+    {
+        return;
+    }
+    loop {
+        let address = &config.addresses[attempt % config.addresses.len()];
+        let mut complete = false;
+        let lost = match connect(address).await {
+            Ok(stream) => {
+                tracing::info!(server = %address, "connected");
+                converse(stream, &identity, &mut held, &events, &mut complete).await
+            }
+            Err(lost) => lost,
+        };
+        if matches!(lost, Lost::ConsumerGone) {
+            return;
+        }
+        if complete {
+            backoff.reset();
+        } else {
+            attempt = attempt.wrapping_add(1);
+        }
+        let wait = backoff.next_wait(random.hash_one(attempt));
+        tracing::warn!(server = %address, reason = %Chain(&lost), retry_in = ?wait, objects = held.len(), "no server; the last state stays");
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// An error with its causes on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+/// TLS will wrap the stream here.
+async fn connect(address: &str) -> Result<TcpStream, Lost> {
+    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .map_err(|_| Lost::Connect(std::io::ErrorKind::TimedOut.into()))?
+        .map_err(Lost::Connect)?;
+    stream.set_nodelay(true).map_err(Lost::Connect)?;
+    Ok(stream)
+}
+
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite,
+    identity: &Identity,
+    held: &mut Held,
+    events: &mpsc::Sender<SyncEvent>,
+    complete: &mut bool,
+) -> Lost {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let mut conn = Conn::new(Instant::now(), identity, held);
+    let mut input = BytesMut::with_capacity(64 * 1024);
+    loop {
+        while let Some(output) = conn.poll_output() {
+            if let Err(lost) = perform(output, &mut writer, events).await {
+                return lost;
+            }
+        }
+        *complete = conn.is_complete();
+        conn.on_resumed_reading(Instant::now());
+        let heard = tokio::select! {
+            read = reader.read_buf(&mut input) => match read {
+                Ok(0) => return Lost::Closed,
+                Ok(_) => {
+                    let heard = conn.on_bytes(Instant::now(), &input, held);
+                    input.clear();
+                    heard
+                }
+                Err(error) => return Lost::Io(error),
+            },
+            () = tokio::time::sleep_until(conn.poll_timeout().into()) => conn.on_timeout(Instant::now()),
+        };
+        if let Err(error) = heard {
+            // What was decoded before the error has been noted as held, so the consumer must get it.
+            while let Some(output) = conn.poll_output() {
+                if let Output::Event(_) = output
+                    && let Err(lost) = perform(output, &mut writer, events).await
+                {
+                    return lost;
+                }
+            }
+            return error.into();
+        }
+    }
+}
+
+async fn perform(
+    output: Output,
+    writer: &mut (impl AsyncWrite + Unpin),
+    events: &mpsc::Sender<SyncEvent>,
+) -> Result<(), Lost> {
+    match output {
+        Output::Send(frame) => timeout(WRITE_TIMEOUT, writer.write_all(&frame))
+            .await
+            .map_err(|_| Lost::Io(std::io::ErrorKind::TimedOut.into()))?
+            .map_err(Lost::Io),
+        Output::Event(event) => events.send(event).await.map_err(|_| Lost::ConsumerGone),
+        Output::Undecodable { object, reason } => {
+            tracing::error!(
+                object,
+                reason,
+                "object cannot be read by this version, its last good version stays"
+            );
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! One client, as the server sees it: a state machine without socket, clock or task.
+//!
+//! ```text
+//!   AwaitHello --hello--> AwaitCache --cache in sync--> Snapshot --all sent--> Deltas(done=false) --cursor at head--> Deltas(done=true)
+//!                                                          ^---------- deletions forgotten --------------------------|
+//! ```
+//! The owner feeds bytes and time in, and takes frames out one at a time, a next one only when the former has been
+//! written. Together with the cache's cursors that is the whole backpressure: what a client has not read yet exists once, in the cache.
+//!
+//! Determinism: equal calls with equal arguments give equal results.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cali_api::Kind;
+
+use crate::cache::{Cache, KindSet, Next};
+use crate::digest::{self, LEAVES};
+use crate::wire::{
+    Body, ClientHello, Decoder, Goodbye, PROTOCOL, Ping, ServerHello, SyncDone, SyncStart,
+    WireError, frame,
+};
+
+/// How patient the server is (environment `TYPHA_SERVER...`, defaults as Calico's).
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Time until the client's hello.
+    pub handshake: Duration,
+    /// Interval of pings.
+    pub ping: Duration,
+    /// A client that neither said anything nor took a byte for so long is dropped.
+    pub progress: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            ping: Duration::from_secs(10),
+            progress: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Why a connection ends.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CloseReason {
+    /// The bytes were no messages.
+    #[error("protocol violation: {0}")]
+    Wire(#[from] WireError),
+    /// A message that has no place here.
+    #[error("protocol violation: unexpected {0}")]
+    Unexpected(&'static str),
+    /// The client speaks another version.
+    #[error("protocol {theirs} is not supported, this server speaks {PROTOCOL}")]
+    Version {
+        /// The client's.
+        theirs: u32,
+    },
+    /// Nothing in the subscription is known here.
+    #[error("the subscription names no kind that this server knows")]
+    EmptyInterest,
+    /// No hello in time.
+    #[error("no hello within {0:?}")]
+    Handshake(Duration),
+    /// See [`Patience::progress`].
+    #[error("no progress for {0:?}")]
+    NoProgress(Duration),
+    /// The client said goodbye.
+    #[error("closed by the client: {0}")]
+    Goodbye(String),
+    /// This server stops.
+    #[error("server is shutting down")]
+    Shutdown,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Conn {
+    patience: Patience,
+    decoder: Decoder,
+    phase: Phase,
+    control: VecDeque<Bytes>,
+    hostname: String,
+    handshake_deadline: Instant,
+    last_progress: Instant,
+    next_ping: Instant,
+    pings: u64,
+    closing: Option<CloseReason>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    AwaitHello,
+    AwaitCache {
+        kinds: KindSet,
+        token: Option<Vec<u64>>,
+    },
+    Snapshot {
+        kinds: KindSet,
+        started_at: u64,
+        rest: Rest,
+    },
+    Deltas {
+        kinds: KindSet,
+        cursor: u64,
+        done: bool,
+    },
+}
+
+/// The part of a snapshot that has not been sent yet.
+#[derive(Debug)]
+enum Rest {
+    Pages { next: usize, pages: usize },
+    Leaves { leaves: Vec<u32>, next: usize },
+}
+
+impl Conn {
+    /// A connection that was just accepted.
+    pub fn new(now: Instant, patience: Patience) -> Self {
+        Self {
+            patience,
+            decoder: Decoder::from_clients(),
+            phase: Phase::AwaitHello,
+            control: VecDeque::new(),
+            hostname: String::new(),
+            handshake_deadline: now + patience.handshake,
+            last_progress: now,
+            next_ping: now + patience.ping,
+            pings: 0,
+            closing: None,
+        }
+    }
+
+    /// Name from the client's hello; empty before.
+    pub fn hostname(&self) -> &str {
+        &self.hostname
+    }
+
+    /// Why the connection must be closed, once [`Self::poll_transmit`] yields nothing more.
+    pub fn closing(&self) -> Option<&CloseReason> {
+        self.closing.as_ref()
+    }
+
+    /// Bytes from the client.
+    pub fn on_bytes(&mut self, now: Instant, bytes: &[u8]) {
+        if self.closing.is_some() {
+            return;
+        }
+        self.last_progress = now;
+        self.decoder.push(bytes);
+        while self.closing.is_none() {
+            match self.decoder.next_message() {
+                Ok(Some(body)) => self.on_message(body),
+                Ok(None) => return,
+                Err(error) => self.close(error.into()),
+            }
+        }
+    }
+
+    /// The client's socket took bytes.
+    pub fn on_written(&mut self, now: Instant) {
+        self.last_progress = now;
+    }
+
+    /// The server stops; the client is told to go elsewhere.
+    pub fn on_shutdown(&mut self) {
+        self.close(CloseReason::Shutdown);
+    }
+
+    /// When [`Self::on_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Instant {
+        match self.phase {
+            Phase::AwaitHello => self.handshake_deadline,
+            _ => self
+                .next_ping
+                .min(self.last_progress + self.patience.progress),
+        }
+    }
+
+    /// Time has passed.
+    pub fn on_timeout(&mut self, now: Instant) {
+        if self.closing.is_some() {
+            return;
+        }
+        if matches!(self.phase, Phase::AwaitHello) {
+            if now >= self.handshake_deadline {
+                self.close(CloseReason::Handshake(self.patience.handshake));
+            }
+            return;
+        }
+        if now >= self.last_progress + self.patience.progress {
+            self.close(CloseReason::NoProgress(self.patience.progress));
+        } else if now >= self.next_ping {
+            self.next_ping = now + self.patience.ping;
+            self.pings += 1;
+            // A client that does not read gets one ping, not a queue of them.
+            if self.control.is_empty() {
+                self.control
+                    .push_back(frame(Body::Ping(Ping { id: self.pings }), false));
+            }
+        }
+    }
+
+    fn on_message(&mut self, body: Body) {
+        match (body, &self.phase) {
+            (Body::ClientHello(hello), Phase::AwaitHello) => self.on_hello(hello),
+            (Body::Goodbye(goodbye), _) => {
+                self.closing = Some(CloseReason::Goodbye(goodbye.reason))
+            }
+            (body, Phase::AwaitHello) => self.close(CloseReason::Unexpected(body.name())),
+            (Body::Pong(_), _) => {}
+            (body, _) => self.close(CloseReason::Unexpected(body.name())),
+        }
+    }
+
+    fn on_hello(&mut self, hello: ClientHello) {
+        self.hostname = hello.hostname;
+        if hello.protocol != PROTOCOL {
+            return self.close(CloseReason::Version {
+                theirs: hello.protocol,
+            });
+        }
+        let (known, unknown): (Vec<_>, Vec<_>) = hello
+            .interest
+            .unwrap_or_default()
+            .kinds
+            .into_iter()
+            .map(|name| name.parse::<Kind>().map_err(|_| name))
+            .partition(Result::is_ok);
+        let kinds: KindSet = known.into_iter().flatten().collect();
+        if kinds == KindSet::default() {
+            return self.close(CloseReason::EmptyInterest);
+        }
+        let token = hello
+            .resume
+            .filter(|token| {
+                token.digest_version == digest::VERSION
+                    && digest::valid_bucket_count(token.digests.len())
+            })
+            .map(|token| token.digests);
+        self.control.push_back(frame(
+            Body::ServerHello(ServerHello {
+                protocol: PROTOCOL,
+                info: concat!("typha ", env!("CARGO_PKG_VERSION")).to_owned(),
+                unknown_kinds: unknown.into_iter().filter_map(Result::err).collect(),
+                ping_interval_secs: u32::try_from(self.patience.ping.as_secs().max(1))
+                    .unwrap_or(u32::MAX),
+            }),
+            false,
+        ));
+        self.phase = Phase::AwaitCache { kinds, token };
+    }
+
+    fn close(&mut self, reason: CloseReason) {
+        if self.closing.is_none() {
+            let elsewhere = matches!(reason, CloseReason::Shutdown);
+            let goodbye = Goodbye {
+                reason: reason.to_string(),
+                elsewhere,
+            };
+            self.control.push_back(frame(Body::Goodbye(goodbye), false));
+            self.closing = Some(reason);
+        }
+    }
+
+    /// The next frame to write; to be called again when it has been written, and when the cache changed.
+    pub fn poll_transmit(&mut self, cache: &mut Cache) -> Option<Bytes> {
+        if let Some(frame) = self.control.pop_front() {
+            return Some(frame);
+        }
+        if self.closing.is_some() {
+            return None;
+        }
+        loop {
+            // Each turn that yields no frame moves the phase forward, so this ends.
+            match &mut self.phase {
+                Phase::AwaitHello => return None,
+                Phase::AwaitCache { .. } if !cache.is_in_sync() => return None,
+                Phase::AwaitCache { kinds, token } => {
+                    let (kinds, token) = (*kinds, token.take());
+                    return Some(self.start_snapshot(cache, kinds, token.as_deref()));
+                }
+                Phase::Snapshot {
+                    kinds,
+                    started_at,
+                    rest,
+                } => match rest.take(cache, *kinds) {
+                    Some(Some(frame)) => return Some(frame),
+                    Some(None) => {}
+                    None => {
+                        self.phase = Phase::Deltas {
+                            kinds: *kinds,
+                            cursor: *started_at,
+                            done: false,
+                        }
+                    }
+                },
+                Phase::Deltas {
+                    kinds,
+                    cursor,
+                    done,
+                } => {
+                    let kinds = *kinds;
+                    let next = if *done {
+                        cache.next(kinds, *cursor)
+                    } else {
+                        cache.newest_since(kinds, *cursor)
+                    };
+                    match next {
+                        Next::UpToDate if *done => return None,
+                        Next::UpToDate => {
+                            *done = true;
+                            return Some(frame(Body::SyncDone(SyncDone {}), false));
+                        }
+                        Next::Frame {
+                            frame,
+                            cursor: after,
+                        } => {
+                            *cursor = after;
+                            if frame.is_some() {
+                                return frame;
+                            }
+                        }
+                        Next::Forgotten => return Some(self.start_snapshot(cache, kinds, None)),
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_snapshot(&mut self, cache: &Cache, kinds: KindSet, token: Option<&[u64]>) -> Bytes {
+        let stale = token.map(|digests| (cache.stale_buckets(kinds, digests), digests.len()));
+        let (start, rest) = match stale {
+            // With most of it stale, the shared pages are cheaper than a selection of our own.
+            Some((stale, buckets)) if stale.len() * 2 <= buckets => {
+                let per = u32::try_from(LEAVES / buckets).unwrap_or(1);
+                let leaves = stale
+                    .iter()
+                    .flat_map(|bucket| bucket * per..(bucket + 1) * per)
+                    .collect();
+                let buckets = u32::try_from(buckets).unwrap_or(1);
+                (
+                    SyncStart {
+                        buckets,
+                        stale,
+                        full: false,
+                    },
+                    Rest::Leaves { leaves, next: 0 },
+                )
+            }
+            _ => (
+                SyncStart {
+                    buckets: 1,
+                    stale: Vec::new(),
+                    full: true,
+                },
+                Rest::Pages {
+                    next: 0,
+                    pages: cache.page_count(),
+                },
+            ),
+        };
+        self.phase = Phase::Snapshot {
+            kinds,
+            started_at: cache.head(),
+            rest,
+        };
+        frame(Body::SyncStart(start), false)
+    }
+}
+
+impl Rest {
+    /// The next piece; `None` at the end, `Some(None)` for a piece without objects.
+    fn take(&mut self, cache: &mut Cache, kinds: KindSet) -> Option<Option<Bytes>> {
+        match self {
+            Self::Pages { next, pages } if *next < *pages => {
+                *next += 1;
+                Some(cache.page(kinds, *next - 1, *pages))
+            }
+            Self::Leaves { leaves, next } if *next < leaves.len() => {
+                let (frame, taken) = cache.leaves(kinds, &leaves[*next..]);
+                *next += taken;
+                Some(frame)
+            }
+            _ => None,
+        }
+    }
+}
