@@ -327,8 +327,4 @@ pub struct RouteDecision {
     pub table: u32,
     /// Path MTU, if one is set on the route.
     pub mtu: Option<u32>,
-    /// The matched row's prefix, with `fib_match` (`RTM_F_FIB_MATCH`).
-    pub prefix: Option<IpNetwork>,
-    /// The matched row's protocol.
-    pub protocol: u8,
 }

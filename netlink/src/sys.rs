@@ -1,0 +1,33 @@
+//! System calls that have no safe wrapper: socket options with structures of our own.
+#![allow(unsafe_code)]
+
+use std::{
+    mem,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use nix::errno::Errno;
+
+/// `setsockopt` with a plain-data value.
+///
+/// `T` must be a plain C structure or integer without padding that matters; all callers are in this crate.
+pub(crate) fn set_option<T: Copy>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &T,
+) -> Result<(), Errno> {
+    let len = mem::size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` points to `len` readable bytes for the whole call, the kernel only reads them, and the
+    // descriptor is open because it is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            std::ptr::from_ref(value).cast(),
+            len,
+        )
+    };
+    Errno::result(result).map(drop)
+}
