@@ -8,6 +8,10 @@
 //! It does not emulate containers: there is one file system, and paths that a node names under one of its `binds` are
 //! rewritten to where they are on the host.
 
+pub mod bring_up;
 pub mod plan;
+pub mod pods;
+pub mod probe;
 pub mod state;
+pub mod supervise;
 pub mod topology;

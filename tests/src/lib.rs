@@ -1,1 +1,27 @@
-//! Placeholder.
+//! End-to-end tests: the built programs, driven as a person drives them, watched through the kernel's own tools.
+//!
+//! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
+//! [`kernel`] reads and compares a node's kernel state; [`traffic`] counts lost packets by sequence number.
+
+pub mod kernel;
+pub mod lab;
+pub mod traffic;
+
+use std::time::{Duration, Instant};
+
+/// Waits until the condition yields a value, looking every 10 ms. The error is what the condition said last.
+pub fn eventually<T>(
+    limit: Duration,
+    mut condition: impl FnMut() -> Result<T, String>,
+) -> Result<(T, Duration), String> {
+    let start = Instant::now();
+    loop {
+        match condition() {
+            Ok(value) => return Ok((value, start.elapsed())),
+            Err(last) if start.elapsed() >= limit => {
+                return Err(format!("not within {limit:?}: {last}"));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
