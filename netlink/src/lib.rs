@@ -13,7 +13,9 @@
 //! be in the kernel is its callers' business, and it never touches an object that it was not told to.
 
 pub mod address;
+pub mod command;
 pub mod error;
+pub mod fdpass;
 pub mod link;
 mod link_change;
 pub mod mac;
@@ -29,6 +31,9 @@ pub mod rule;
 mod socket;
 mod sys;
 pub mod sysctl;
+pub mod tcp;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod wire;
 
 pub use address::Address;

@@ -119,9 +119,30 @@ impl Netlink {
                 async move { handle.link().add(message).execute().await }
             })
             .await?;
+        if let NewLinkKind::Veth(peer @ VethPeer { up: true, .. }) = &link.kind {
+            self.bring_up_peer(peer).await?;
+        }
         self.link_by_name(&link.name)?
             .map(|made| made.index)
             .ok_or_else(|| Error::errno("add", object(), Errno::ENODEV))
+    }
+
+    /// The kernel refuses a peer that is up at once (`veth_open` finds the pair not yet joined), so this comes after.
+    async fn bring_up_peer(&self, peer: &VethPeer) -> Result<()> {
+        let object = || format!("link {}", peer.name);
+        let there = match &peer.netns {
+            None => self.clone(),
+            Some(netns) => {
+                let fd = netns
+                    .try_clone()
+                    .map_err(|error| Error::io("bring up", object(), &error))?;
+                Self::open(&NetNs::from_fd(fd))?
+            }
+        };
+        let made = there
+            .link_by_name(&peer.name)?
+            .ok_or_else(|| Error::errno("bring up", object(), Errno::ENODEV))?;
+        there.set_link_up(made.index, true).await
     }
 
     /// Changes a device.
@@ -318,9 +339,6 @@ fn peer_message(peer: &VethPeer) -> LinkMessage {
     }
     if let Some(netns) = &peer.netns {
         builder = builder.setns_by_fd(netns.as_raw_fd());
-    }
-    if peer.up {
-        builder = builder.up();
     }
     builder.build()
 }

@@ -181,6 +181,9 @@ impl Netlink {
     }
 
     /// The kernel's decision for a destination.
+    ///
+    /// No route is `ENETUNREACH`; a blackhole answers `EINVAL`, unreachable `EHOSTUNREACH`, prohibit `EACCES` (for both
+    /// kinds of lookup).
     pub fn lookup_route(&self, destination: IpAddr) -> Result<RouteDecision> {
         let write =
             |writer: &mut Writer, sequence| rt::write_lookup(writer, destination, false, sequence);

@@ -1,10 +1,7 @@
 //! System calls that have no safe wrapper: socket options with structures of our own.
 #![allow(unsafe_code)]
 
-use std::{
-    mem,
-    os::fd::{AsRawFd, BorrowedFd},
-};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 
@@ -17,7 +14,7 @@ pub(crate) fn set_option<T: Copy>(
     option: libc::c_int,
     value: &T,
 ) -> Result<(), Errno> {
-    let len = mem::size_of::<T>() as libc::socklen_t;
+    let len = size_of::<T>() as libc::socklen_t;
     // SAFETY: `value` points to `len` readable bytes for the whole call, the kernel only reads them, and the
     // descriptor is open because it is borrowed.
     let result = unsafe {

@@ -1,0 +1,184 @@
+//! The trait that every back end implements, and the values that pass through it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use cali_api::{AnyResource, Key, Kind, Revision};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::error::Error;
+use crate::stored;
+
+/// An object as stored, with the revision of its last write. `metadata.resourceVersion` holds the same revision.
+#[derive(Debug, Clone)]
+pub struct Versioned {
+    /// The object; shared, because watches hand the same one to many readers.
+    pub object: Arc<AnyResource>,
+    /// Revision of the last write of this object.
+    pub revision: Revision,
+}
+
+/// A stored object that this version cannot read. Readers keep the last good version they have.
+#[derive(Debug, Clone)]
+pub struct Undecodable {
+    /// The object.
+    pub key: Key,
+    /// Revision of the version that cannot be read.
+    pub revision: Revision,
+    /// Why not.
+    pub reason: String,
+}
+
+/// A consistent list of one kind.
+#[derive(Debug, Clone)]
+pub struct List {
+    /// Ordered by namespace and name.
+    pub items: Vec<Versioned>,
+    /// Objects that exist but cannot be read; they are not deleted.
+    pub undecodable: Vec<Undecodable>,
+    /// A watch from this revision continues this list without a gap.
+    pub revision: Revision,
+}
+
+/// One change, in the order of commits.
+#[derive(Debug, Clone)]
+pub enum WatchEvent {
+    /// Created or updated.
+    Put(Versioned),
+    /// Deleted by the write with this revision.
+    Deleted {
+        /// The object that is gone.
+        key: Key,
+        /// The revision of the deletion.
+        revision: Revision,
+    },
+    /// Written in a form that this version cannot read.
+    Undecodable(Undecodable),
+    /// Nothing of interest happened up to this revision: resume from here.
+    Bookmark(Revision),
+}
+
+impl WatchEvent {
+    /// The revision to resume from after this event.
+    pub fn revision(&self) -> &Revision {
+        match self {
+            Self::Put(v) => &v.revision,
+            Self::Deleted { revision, .. } | Self::Bookmark(revision) => revision,
+            Self::Undecodable(u) => &u.revision,
+        }
+    }
+}
+
+/// A running watch. Ends with an error, or when dropped (its task ends with it).
+#[derive(Debug)]
+pub struct WatchStream {
+    events: mpsc::Receiver<Result<WatchEvent, Error>>,
+    task: JoinHandle<()>,
+}
+
+impl WatchStream {
+    pub(crate) fn new(
+        events: mpsc::Receiver<Result<WatchEvent, Error>>,
+        task: JoinHandle<()>,
+    ) -> Self {
+        Self { events, task }
+    }
+
+    /// The next event. `Err(RevisionGone)` means: list again. `None`: the back end is closed. Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<WatchEvent, Error>> {
+        self.events.recv().await
+    }
+}
+
+impl Drop for WatchStream {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What [`Datastore::apply`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The object was new.
+    Created,
+    /// The object existed and was changed.
+    Updated,
+    /// The object stood there just so; nothing was written.
+    Unchanged,
+}
+
+/// Result of [`Datastore::apply`].
+#[derive(Debug, Clone)]
+pub struct Applied {
+    /// The object as stored now.
+    pub stored: Versioned,
+    /// What was done.
+    pub outcome: Outcome,
+}
+
+/// A store of resources with revisions.
+///
+/// Every write is atomic, is validated against the rules of its kind (and, for IP pools, against the other pools) and
+/// gets the defaults of its kind. Deleting and creating an object again gives it a new `uid`.
+#[async_trait]
+pub trait Datastore: Send + Sync {
+    /// Reads one object.
+    async fn get(&self, key: &Key) -> Result<Versioned, Error>;
+
+    /// Reads all objects of a kind, in one namespace or in all of them, as of one instant.
+    async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error>;
+
+    /// Creates an object; `metadata.resourceVersion` must be empty.
+    async fn create(&self, object: AnyResource) -> Result<Versioned, Error>;
+
+    /// Replaces an object if its stored revision is still `metadata.resourceVersion`.
+    async fn update(&self, object: AnyResource) -> Result<Versioned, Error>;
+
+    /// Deletes an object, if given only at this revision, and returns what was deleted.
+    async fn delete(&self, key: &Key, revision: Option<&Revision>) -> Result<Versioned, Error>;
+
+    /// Follows the changes of these kinds after `from`, which is a revision of a list, an event or an object.
+    async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, Error>;
+
+    /// Creates the object or replaces what stands there, whatever its revision.
+    ///
+    /// What other writers own is kept: `status` where the given object has none, and on native Kubernetes objects the
+    /// annotations of Calico (a pod's address survives that its manifest is applied again).
+    async fn apply(&self, object: AnyResource) -> Result<Applied, Error> {
+        const ATTEMPTS: usize = 32;
+        let key = object.key();
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let result = match self.get(&key).await {
+                Err(Error::NotFound { .. }) => {
+                    let fresh = stored::without_revision(&object)?;
+                    self.create(fresh).await.map(|stored| Applied {
+                        stored,
+                        outcome: Outcome::Created,
+                    })
+                }
+                Err(e) => return Err(e),
+                Ok(old) => match stored::merged(&old, &object)? {
+                    None => {
+                        return Ok(Applied {
+                            stored: old,
+                            outcome: Outcome::Unchanged,
+                        });
+                    }
+                    Some(new) => self.update(new).await.map(|stored| Applied {
+                        stored,
+                        outcome: Outcome::Updated,
+                    }),
+                },
+            };
+            match result {
+                Err(
+                    Error::Conflict { .. } | Error::AlreadyExists { .. } | Error::NotFound { .. },
+                ) if attempt < ATTEMPTS => {}
+                other => return other,
+            }
+        }
+    }
+}
