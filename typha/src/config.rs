@@ -32,14 +32,16 @@ impl Env {
         )
     }
 
-    fn get(&self, variable: &'static str) -> Option<&str> {
+    /// The trimmed value; `None` when unset or empty.
+    pub fn get(&self, variable: &'static str) -> Option<&str> {
         self.0
             .get(variable)
             .map(|value| value.trim())
             .filter(|value| !value.is_empty())
     }
 
-    fn parse<T>(&self, variable: &'static str, default: T) -> Result<T, ConfigError>
+    /// The value as a `T`, or the default when unset or empty.
+    pub fn parse<T>(&self, variable: &'static str, default: T) -> Result<T, ConfigError>
     where
         T: std::str::FromStr<Err: std::fmt::Display>,
     {

@@ -8,7 +8,7 @@
 //! - [`digest`]: how two sides find out what differs;
 //! - [`cache`]: what the server holds, and what it shares between clients;
 //! - [`server`], [`client`]: each a state machine without I/O (`conn`), and the tasks that move its bytes;
-//! - [`config`]: the environment.
+//! - [`config`]: the environment; [`source`]: the stream for a daemon, from a server or straight from the datastore.
 //!
 //! It does not interpret objects, and keeps nothing on disk. Connections are not encrypted yet; a configuration that asks for
 //! TLS is refused.
@@ -18,4 +18,5 @@ pub mod client;
 pub mod config;
 pub mod digest;
 pub mod server;
+pub mod source;
 pub mod wire;

@@ -1,0 +1,50 @@
+//! The stream of changes for a daemon: from a Typha server when the environment names one, otherwise straight from the datastore.
+
+use cali_api::Kind;
+use cali_api::update::SyncEvent;
+use tokio::sync::mpsc;
+
+use crate::client::{self, ClientConfig};
+use crate::config::{self, ConfigError, Env};
+
+/// Why there is no source.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The environment.
+    #[error("the Typha client cannot be configured")]
+    Config(#[from] ConfigError),
+    /// The datastore.
+    #[error("the datastore cannot be opened")]
+    Datastore(#[from] cali_datastore::Error),
+}
+
+/// Every kind that the stream can carry: Calico's own, and the native ones that have no Calico form.
+pub fn all_kinds() -> Vec<Kind> {
+    Kind::ALL
+        .iter()
+        .copied()
+        .filter(|kind| {
+            !kind.is_native() || matches!(kind, Kind::K8sService | Kind::K8sEndpointSlice)
+        })
+        .collect()
+}
+
+/// Starts the source: a client of the servers in `FELIX_TYPHAADDR`, or `cali_datastore::sync` in this process
+/// (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
+pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
+    let addresses = config::server_addresses(&Env::of_process())?;
+    if addresses.is_empty() {
+        tracing::info!("reading the datastore directly");
+        return Ok(cali_datastore::sync::start(
+            cali_datastore::open_from_env()?,
+            kinds,
+        ));
+    }
+    tracing::info!(servers = addresses.join(","), "reading from typha");
+    Ok(client::start(ClientConfig {
+        addresses,
+        hostname: hostname.to_owned(),
+        info: concat!("cali ", env!("CARGO_PKG_VERSION")).to_owned(),
+        kinds: kinds.to_vec(),
+    }))
+}
