@@ -13,6 +13,7 @@ pub mod kubernetes;
 mod metadata;
 mod names;
 mod resource;
+pub mod selector;
 mod text;
 pub mod update;
 pub mod v3;
