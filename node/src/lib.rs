@@ -1,1 +1,8 @@
-//! Placeholder.
+//! The daemon of a node.
+//!
+//! [`startup`] makes the node known (name, address, Node resource, default pools and objects); then one process runs the policy
+//! engine, the route table, the tunnels and the CNI server, and keeps `bgpd` running as a process of its own.
+//!
+//! It decides nothing about packets: that is done in the crates that it connects.
+
+pub mod startup;
