@@ -22,6 +22,22 @@ impl DecodeError {
             message: message.into(),
         }
     }
+
+    /// The error of a part of an object, as one of the whole.
+    pub(crate) fn within(mut self, prefix: &str) -> Self {
+        self.path = join(prefix, &self.path);
+        self
+    }
+}
+
+/// The path of a field of a field.
+pub(crate) fn join(outer: &str, inner: &str) -> String {
+    match (outer.is_empty(), inner.is_empty()) {
+        (true, _) => inner.to_owned(),
+        (_, true) => outer.to_owned(),
+        _ if inner.starts_with('[') => format!("{outer}{inner}"),
+        _ => format!("{outer}.{inner}"),
+    }
 }
 
 /// In Go's JSON a null is the same as an absent field; list entries stay.
@@ -36,8 +52,69 @@ fn drop_null_fields(value: &mut Value) {
     }
 }
 
-fn part<T: DeserializeOwned>(path: &str, value: Value) -> Result<T, DecodeError> {
-    serde_json::from_value(value).map_err(|error| DecodeError::new(path, error.to_string()))
+/// The fields that serde would have accepted, out of its message.
+fn quoted(message: &str) -> impl Iterator<Item = &str> {
+    message.split('`').skip(1).step_by(2)
+}
+
+/// Number of edits between two names (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.chars().enumerate() {
+            let substituted = diagonal + usize::from(!from.eq_ignore_ascii_case(&to));
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+/// Lists longer than this do not help anybody.
+const MAX_LISTED: usize = 12;
+
+pub(crate) fn unknown_field<'a>(
+    path: &str,
+    name: &str,
+    known: impl Iterator<Item = &'a str>,
+) -> DecodeError {
+    let known: Vec<&str> = known.collect();
+    let nearest = known
+        .iter()
+        .map(|candidate| (distance(name, candidate), *candidate))
+        .min();
+    let advice = match nearest {
+        Some((edits, candidate)) if edits <= 1 + name.len() / 4 => {
+            format!("; did you mean {candidate:?}?")
+        }
+        Some(_) if known.len() <= MAX_LISTED => format!("; known are {}", known.join(", ")),
+        _ => String::new(),
+    };
+    let path = if path == name || path.ends_with(&format!(".{name}")) {
+        path.to_owned()
+    } else {
+        join(path, name)
+    };
+    DecodeError::new(path, format!("unknown field {name:?}{advice}"))
+}
+
+fn part<T: DeserializeOwned>(prefix: &str, value: Value) -> Result<T, DecodeError> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = match error.path().to_string() {
+            path if path == "." => String::new(),
+            path => path.trim_end_matches(".?").to_owned(),
+        };
+        let message = error.inner().to_string();
+        if message.starts_with("unknown field") {
+            let mut names = quoted(&message);
+            let name = names.next().unwrap_or_default();
+            unknown_field(&path, name, names).within(prefix)
+        } else {
+            DecodeError::new(path, message.replace('`', "\"")).within(prefix)
+        }
+    })
 }
 
 pub(crate) fn resource<S: Spec>(
@@ -64,9 +141,10 @@ pub(crate) fn resource<S: Spec>(
     } else {
         let spec = take("spec").unwrap_or_else(|| Value::Object(Map::new()));
         if let Some(name) = fields.keys().next() {
-            return Err(DecodeError::new(
+            return Err(unknown_field(
+                "",
                 name,
-                format!("unknown field `{name}`, expected `metadata`, `spec` or `status`"),
+                ["apiVersion", "kind", "metadata", "spec", "status"].into_iter(),
             ));
         }
         part("spec", spec)?
@@ -76,4 +154,38 @@ pub(crate) fn resource<S: Spec>(
         spec,
         status,
     })
+}
+
+/// The first field of the input that is missing in what was read from it. Kubernetes' own types
+/// ignore what they do not know; in a manifest that is a mistake.
+pub(crate) fn ignored_field(input: &Value, output: &Value, path: &str) -> Option<DecodeError> {
+    match (input, output) {
+        (Value::Object(input), Value::Object(output)) => {
+            input
+                .iter()
+                .find_map(|(name, value)| match output.get(name) {
+                    Some(known) => ignored_field(value, known, &join(path, name)),
+                    None if is_empty(value) => None,
+                    None => Some(unknown_field(path, name, std::iter::empty())),
+                })
+        }
+        (Value::Array(input), Value::Array(output)) => input
+            .iter()
+            .zip(output)
+            .enumerate()
+            .find_map(|(index, (input, output))| {
+                ignored_field(input, output, &format!("{path}[{index}]"))
+            }),
+        _ => None,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(entries) => entries.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
 }

@@ -8,8 +8,10 @@
 mod any;
 mod cidr;
 mod decode;
+mod defaults;
 mod kind;
 pub mod kubernetes;
+pub mod manifest;
 mod metadata;
 mod names;
 mod resource;
@@ -17,12 +19,15 @@ pub mod selector;
 mod text;
 pub mod update;
 pub mod v3;
+mod validate;
 
 pub use any::AnyResource;
 pub use cidr::{Cidr, CidrError, Net};
 pub use decode::DecodeError;
+pub use defaults::defaults;
 pub use kind::{CALICO_API_VERSION, Key, Kind, UnknownKind};
 pub use metadata::{ObjectMeta, OwnerReference, StringMap};
 pub use names::{Asn, AsnError, MacAddr, MacAddrError, NodeName, Revision};
 pub use resource::{NoStatus, Resource, Spec};
 pub use text::UnknownValue;
+pub use validate::{FieldError, validate};

@@ -2,8 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
+use super::rule::NumberOrText;
 use super::{Protocol, Rule};
 use crate::metadata::StringMap;
 use crate::text::text_enum;
@@ -208,13 +209,29 @@ text_enum! {
 }
 
 /// A differentiated services code point: a number up to 63 or a name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Dscp {
     /// By number.
     Number(u8),
     /// By name.
     Name(DscpName),
+}
+
+impl<'de> Deserialize<'de> for Dscp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NumberOrText(|text| {
+            let number = text
+                .parse()
+                .ok()
+                .filter(|number| *number < 64)
+                .map(Self::Number);
+            let value = number.or_else(|| text.parse().ok().map(Self::Name));
+            value.ok_or_else(|| {
+                format!("{text:?} is not a code point (0 to 63, or a name such as EF)")
+            })
+        }))
+    }
 }
 
 impl Dscp {

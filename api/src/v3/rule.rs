@@ -363,7 +363,7 @@ impl<'de> Deserialize<'de> for Port {
 }
 
 /// Reads a number as if it were its text, so that one parser judges both.
-struct NumberOrText<T>(fn(&str) -> Result<T, String>);
+pub(super) struct NumberOrText<T>(pub(super) fn(&str) -> Result<T, String>);
 
 impl<T> de::Visitor<'_> for NumberOrText<T> {
     type Value = T;
