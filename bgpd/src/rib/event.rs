@@ -214,7 +214,7 @@ pub enum RouteSource {
 }
 
 /// The selected route of a prefix.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BestRoute {
     /// Where the first path comes from.
     pub source: RouteSource,
@@ -234,7 +234,7 @@ pub struct BestChange {
     /// Destination.
     pub prefix: Prefix,
     /// The new route; `None` when there is none any more.
-    pub best: Option<BestRoute>,
+    pub best: Option<Arc<BestRoute>>,
 }
 
 /// Outcome of a batch.
