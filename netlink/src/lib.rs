@@ -6,6 +6,7 @@
 //! - [`events`]: notifications, on a socket of their own.
 //! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
 //! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
+//! - [`process`]: a process held by a descriptor.
 //! - [`reconcile`]: the pure planner that every kernel programmer here uses.
 //! - [`probe`]: what this host can do, said so that an operator can act on it.
 //!
@@ -24,6 +25,7 @@ mod netlink;
 pub mod netns;
 pub mod nexthop;
 pub mod nft;
+pub mod process;
 pub mod reconcile;
 pub mod route;
 mod rtnl;
@@ -46,6 +48,8 @@ pub use netlink::Netlink;
 pub use netns::NetNs;
 pub use nexthop::{Nexthop, NexthopTarget};
 pub use nix::errno::Errno;
+pub use nix::sys::signal::Signal;
+pub use process::Process;
 pub use reconcile::Reconciler;
 pub use route::{Hop, Route, RouteDecision, RouteFilter, RouteKey, RouteKind, Scope, Target};
 pub use rule::Rule;

@@ -6,3 +6,4 @@
 //! It decides nothing about packets: that is done in the crates that it connects.
 
 pub mod startup;
+pub mod supervisor;
