@@ -8,14 +8,13 @@
 //!
 //! An item's own labels win over its parents', and a former parent over a later one.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use cali_api::selector::Labels;
+use cali_api::selector::{Labels, Restriction, Selector};
+use foldhash::{HashMap, HashSet};
 use smallvec::SmallVec;
-
-use super::scope::{NAMESPACE_LABEL, Scope};
 
 type LabelPairs = Arc<[(Arc<str>, Arc<str>)]>;
 
@@ -40,7 +39,7 @@ struct Class<I, S> {
 }
 
 struct Entry {
-    selector: Scope,
+    selector: Selector,
     classes: HashSet<u32>,
 }
 
@@ -56,12 +55,58 @@ struct Effective<'a> {
     parents: SmallVec<[&'a HashMap<Arc<str>, Arc<str>>; 2]>,
 }
 
+impl Effective<'_> {
+    fn pairs(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
+        let own = self.own.iter().map(|(label, value)| (label, value));
+        own.chain(self.parents.iter().flat_map(|parent| parent.iter()))
+    }
+}
+
 impl Labels for Effective<'_> {
     fn get(&self, key: &str) -> Option<&str> {
         if let Ok(at) = self.own.binary_search_by(|(name, _)| (**name).cmp(key)) {
             return Some(&self.own[at].1);
         }
-        self.parents.iter().find_map(|parent| parent.get(key)).map(|value| &**value)
+        self.parents
+            .iter()
+            .find_map(|parent| parent.get(key))
+            .map(|value| &**value)
+    }
+}
+
+/// A necessary condition by which the selectors that may match a class are found.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Bucket {
+    /// Nothing is known.
+    Any,
+    /// The label is present.
+    Present(Arc<str>),
+    /// The label has this value.
+    Value(Arc<str>, Arc<str>),
+}
+
+impl Bucket {
+    /// The buckets of a selector: those of its narrowest restriction.
+    fn of(selector: &Selector) -> Vec<Self> {
+        let width = |restriction: &Restriction| match restriction {
+            Restriction::OneOf(values) => values.len(),
+            Restriction::Present => usize::MAX,
+        };
+        match selector
+            .restrictions()
+            .into_iter()
+            .min_by_key(|(_, restriction)| width(restriction))
+        {
+            None => vec![Self::Any],
+            Some((label, Restriction::Present)) => vec![Self::Present((*label).into())],
+            Some((label, Restriction::OneOf(values))) => {
+                let label: Arc<str> = (*label).into();
+                values
+                    .iter()
+                    .map(|value| Self::Value(label.clone(), (**value).into()))
+                    .collect()
+            }
+        }
     }
 }
 
@@ -73,8 +118,8 @@ pub(super) struct LabelIndex<I, S> {
     class_of: HashMap<I, u32>,
     parents: HashMap<Arc<str>, Parent>,
     selectors: HashMap<S, Entry>,
-    /// Selectors by the namespace that they are limited to: what a class can match at all.
-    by_namespace: HashMap<Option<Arc<str>>, HashSet<S>>,
+    /// Selectors by one condition that whatever they match must satisfy.
+    buckets: HashMap<Bucket, HashSet<S>>,
     texts: Interner,
     /// Number of selector evaluations so far: what narrowing and sharing are measured by.
     pub(super) evaluations: u64,
@@ -83,13 +128,13 @@ pub(super) struct LabelIndex<I, S> {
 impl<I, S> Default for LabelIndex<I, S> {
     fn default() -> Self {
         Self {
-            classes: HashMap::new(),
+            classes: HashMap::default(),
             next_class: 0,
-            by_identity: HashMap::new(),
-            class_of: HashMap::new(),
-            parents: HashMap::new(),
-            selectors: HashMap::new(),
-            by_namespace: HashMap::new(),
+            by_identity: HashMap::default(),
+            class_of: HashMap::default(),
+            parents: HashMap::default(),
+            selectors: HashMap::default(),
+            buckets: HashMap::default(),
             texts: Interner::default(),
             evaluations: 0,
         }
@@ -122,10 +167,18 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         let before = old.map_or(&none, |class| &self.classes[&class].matching);
         let after = &self.classes[&new].matching;
         for selector in before.difference(after) {
-            changes.push(MatchChange { item: item.clone(), selector: selector.clone(), matches: false });
+            changes.push(MatchChange {
+                item: item.clone(),
+                selector: selector.clone(),
+                matches: false,
+            });
         }
         for selector in after.difference(before) {
-            changes.push(MatchChange { item: item.clone(), selector: selector.clone(), matches: true });
+            changes.push(MatchChange {
+                item: item.clone(),
+                selector: selector.clone(),
+                matches: true,
+            });
         }
         if let Some(old) = old {
             self.leave_class(&item, old);
@@ -134,9 +187,15 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
 
     /// Removes an item.
     pub(super) fn remove_item(&mut self, item: &I, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some(class) = self.class_of.remove(item) else { return };
+        let Some(class) = self.class_of.remove(item) else {
+            return;
+        };
         for selector in &self.classes[&class].matching {
-            changes.push(MatchChange { item: item.clone(), selector: selector.clone(), matches: false });
+            changes.push(MatchChange {
+                item: item.clone(),
+                selector: selector.clone(),
+                matches: false,
+            });
         }
         self.leave_class(item, class);
     }
@@ -148,8 +207,10 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         labels: impl IntoIterator<Item = (&'a str, &'a str)>,
         changes: &mut Vec<MatchChange<I, S>>,
     ) {
-        let labels: HashMap<Arc<str>, Arc<str>> =
-            labels.into_iter().map(|(key, value)| (self.texts.get(key), self.texts.get(value))).collect();
+        let labels: HashMap<Arc<str>, Arc<str>> = labels
+            .into_iter()
+            .map(|(key, value)| (self.texts.get(key), self.texts.get(value)))
+            .collect();
         let parent = self.parents.entry(name.clone()).or_default();
         if parent.labels == labels {
             self.drop_unused_parent(name);
@@ -164,40 +225,58 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// Adds a selector; an identity stands for one selector only.
-    pub(super) fn add_selector(&mut self, id: S, selector: Scope, changes: &mut Vec<MatchChange<I, S>>) {
+    pub(super) fn add_selector(
+        &mut self,
+        id: S,
+        selector: Selector,
+        changes: &mut Vec<MatchChange<I, S>>,
+    ) {
         if self.selectors.contains_key(&id) {
             return;
         }
-        let mut classes = HashSet::new();
+        let mut classes = HashSet::default();
         for (number, class) in &mut self.classes {
             self.evaluations += 1;
             if selector.matches(&effective(&class.identity, &self.parents)) {
                 classes.insert(*number);
                 class.matching.insert(id.clone());
                 for item in &class.items {
-                    changes.push(MatchChange { item: item.clone(), selector: id.clone(), matches: true });
+                    changes.push(MatchChange {
+                        item: item.clone(),
+                        selector: id.clone(),
+                        matches: true,
+                    });
                 }
             }
         }
-        self.by_namespace.entry(selector.namespace().cloned()).or_default().insert(id.clone());
+        for bucket in Bucket::of(&selector) {
+            self.buckets.entry(bucket).or_default().insert(id.clone());
+        }
         self.selectors.insert(id, Entry { selector, classes });
     }
 
     /// Removes a selector.
     pub(super) fn remove_selector(&mut self, id: &S, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some(entry) = self.selectors.remove(id) else { return };
-        let namespace = entry.selector.namespace().cloned();
-        if let Some(group) = self.by_namespace.get_mut(&namespace) {
-            group.remove(id);
-            if group.is_empty() {
-                self.by_namespace.remove(&namespace);
+        let Some(entry) = self.selectors.remove(id) else {
+            return;
+        };
+        for bucket in Bucket::of(&entry.selector) {
+            if let Some(group) = self.buckets.get_mut(&bucket) {
+                group.remove(id);
+                if group.is_empty() {
+                    self.buckets.remove(&bucket);
+                }
             }
         }
         for number in entry.classes {
             if let Some(class) = self.classes.get_mut(&number) {
                 class.matching.remove(id);
                 for item in &class.items {
-                    changes.push(MatchChange { item: item.clone(), selector: id.clone(), matches: false });
+                    changes.push(MatchChange {
+                        item: item.clone(),
+                        selector: id.clone(),
+                        matches: false,
+                    });
                 }
             }
         }
@@ -205,7 +284,22 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
 
     /// The selectors that match an item, sorted.
     pub(super) fn selectors_of(&self, item: &I) -> impl Iterator<Item = &S> {
-        self.class_of.get(item).into_iter().flat_map(|class| &self.classes[class].matching)
+        self.class_of
+            .get(item)
+            .into_iter()
+            .flat_map(|class| &self.classes[class].matching)
+    }
+
+    /// The items that a selector matches, in no order.
+    pub(super) fn items_of(&self, selector: &S) -> impl Iterator<Item = &I> {
+        let classes = self
+            .selectors
+            .get(selector)
+            .into_iter()
+            .flat_map(|entry| &entry.classes);
+        classes
+            .filter_map(|class| self.classes.get(class))
+            .flat_map(|class| &class.items)
     }
 
     fn identity<'a>(
@@ -213,41 +307,68 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         labels: impl IntoIterator<Item = (&'a str, &'a str)>,
         parents: &[Arc<str>],
     ) -> ClassIdentity {
-        let mut pairs: Vec<_> =
-            labels.into_iter().map(|(key, value)| (self.texts.get(key), self.texts.get(value))).collect();
+        let mut pairs: Vec<_> = labels
+            .into_iter()
+            .map(|(key, value)| (self.texts.get(key), self.texts.get(value)))
+            .collect();
         pairs.sort_unstable();
         pairs.dedup_by(|later, former| later.0 == former.0);
-        ClassIdentity { labels: pairs.into(), parents: parents.iter().map(|name| self.texts.get(name)).collect() }
+        ClassIdentity {
+            labels: pairs.into(),
+            parents: parents.iter().map(|name| self.texts.get(name)).collect(),
+        }
     }
 
     fn create_class(&mut self, identity: ClassIdentity) -> u32 {
         let number = self.next_class;
         self.next_class = self.next_class.wrapping_add(1);
         for name in &identity.parents {
-            self.parents.entry(name.clone()).or_default().classes.insert(number);
+            self.parents
+                .entry(name.clone())
+                .or_default()
+                .classes
+                .insert(number);
         }
         self.by_identity.insert(identity.clone(), number);
-        self.classes.insert(number, Class { identity, items: HashSet::new(), matching: BTreeSet::new() });
+        self.classes.insert(
+            number,
+            Class {
+                identity,
+                items: HashSet::default(),
+                matching: BTreeSet::new(),
+            },
+        );
         self.evaluate_class(number, &mut Vec::new());
         number
     }
 
     /// Evaluates every selector against one class and tells what changed for its items.
     fn evaluate_class(&mut self, number: u32, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some(class) = self.classes.get_mut(&number) else { return };
+        let Some(class) = self.classes.get_mut(&number) else {
+            return;
+        };
         let labels = effective(&class.identity, &self.parents);
-        // What matched so far is looked at again, also if the class has left the selector's namespace.
-        let namespace = labels.get(NAMESPACE_LABEL).map(Arc::from);
-        let mut candidates: Vec<S> = class.matching.iter().cloned().collect();
-        candidates.extend(self.by_namespace.get(&None).into_iter().flatten().cloned());
-        if namespace.is_some() {
-            candidates.extend(self.by_namespace.get(&namespace).into_iter().flatten().cloned());
+        // What matched so far is looked at again: a label that led to its bucket may have gone.
+        let mut candidates: HashSet<S> = class.matching.iter().cloned().collect();
+        let mut look = |bucket: Bucket| {
+            candidates.extend(self.buckets.get(&bucket).into_iter().flatten().cloned())
+        };
+        look(Bucket::Any);
+        for (label, value) in labels.pairs() {
+            look(Bucket::Present(label.clone()));
+            look(Bucket::Value(label.clone(), value.clone()));
         }
         for id in &candidates {
-            let Some(entry) = self.selectors.get_mut(id) else { continue };
+            let Some(entry) = self.selectors.get_mut(id) else {
+                continue;
+            };
             self.evaluations += 1;
             let matches = entry.selector.matches(&labels);
-            let differs = if matches { entry.classes.insert(number) } else { entry.classes.remove(&number) };
+            let differs = if matches {
+                entry.classes.insert(number)
+            } else {
+                entry.classes.remove(&number)
+            };
             if !differs {
                 continue;
             }
@@ -257,18 +378,26 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
                 class.matching.remove(id);
             }
             for item in &class.items {
-                changes.push(MatchChange { item: item.clone(), selector: id.clone(), matches });
+                changes.push(MatchChange {
+                    item: item.clone(),
+                    selector: id.clone(),
+                    matches,
+                });
             }
         }
     }
 
     fn leave_class(&mut self, item: &I, number: u32) {
-        let Some(class) = self.classes.get_mut(&number) else { return };
+        let Some(class) = self.classes.get_mut(&number) else {
+            return;
+        };
         class.items.remove(item);
         if !class.items.is_empty() {
             return;
         }
-        let Some(class) = self.classes.remove(&number) else { return };
+        let Some(class) = self.classes.remove(&number) else {
+            return;
+        };
         self.by_identity.remove(&class.identity);
         for id in &class.matching {
             if let Some(entry) = self.selectors.get_mut(id) {
@@ -284,16 +413,28 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     fn drop_unused_parent(&mut self, name: &Arc<str>) {
-        if self.parents.get(name).is_some_and(|parent| parent.labels.is_empty() && parent.classes.is_empty()) {
+        if self
+            .parents
+            .get(name)
+            .is_some_and(|parent| parent.labels.is_empty() && parent.classes.is_empty())
+        {
             self.parents.remove(name);
         }
     }
 }
 
-fn effective<'a>(identity: &'a ClassIdentity, parents: &'a HashMap<Arc<str>, Parent>) -> Effective<'a> {
+fn effective<'a>(
+    identity: &'a ClassIdentity,
+    parents: &'a HashMap<Arc<str>, Parent>,
+) -> Effective<'a> {
     Effective {
         own: &identity.labels,
-        parents: identity.parents.iter().filter_map(|name| parents.get(name)).map(|parent| &parent.labels).collect(),
+        parents: identity
+            .parents
+            .iter()
+            .filter_map(|name| parents.get(name))
+            .map(|parent| &parent.labels)
+            .collect(),
     }
 }
 

@@ -4,9 +4,10 @@
 //! nf_tables interval sets refuse overlapping elements, so only the outermost networks are visible.
 //! Single addresses live in an exact set of their own and are never hidden.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use cali_api::Cidr;
+use foldhash::HashMap;
 
 use super::output::Member;
 
@@ -48,7 +49,9 @@ impl Members {
     pub(super) fn remove(&mut self, member: Member, mut change: impl FnMut(Member, bool)) {
         match member {
             Member::Net(net) if !net.is_host() => {
-                let Some(count) = self.wide.get_mut(&net) else { return };
+                let Some(count) = self.wide.get_mut(&net) else {
+                    return;
+                };
                 *count -= 1;
                 if *count > 0 {
                     return;
@@ -63,7 +66,9 @@ impl Members {
                 }
             }
             _ => {
-                let Some(count) = self.exact.get_mut(&member) else { return };
+                let Some(count) = self.exact.get_mut(&member) else {
+                    return;
+                };
                 *count -= 1;
                 if *count == 0 {
                     self.exact.remove(&member);
@@ -89,7 +94,9 @@ impl Members {
 
     /// Whether a strictly wider network is present.
     fn covered(&self, net: Cidr) -> bool {
-        (0..net.prefix_len()).any(|len| Cidr::masked(net.addr(), len).is_ok_and(|outer| self.wide.contains_key(&outer)))
+        (0..net.prefix_len()).any(|len| {
+            Cidr::masked(net.addr(), len).is_ok_and(|outer| self.wide.contains_key(&outer))
+        })
     }
 
     /// The widest networks strictly inside `net`.
@@ -126,14 +133,35 @@ mod tests {
         for text in ["10.1.0.0/16", "10.1.2.0/24", "10.2.0.0/16", "10.1.2.3/32"] {
             members.add(net(text), |member, on| seen.push((member, on)));
         }
-        assert_eq!(seen, [(net("10.1.0.0/16"), true), (net("10.2.0.0/16"), true), (net("10.1.2.3/32"), true)]);
+        assert_eq!(
+            seen,
+            [
+                (net("10.1.0.0/16"), true),
+                (net("10.2.0.0/16"), true),
+                (net("10.1.2.3/32"), true)
+            ]
+        );
         seen.clear();
         members.add(net("10.0.0.0/8"), |member, on| seen.push((member, on)));
-        assert_eq!(seen, [(net("10.1.0.0/16"), false), (net("10.2.0.0/16"), false), (net("10.0.0.0/8"), true)]);
+        assert_eq!(
+            seen,
+            [
+                (net("10.1.0.0/16"), false),
+                (net("10.2.0.0/16"), false),
+                (net("10.0.0.0/8"), true)
+            ]
+        );
         members.remove(net("10.1.0.0/16"), |_, _| panic!("it was hidden"));
         seen.clear();
         members.remove(net("10.0.0.0/8"), |member, on| seen.push((member, on)));
-        assert_eq!(seen, [(net("10.0.0.0/8"), false), (net("10.1.2.0/24"), true), (net("10.2.0.0/16"), true)]);
+        assert_eq!(
+            seen,
+            [
+                (net("10.0.0.0/8"), false),
+                (net("10.1.2.0/24"), true),
+                (net("10.2.0.0/16"), true)
+            ]
+        );
     }
 
     proptest! {

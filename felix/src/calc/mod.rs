@@ -3,7 +3,14 @@
 //! A pure, incremental graph: [`Input`] in, [`Batch`] out, no clock, no I/O. The same objects give
 //! the same result in whatever order they arrive, and a change costs what it touches.
 
+mod graph;
+mod ipsets;
+mod labels;
+mod local;
+mod members;
 mod output;
+mod rules;
+mod snapshot;
 
 use std::sync::Arc;
 
@@ -11,10 +18,12 @@ use cali_api::Key;
 use cali_api::update::SyncEvent;
 use cali_api::v3::WorkloadEndpoint;
 
+pub use graph::Graph;
 pub use output::{
     Action, Batch, Delta, Direction, Endpoint, Icmp, IpSetId, IpSetKind, IpVersion, Member,
     PeerMatch, PoolNat, PortRange, Rule, Rules, TierDefault, TierPolicies,
 };
+pub use snapshot::{Snapshot, Violation};
 
 /// What the graph is told.
 #[derive(Debug, Clone)]
@@ -26,3 +35,6 @@ pub enum Input {
     /// and profiles count; interface and addresses stay the announced ones.
     Announce(Key, Option<Arc<WorkloadEndpoint>>),
 }
+
+#[cfg(test)]
+mod tests;

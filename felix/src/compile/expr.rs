@@ -22,7 +22,11 @@ pub(super) enum Side {
 }
 
 pub(super) fn cmp(op: CmpOp, value: Key) -> Expr {
-    Expr::Cmp { op, sreg: Reg::R1, value }
+    Expr::Cmp {
+        op,
+        sreg: Reg::R1,
+        value,
+    }
 }
 
 fn eq_or_not(negated: bool) -> CmpOp {
@@ -35,12 +39,24 @@ pub(super) fn family(version: IpVersion) -> [Expr; 2] {
         IpVersion::V4 => NFPROTO_IPV4,
         IpVersion::V6 => NFPROTO_IPV6,
     };
-    [Expr::Meta { key: Meta::NfProto, dreg: Reg::R1 }, cmp(CmpOp::Eq, Key::byte(number))]
+    [
+        Expr::Meta {
+            key: Meta::NfProto,
+            dreg: Reg::R1,
+        },
+        cmp(CmpOp::Eq, Key::byte(number)),
+    ]
 }
 
 /// `meta l4proto [!=] number`.
 pub(super) fn protocol(number: u8, negated: bool) -> [Expr; 2] {
-    [Expr::Meta { key: Meta::L4Proto, dreg: Reg::R1 }, cmp(eq_or_not(negated), Key::byte(number))]
+    [
+        Expr::Meta {
+            key: Meta::L4Proto,
+            dreg: Reg::R1,
+        },
+        cmp(eq_or_not(negated), Key::byte(number)),
+    ]
 }
 
 /// Loads an address.
@@ -51,7 +67,12 @@ pub(super) fn load_address(side: Side, version: IpVersion, dreg: Reg) -> Expr {
         (IpVersion::V6, Side::Source) => (8, 16),
         (IpVersion::V6, Side::Destination) => (24, 16),
     };
-    Expr::Payload { base: Base::Network, offset, len, dreg }
+    Expr::Payload {
+        base: Base::Network,
+        offset,
+        len,
+        dreg,
+    }
 }
 
 /// Loads a port.
@@ -60,7 +81,12 @@ pub(super) fn load_port(side: Side, dreg: Reg) -> Expr {
         Side::Source => 0,
         Side::Destination => 2,
     };
-    Expr::Payload { base: Base::Transport, offset, len: 2, dreg }
+    Expr::Payload {
+        base: Base::Transport,
+        offset,
+        len: 2,
+        dreg,
+    }
 }
 
 /// `ip saddr [!=] network`, for one network.
@@ -71,22 +97,39 @@ pub(super) fn network(side: Side, net: Cidr, negated: bool) -> Vec<Expr> {
         let width = if net.is_v4() { 4 } else { 16 };
         let mask: Vec<u8> = (0..width)
             .map(|byte: usize| {
-                let bits = usize::from(net.prefix_len()).saturating_sub(byte * 8).min(8);
+                let bits = usize::from(net.prefix_len())
+                    .saturating_sub(byte * 8)
+                    .min(8);
                 !(0xff_u8.checked_shr(bits as u32).unwrap_or(0))
             })
             .collect();
         let xor = Key::bytes(&vec![0; width]);
-        exprs.push(Expr::Bitwise { sreg: Reg::R1, dreg: Reg::R1, mask: Key::bytes(&mask), xor });
+        exprs.push(Expr::Bitwise {
+            sreg: Reg::R1,
+            dreg: Reg::R1,
+            mask: Key::bytes(&mask),
+            xor,
+        });
     }
     exprs.push(cmp(eq_or_not(negated), Key::ip(net.addr())));
     exprs
 }
 
 /// `ip saddr [!=] @set`.
-pub(super) fn address_in(side: Side, version: IpVersion, set: Arc<str>, negated: bool) -> [Expr; 2] {
+pub(super) fn address_in(
+    side: Side,
+    version: IpVersion,
+    set: Arc<str>,
+    negated: bool,
+) -> [Expr; 2] {
     [
         load_address(side, version, Reg::R1),
-        Expr::Lookup { set, sreg: Reg::R1, dreg: None, negated },
+        Expr::Lookup {
+            set,
+            sreg: Reg::R1,
+            dreg: None,
+            negated,
+        },
     ]
 }
 
@@ -99,9 +142,17 @@ pub(super) fn port_in(side: Side, version: IpVersion, set: Arc<str>, negated: bo
     };
     [
         load_address(side, version, Reg::word(0)),
-        Expr::Meta { key: Meta::L4Proto, dreg: Reg::word(words) },
+        Expr::Meta {
+            key: Meta::L4Proto,
+            dreg: Reg::word(words),
+        },
         load_port(side, Reg::word(words + 1)),
-        Expr::Lookup { set, sreg: Reg::word(0), dreg: None, negated },
+        Expr::Lookup {
+            set,
+            sreg: Reg::word(0),
+            dreg: None,
+            negated,
+        },
     ]
 }
 
@@ -110,14 +161,27 @@ pub(super) fn port(side: Side, range: PortRange, negated: bool) -> [Expr; 2] {
     let test = if range.first == range.last {
         cmp(eq_or_not(negated), Key::port(range.first))
     } else {
-        Expr::Range { negated, sreg: Reg::R1, from: Key::port(range.first), to: Key::port(range.last) }
+        Expr::Range {
+            negated,
+            sreg: Reg::R1,
+            from: Key::port(range.first),
+            to: Key::port(range.last),
+        }
     };
     [load_port(side, Reg::R1), test]
 }
 
 /// `th dport [!=] @set`.
 pub(super) fn port_in_literal(side: Side, set: Arc<str>, negated: bool) -> [Expr; 2] {
-    [load_port(side, Reg::R1), Expr::Lookup { set, sreg: Reg::R1, dreg: None, negated }]
+    [
+        load_port(side, Reg::R1),
+        Expr::Lookup {
+            set,
+            sreg: Reg::R1,
+            dreg: None,
+            negated,
+        },
+    ]
 }
 
 /// ICMP type, and code with it.
@@ -127,7 +191,12 @@ pub(super) fn icmp(icmp_type: u8, code: Option<u8>, negated: bool) -> [Expr; 2] 
         None => (1, Key::byte(icmp_type)),
     };
     [
-        Expr::Payload { base: Base::Transport, offset: 0, len, dreg: Reg::R1 },
+        Expr::Payload {
+            base: Base::Transport,
+            offset: 0,
+            len,
+            dreg: Reg::R1,
+        },
         cmp(eq_or_not(negated), value),
     ]
 }
@@ -135,8 +204,17 @@ pub(super) fn icmp(icmp_type: u8, code: Option<u8>, negated: bool) -> [Expr; 2] 
 /// `ct state` has one of these bits.
 pub(super) fn ct_state_any(bits: u32) -> [Expr; 3] {
     [
-        Expr::Ct { key: Ct::State, original: None, dreg: Reg::R1 },
-        Expr::Bitwise { sreg: Reg::R1, dreg: Reg::R1, mask: Key::host32(bits), xor: Key::host32(0) },
+        Expr::Ct {
+            key: Ct::State,
+            original: None,
+            dreg: Reg::R1,
+        },
+        Expr::Bitwise {
+            sreg: Reg::R1,
+            dreg: Reg::R1,
+            mask: Key::host32(bits),
+            xor: Key::host32(0),
+        },
         cmp(CmpOp::Neq, Key::host32(0)),
     ]
 }
@@ -151,12 +229,18 @@ pub(super) fn accept_established() -> Vec<Expr> {
 /// `iifname|oifname "prefix*"`.
 pub(super) fn interface_prefix(key: Meta, prefix: &str) -> [Expr; 2] {
     let bytes = &prefix.as_bytes()[..prefix.len().min(15)];
-    [Expr::Meta { key, dreg: Reg::R1 }, cmp(CmpOp::Eq, Key::bytes(bytes))]
+    [
+        Expr::Meta { key, dreg: Reg::R1 },
+        cmp(CmpOp::Eq, Key::bytes(bytes)),
+    ]
 }
 
 /// A counter that starts at zero.
 pub(super) fn counter() -> Expr {
-    Expr::Counter { packets: 0, bytes: 0 }
+    Expr::Counter {
+        packets: 0,
+        bytes: 0,
+    }
 }
 
 /// First and last address of a network.
@@ -164,11 +248,15 @@ pub(super) fn bounds(net: Cidr) -> (IpAddr, IpAddr) {
     let first = net.addr();
     let last = match first {
         IpAddr::V4(addr) => {
-            let hosts = u32::MAX.checked_shr(u32::from(net.prefix_len())).unwrap_or(0);
+            let hosts = u32::MAX
+                .checked_shr(u32::from(net.prefix_len()))
+                .unwrap_or(0);
             IpAddr::V4((addr.to_bits() | hosts).into())
         }
         IpAddr::V6(addr) => {
-            let hosts = u128::MAX.checked_shr(u32::from(net.prefix_len())).unwrap_or(0);
+            let hosts = u128::MAX
+                .checked_shr(u32::from(net.prefix_len()))
+                .unwrap_or(0);
             IpAddr::V6((addr.to_bits() | hosts).into())
         }
     };

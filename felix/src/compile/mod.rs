@@ -1,6 +1,6 @@
 //! From what must be enforced to an nf_tables program, and from there to one transaction.
 //!
-//! The compiler takes the graph's deltas and keeps the desired [`Program`] of table `inet calico`:
+//! [`Compiler`] takes the graph's deltas and keeps the desired [`Program`] of table `inet calico`:
 //!
 //! - an interface's name leads through a verdict map to the endpoint's chain, so the number of
 //!   endpoints costs a packet nothing;
@@ -13,9 +13,18 @@
 //!   has networks among its members. A pod that comes or goes changes elements, no rule.
 //!
 //! Every object's content depends on the desired state alone, never on the order of deltas.
-//! The planner compares programs and touch only what differs. Nothing
+//! [`plan_transaction`] and [`plan_touched`] compare programs and touch only what differs. Nothing
 //! here talks to the kernel.
 
+mod base;
+mod compiler;
+mod expr;
+mod names;
 mod program;
+mod rule;
+mod settings;
+mod stack;
 
+pub use compiler::Compiler;
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
+pub use settings::{DenyAction, HostAction, Settings};

@@ -25,10 +25,13 @@ fn bounded(name: String) -> Arc<str> {
 
 /// The first 80 bits of SHA-256 in hexadecimal.
 pub(super) fn digest(text: &str) -> String {
-    Sha256::digest(text).iter().take(10).fold(String::new(), |mut hex, byte| {
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    Sha256::digest(text)
+        .iter()
+        .take(10)
+        .fold(String::new(), |mut hex, byte| {
+            let _ = write!(hex, "{byte:02x}");
+            hex
+        })
 }
 
 /// A policy as Calico writes it in log prefixes and chain names, e.g. `np/ns/name`.

@@ -161,6 +161,16 @@ impl Touched {
         self.chains.is_empty() && self.sets.is_empty() && self.elements.is_empty()
     }
 
+    /// Names one element, unless its whole set is named already.
+    pub(super) fn element(&mut self, set: &Arc<str>, key: &Key) {
+        if !self.sets.contains(set) {
+            self.elements
+                .entry(set.clone())
+                .or_default()
+                .insert(key.clone());
+        }
+    }
+
     /// Everything that occurs in either program.
     pub fn all(current: &Program, desired: &Program) -> Self {
         Self {

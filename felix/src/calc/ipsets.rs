@@ -1,0 +1,254 @@
+//! The IP sets in use and their members.
+//!
+//! Everything in the cluster that has addresses is an *item*: workload endpoints, host endpoints and
+//! network sets. A set exists while a rule of an active policy uses it. Changes collect until they
+//! are taken; what came and went in between cancels out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cali_api::{Cidr, Key};
+use foldhash::HashMap;
+use smallvec::SmallVec;
+
+use super::labels::{LabelIndex, MatchChange};
+use super::members::Members;
+use super::output::{Delta, IpSetId, Member};
+use super::rules::SetSpec;
+
+/// What an item contributes to the sets that select it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) nets: SmallVec<[Cidr; 2]>,
+    pub(super) ports: Vec<NamedPort>,
+}
+
+/// A named port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NamedPort {
+    pub(super) name: Arc<str>,
+    pub(super) protocol: u8,
+    pub(super) port: u16,
+}
+
+struct IpSet {
+    spec: SetSpec,
+    members: Members,
+    users: usize,
+    /// Whether consumers know the set.
+    announced: bool,
+}
+
+/// Items, sets, and what changed since the last taking.
+#[derive(Default)]
+pub(super) struct IpSets {
+    index: LabelIndex<u32, IpSetId>,
+    numbers: HashMap<Key, u32>,
+    items: HashMap<u32, Item>,
+    next_number: u32,
+    sets: HashMap<IpSetId, IpSet>,
+    /// Sets that were created, changed or lost their last user; `true`: visible, `false`: no longer.
+    pending: BTreeMap<IpSetId, HashMap<Member, bool>>,
+}
+
+impl IpSets {
+    /// Adds an item or changes it.
+    pub(super) fn set_item<'a>(
+        &mut self,
+        key: &Key,
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+        parents: &[Arc<str>],
+        item: Item,
+    ) {
+        let number = match self.numbers.get(key) {
+            Some(number) => *number,
+            None => {
+                let number = self.next_number;
+                self.next_number = self.next_number.wrapping_add(1);
+                self.numbers.insert(key.clone(), number);
+                number
+            }
+        };
+        let mut changes = Vec::new();
+        self.index.set_item(number, labels, parents, &mut changes);
+        let old = self.items.insert(number, item.clone()).unwrap_or_default();
+        if old != item {
+            let kept: Vec<IpSetId> = self
+                .index
+                .selectors_of(&number)
+                .filter(|id| {
+                    !changes
+                        .iter()
+                        .any(|change| change.matches && change.selector == **id)
+                })
+                .cloned()
+                .collect();
+            for id in kept {
+                self.contribute(&id, &old, false);
+                self.contribute(&id, &item, true);
+            }
+        }
+        for change in changes {
+            let item = if change.matches { &item } else { &old };
+            self.contribute(&change.selector, item, change.matches);
+        }
+    }
+
+    /// Removes an item.
+    pub(super) fn remove_item(&mut self, key: &Key) {
+        let Some(number) = self.numbers.remove(key) else {
+            return;
+        };
+        let mut changes = Vec::new();
+        self.index.remove_item(&number, &mut changes);
+        self.apply(&changes);
+        self.items.remove(&number);
+    }
+
+    /// Gives a profile's labels to the items that name it.
+    pub(super) fn set_parent<'a>(
+        &mut self,
+        name: &Arc<str>,
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) {
+        let mut changes = Vec::new();
+        self.index.set_parent(name, labels, &mut changes);
+        self.apply(&changes);
+    }
+
+    /// Counts one more user of a set, which exists from now on.
+    pub(super) fn acquire(&mut self, id: &IpSetId, spec: &SetSpec) {
+        if let Some(set) = self.sets.get_mut(id) {
+            set.users += 1;
+            return;
+        }
+        let set = IpSet {
+            spec: spec.clone(),
+            members: Members::default(),
+            users: 1,
+            announced: false,
+        };
+        self.sets.insert(id.clone(), set);
+        self.pending.entry(id.clone()).or_default();
+        let mut changes = Vec::new();
+        self.index
+            .add_selector(id.clone(), spec.scope().clone(), &mut changes);
+        self.apply(&changes);
+    }
+
+    /// Takes one use back. The set goes with the next taking, unless it is used again until then.
+    pub(super) fn release(&mut self, id: &IpSetId) {
+        let Some(set) = self.sets.get_mut(id) else {
+            return;
+        };
+        set.users = set.users.saturating_sub(1);
+        if set.users == 0 {
+            self.pending.entry(id.clone()).or_default();
+        }
+    }
+
+    /// Number of sets in use.
+    pub(super) fn len(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// The changes since the last call: creations and changes, and apart from them removals.
+    pub(super) fn take(&mut self) -> (Vec<Delta>, Vec<Delta>) {
+        let (mut live, mut removed) = (Vec::new(), Vec::new());
+        for (id, changes) in std::mem::take(&mut self.pending) {
+            let Some(set) = self.sets.get_mut(&id) else {
+                continue;
+            };
+            if set.users == 0 {
+                if set.announced {
+                    removed.push(Delta::IpSetRemove { id: id.clone() });
+                }
+                self.sets.remove(&id);
+                self.index.remove_selector(&id, &mut Vec::new());
+            } else if !set.announced {
+                set.announced = true;
+                let (kind, origin) = (set.spec.kind(), set.spec.origin());
+                live.push(Delta::IpSetCreate {
+                    id,
+                    kind,
+                    origin,
+                    members: set.members.visible(),
+                });
+            } else if !changes.is_empty() {
+                let mut added: Vec<Member> = changes
+                    .iter()
+                    .filter(|(_, on)| **on)
+                    .map(|(member, _)| *member)
+                    .collect();
+                let mut gone: Vec<Member> = changes
+                    .iter()
+                    .filter(|(_, on)| !**on)
+                    .map(|(member, _)| *member)
+                    .collect();
+                added.sort_unstable();
+                gone.sort_unstable();
+                live.push(Delta::IpSetChange {
+                    id,
+                    added,
+                    removed: gone,
+                });
+            }
+        }
+        (live, removed)
+    }
+
+    fn apply(&mut self, changes: &[MatchChange<u32, IpSetId>]) {
+        for change in changes {
+            if let Some(item) = self.items.get(&change.item).cloned() {
+                self.contribute(&change.selector, &item, change.matches);
+            }
+        }
+    }
+
+    /// Adds or takes back what an item contributes to a set.
+    fn contribute(&mut self, id: &IpSetId, item: &Item, add: bool) {
+        let Some(set) = self.sets.get_mut(id) else {
+            return;
+        };
+        let pending = &mut self.pending;
+        let announced = set.announced;
+        let mut note = |member: Member, visible: bool| {
+            if !announced {
+                return;
+            }
+            let changes = pending.entry(id.clone()).or_default();
+            // The opposite of what is pending brings the set back to what consumers know.
+            if changes.remove(&member).is_none() {
+                changes.insert(member, visible);
+            }
+        };
+        for member in contribution(&set.spec, item) {
+            if add {
+                set.members.add(member, &mut note);
+            } else {
+                set.members.remove(member, &mut note);
+            }
+        }
+    }
+}
+
+fn contribution(spec: &SetSpec, item: &Item) -> SmallVec<[Member; 2]> {
+    match spec {
+        SetSpec::Addresses(_) => item.nets.iter().map(|net| Member::Net(*net)).collect(),
+        SetSpec::NamedPort { protocol, name, .. } => item
+            .ports
+            .iter()
+            .filter(|port| port.protocol == *protocol && port.name == *name)
+            .flat_map(|port| {
+                item.nets
+                    .iter()
+                    .filter(|net| net.is_host())
+                    .map(|net| Member::Port {
+                        addr: net.addr(),
+                        protocol: port.protocol,
+                        port: port.port,
+                    })
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,304 @@
+//! Which policies apply to the endpoints of this node, and in which order they are asked.
+//!
+//! Tiers: by order, those without one last, then by name. Policies within a tier: by order, those
+//! without one last, then by name, namespace and kind. A tier counts for an endpoint and direction
+//! only if one of its policies applies there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use cali_api::kubernetes::SERVICE_ACCOUNT_LABEL_PREFIX;
+use cali_api::selector::Selector;
+use cali_api::v3::{DEFAULT_TIER, Order, TierAction};
+use cali_api::{AnyResource, Cidr, Key};
+use foldhash::HashMap;
+
+use super::labels::{LabelIndex, MatchChange};
+use super::output::{Direction, Endpoint, TierDefault, TierPolicies};
+use super::rules::parse;
+
+/// A local endpoint as far as the kernel is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct LocalEndpoint {
+    pub(super) interface: Arc<str>,
+    pub(super) addresses: Vec<Cidr>,
+    pub(super) mac: Option<Arc<str>>,
+    pub(super) profiles: Vec<Arc<str>>,
+}
+
+struct Policy {
+    source: Arc<AnyResource>,
+    tier: Arc<str>,
+    order: Option<Order>,
+    ingress: bool,
+    egress: bool,
+    selector: Selector,
+}
+
+#[derive(Clone, Copy)]
+struct Tier {
+    order: Option<Order>,
+    end: TierDefault,
+}
+
+/// Sorts as the model orders: smaller first, `None` last.
+type Rank = (bool, Option<Order>);
+
+fn rank(order: Option<Order>) -> Rank {
+    (order.is_none(), order)
+}
+
+/// Tiers that exist without anybody writing them (Calico's fixed orders and end actions).
+fn built_in(name: &str) -> Option<Tier> {
+    let (order, end) = match name {
+        DEFAULT_TIER => (1_000_000.0, TierDefault::Deny),
+        "kube-admin" | "adminnetworkpolicy" => (1_000.0, TierDefault::Pass),
+        "kube-baseline" | "baselineadminnetworkpolicy" => (10_000_000.0, TierDefault::Pass),
+        _ => return None,
+    };
+    Some(Tier {
+        order: Some(Order(order)),
+        end,
+    })
+}
+
+/// Local endpoints, all policies, all tiers.
+#[derive(Default)]
+pub(super) struct Local {
+    endpoints: BTreeMap<Key, LocalEndpoint>,
+    policies: HashMap<Key, Policy>,
+    tiers: HashMap<Arc<str>, Tier>,
+    index: LabelIndex<Key, Key>,
+    dirty: BTreeSet<Key>,
+}
+
+impl Local {
+    /// Adds an endpoint or changes it.
+    pub(super) fn set_endpoint<'a>(
+        &mut self,
+        key: &Key,
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+        endpoint: LocalEndpoint,
+    ) {
+        let mut changes = Vec::new();
+        self.index
+            .set_item(key.clone(), labels, &endpoint.profiles, &mut changes);
+        self.mark(changes);
+        if self.endpoints.get(key) != Some(&endpoint) {
+            self.endpoints.insert(key.clone(), endpoint);
+            self.dirty.insert(key.clone());
+        }
+    }
+
+    /// Removes an endpoint.
+    pub(super) fn remove_endpoint(&mut self, key: &Key) {
+        if self.endpoints.remove(key).is_some() {
+            self.index.remove_item(key, &mut Vec::new());
+            self.dirty.insert(key.clone());
+        }
+    }
+
+    /// Gives a profile's labels to the endpoints that name it.
+    pub(super) fn set_parent<'a>(
+        &mut self,
+        name: &Arc<str>,
+        labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) {
+        let mut changes = Vec::new();
+        self.index.set_parent(name, labels, &mut changes);
+        self.mark(changes);
+    }
+
+    /// Adds a tier or changes it; `None` removes it.
+    pub(super) fn set_tier(&mut self, name: &str, tier: Option<(Option<Order>, TierAction)>) {
+        match tier {
+            Some((order, end)) => {
+                let end = match end {
+                    TierAction::Deny => TierDefault::Deny,
+                    TierAction::Pass => TierDefault::Pass,
+                };
+                self.tiers.insert(name.into(), Tier { order, end });
+            }
+            None => {
+                self.tiers.remove(name);
+            }
+        }
+        // Tiers are few and seldom change; which endpoints have policies in one is not kept.
+        self.dirty.extend(self.endpoints.keys().cloned());
+    }
+
+    /// Adds a policy or changes it. With a selector that cannot be used, the error is returned and
+    /// the former version stays.
+    pub(super) fn set_policy(
+        &mut self,
+        key: &Key,
+        source: &Arc<AnyResource>,
+    ) -> Result<(), String> {
+        let Some(policy) = read_policy(source)? else {
+            self.remove_policy(key);
+            return Ok(());
+        };
+        let placed = (
+            policy.tier.clone(),
+            policy.order,
+            policy.ingress,
+            policy.egress,
+        );
+        let selector = policy.selector.clone();
+        let old = self.policies.insert(key.clone(), policy);
+        let mut changes = Vec::new();
+        match old {
+            Some(old) if old.selector == selector => {
+                if placed != (old.tier, old.order, old.ingress, old.egress) {
+                    self.dirty.extend(self.index.items_of(key).cloned());
+                }
+            }
+            old => {
+                if old.is_some() {
+                    self.index.remove_selector(key, &mut changes);
+                }
+                self.index.add_selector(key.clone(), selector, &mut changes);
+            }
+        }
+        self.mark(changes);
+        Ok(())
+    }
+
+    /// Removes a policy.
+    pub(super) fn remove_policy(&mut self, key: &Key) {
+        if self.policies.remove(key).is_some() {
+            let mut changes = Vec::new();
+            self.index.remove_selector(key, &mut changes);
+            self.mark(changes);
+        }
+    }
+
+    /// The object behind a policy.
+    pub(super) fn policy(&self, key: &Key) -> Option<&Arc<AnyResource>> {
+        self.policies.get(key).map(|policy| &policy.source)
+    }
+
+    /// Number of policies.
+    pub(super) fn policies(&self) -> usize {
+        self.policies.len()
+    }
+
+    /// Endpoints to look at again, each with its state, or `None` when it is gone.
+    pub(super) fn take(&mut self) -> Vec<(Key, Option<Endpoint>)> {
+        std::mem::take(&mut self.dirty)
+            .into_iter()
+            .map(|key| {
+                let endpoint = self.endpoints.get(&key).map(|endpoint| Endpoint {
+                    interface: endpoint.interface.clone(),
+                    addresses: endpoint.addresses.clone(),
+                    mac: endpoint.mac.clone(),
+                    ingress: self.tiers_of(&key, Direction::Ingress),
+                    egress: self.tiers_of(&key, Direction::Egress),
+                    profiles: endpoint.profiles.clone(),
+                });
+                (key, endpoint)
+            })
+            .collect()
+    }
+
+    fn tiers_of(&self, endpoint: &Key, direction: Direction) -> Vec<TierPolicies> {
+        type PolicyPlace<'a> = (Rank, &'a str, Option<&'a str>, &'a Key);
+        let mut tiers: BTreeMap<(Rank, &Arc<str>), (Tier, Vec<PolicyPlace<'_>>)> = BTreeMap::new();
+        for key in self.index.selectors_of(endpoint) {
+            let Some(policy) = self.policies.get(key) else {
+                continue;
+            };
+            let applies = match direction {
+                Direction::Ingress => policy.ingress,
+                Direction::Egress => policy.egress,
+            };
+            let Some(tier) = self
+                .tiers
+                .get(&policy.tier)
+                .copied()
+                .or_else(|| built_in(&policy.tier))
+            else {
+                continue;
+            };
+            if applies {
+                let place = (
+                    rank(policy.order),
+                    &*key.name,
+                    key.namespace.as_deref(),
+                    key,
+                );
+                let entry = tiers.entry((rank(tier.order), &policy.tier));
+                entry.or_insert_with(|| (tier, Vec::new())).1.push(place);
+            }
+        }
+        tiers
+            .into_iter()
+            .map(|((_, name), (tier, mut policies))| {
+                policies.sort_unstable();
+                TierPolicies {
+                    tier: name.clone(),
+                    default_action: tier.end,
+                    policies: policies.into_iter().map(|(.., key)| key.clone()).collect(),
+                }
+            })
+            .collect()
+    }
+
+    fn mark(&mut self, changes: Vec<MatchChange<Key, Key>>) {
+        self.dirty
+            .extend(changes.into_iter().map(|change| change.item));
+    }
+}
+
+/// What selects and places a policy; `None` for policies that only concern host endpoints.
+fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
+    let accounts = |text: &str| -> Result<Selector, String> {
+        let selector = if text.is_empty() {
+            Selector::all()
+        } else {
+            parse("serviceAccountSelector", text)?
+        };
+        Ok(selector.with_label_prefix(SERVICE_ACCOUNT_LABEL_PREFIX))
+    };
+    Ok(match &**source {
+        AnyResource::NetworkPolicy(policy) => {
+            let spec = &policy.spec;
+            let namespace = policy.metadata.namespace.as_deref().unwrap_or_default();
+            let selector = parse("selector", &spec.selector)?
+                .and(Selector::equals(
+                    cali_api::kubernetes::LABEL_NAMESPACE,
+                    namespace,
+                ))
+                .and(accounts(&spec.service_account_selector)?);
+            Some(Policy {
+                source: source.clone(),
+                tier: spec.tier_name().into(),
+                order: spec.order,
+                ingress: spec.applies_to_ingress(),
+                egress: spec.applies_to_egress(),
+                selector,
+            })
+        }
+        AnyResource::GlobalNetworkPolicy(policy) => {
+            let spec = &policy.spec;
+            if spec.do_not_track || spec.pre_dnat {
+                return Ok(None);
+            }
+            let mut selector =
+                parse("selector", &spec.selector)?.and(accounts(&spec.service_account_selector)?);
+            if !spec.namespace_selector.is_empty() {
+                selector = selector
+                    .and(parse("namespaceSelector", &spec.namespace_selector)?.of_namespaces());
+            }
+            Some(Policy {
+                source: source.clone(),
+                tier: spec.tier_name().into(),
+                order: spec.order,
+                ingress: spec.applies_to_ingress(),
+                egress: spec.applies_to_egress(),
+                selector,
+            })
+        }
+        _ => None,
+    })
+}

@@ -1,0 +1,91 @@
+//! The part of FelixConfiguration that shapes the rule set, with its defaults.
+
+use std::sync::Arc;
+
+use cali_api::v3::{self, FelixConfigurationSpec};
+use cali_netlink::nft::{Expr, Reject, Verdict};
+
+/// What becomes of a packet from a workload to its host that policy allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostAction {
+    /// Nothing more: the host's own rules decide.
+    Accept,
+    /// It is dropped.
+    Drop,
+}
+
+/// How packets are denied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenyAction {
+    /// Silently.
+    Drop,
+    /// With an ICMP "port unreachable".
+    Reject,
+}
+
+/// Settings of the rule set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Prefixes of the names of workload interfaces.
+    pub workload_prefixes: Vec<Arc<str>>,
+    /// Workload to host, after policy.
+    pub host_action: HostAction,
+    /// How denied packets end.
+    pub deny: DenyAction,
+    /// Whether packets that connection tracking cannot place are dropped.
+    pub drop_invalid: bool,
+    /// UDP port of VXLAN.
+    pub vxlan_port: u16,
+    /// Whether workloads may send VXLAN themselves.
+    pub allow_vxlan_from_workloads: bool,
+    /// Whether workloads may send IPIP themselves.
+    pub allow_ipip_from_workloads: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self::from(&FelixConfigurationSpec::default())
+    }
+}
+
+impl From<&FelixConfigurationSpec> for Settings {
+    fn from(spec: &FelixConfigurationSpec) -> Self {
+        let prefixes = spec.interface_prefix.as_deref().unwrap_or("cali");
+        Self {
+            workload_prefixes: prefixes
+                .split(',')
+                .map(str::trim)
+                .filter(|prefix| !prefix.is_empty())
+                .map(Arc::from)
+                .collect(),
+            host_action: match spec.default_endpoint_to_host_action {
+                Some(v3::EndpointToHostAction::Accept | v3::EndpointToHostAction::Return) => {
+                    HostAction::Accept
+                }
+                Some(v3::EndpointToHostAction::Drop) | None => HostAction::Drop,
+            },
+            deny: match spec
+                .nftables_filter_deny_action
+                .or(spec.iptables_filter_deny_action)
+            {
+                Some(v3::DenyAction::Reject) => DenyAction::Reject,
+                Some(v3::DenyAction::Drop) | None => DenyAction::Drop,
+            },
+            drop_invalid: !spec.disable_conntrack_invalid_check.unwrap_or(false),
+            vxlan_port: spec.vxlan_port.unwrap_or(4789),
+            allow_vxlan_from_workloads: spec.allow_vxlan_packets_from_workloads.unwrap_or(false),
+            allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
+        }
+    }
+}
+
+impl Settings {
+    /// The expression that ends a denied packet.
+    pub(super) fn deny_expr(&self) -> Expr {
+        match self.deny {
+            DenyAction::Drop => Expr::Verdict(Verdict::Drop),
+            // NFT_REJECT_ICMPX_PORT_UNREACH
+            DenyAction::Reject => Expr::Reject(Reject::Icmpx(1)),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! A stack: the tiers, policies and profiles that decide on a packet, in order.
+//!
+//! Endpoints with equal tiers and profiles share one stack, and its name is a hash of these. A
+//! policy is a chain that the stack jumps to; it decides or returns. `Pass` must skip the rest of
+//! the tier, which no return from a shared chain can do, so a policy that passes is written out in
+//! the stack, and its `Pass` goes to the stack of what follows the tier.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use cali_netlink::nft::{Expr, Rule as NftRule, Verdict};
+
+use super::expr::counter;
+use super::names;
+use super::rule::{Rendered, Sets};
+use super::settings::Settings;
+use crate::calc::{Action, Direction, Rule, TierDefault, TierPolicies};
+
+/// What a stack consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stack {
+    pub(super) direction: Direction,
+    pub(super) tiers: Vec<TierPolicies>,
+    pub(super) profiles: Vec<Arc<str>>,
+}
+
+impl Stack {
+    /// The name of its chain.
+    pub(super) fn name(&self) -> Arc<str> {
+        names::stack_chain(self.direction, &self.text())
+    }
+
+    /// What it consists of, for people, as short as a comment must be.
+    pub(super) fn comment(&self) -> String {
+        comment(&self.text())
+    }
+
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for tier in &self.tiers {
+            let end = match tier.default_action {
+                TierDefault::Deny => "deny",
+                TierDefault::Pass => "pass",
+            };
+            let policies: Vec<String> = tier.policies.iter().map(names::policy_text).collect();
+            let _ = write!(text, "{}[{}]{end} ", tier.tier, policies.join(" "));
+        }
+        let _ = write!(text, "profiles[{}]", self.profiles.join(" "));
+        text
+    }
+
+    /// The tiers that its chain looks into: a tier that ends with a denial hides all later ones, which
+    /// only `Pass` reaches, through the stack of what follows.
+    pub(super) fn reached(&self) -> &[TierPolicies] {
+        let end = self
+            .tiers
+            .iter()
+            .position(|tier| tier.default_action == TierDefault::Deny);
+        &self.tiers[..end.map_or(self.tiers.len(), |end| end + 1)]
+    }
+
+    /// Whether its chain looks into the profiles.
+    pub(super) fn reaches_profiles(&self) -> bool {
+        self.tiers
+            .iter()
+            .all(|tier| tier.default_action == TierDefault::Pass)
+    }
+
+    /// What is left after the tier at `position`.
+    pub(super) fn after(&self, position: usize) -> Self {
+        Self {
+            tiers: self.tiers.get(position + 1..).unwrap_or_default().to_vec(),
+            ..self.clone()
+        }
+    }
+}
+
+/// At most 127 bytes: what `nft` prints of a comment.
+pub(super) fn comment(text: &str) -> String {
+    let mut end = text.len().min(127);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+/// How the actions of rules end in one place.
+pub(super) struct Endings<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) direction: Direction,
+    /// Policy or profile, as in log prefixes.
+    pub(super) owner: &'a str,
+    /// Where `Pass` leads; `None` where nothing may pass.
+    pub(super) pass: Option<Arc<str>>,
+}
+
+impl Endings<'_> {
+    /// Adds the kernel rules of all rules.
+    pub(super) fn render(&self, rules: &[Rule], sets: &impl Sets, into: &mut Rendered) {
+        for (number, rule) in rules.iter().enumerate() {
+            let verdict = self.verdict(rule.action, number);
+            let action = match rule.action {
+                Action::Allow => "allow",
+                Action::Deny => "deny",
+                Action::Log => "log",
+                Action::Pass => "pass",
+            };
+            let text = comment(&format!(
+                "{} {} {number} {action}",
+                self.owner, self.direction
+            ));
+            into.push(rule, sets, &verdict, &text);
+        }
+    }
+
+    fn verdict(&self, action: Action, number: usize) -> Vec<Expr> {
+        match action {
+            Action::Allow => vec![counter(), Expr::Verdict(Verdict::Accept)],
+            Action::Deny => vec![counter(), self.settings.deny_expr()],
+            Action::Pass => match &self.pass {
+                Some(next) => vec![counter(), Expr::Verdict(Verdict::Goto(next.clone()))],
+                // A profile has nothing to pass on to: the next profile is asked.
+                None => vec![counter(), Expr::Verdict(Verdict::Return)],
+            },
+            Action::Log => {
+                let group = match self.direction {
+                    Direction::Ingress => 1,
+                    Direction::Egress => 2,
+                };
+                let prefix = comment(&format!("log {} {} {number}", self.owner, self.direction));
+                vec![
+                    counter(),
+                    Expr::NfLog {
+                        group,
+                        prefix,
+                        snaplen: 128,
+                    },
+                ]
+            }
+        }
+    }
+}
+
+/// A rule that denies what is left.
+pub(super) fn deny_rest(settings: &Settings, reason: &str) -> NftRule {
+    NftRule::new([counter(), settings.deny_expr()]).comment(comment(reason))
+}
+
+/// A rule that asks another chain.
+pub(super) fn ask(chain: Arc<str>) -> NftRule {
+    NftRule::new([Expr::Verdict(Verdict::Jump(chain))])
+}
