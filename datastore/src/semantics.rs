@@ -19,5 +19,5 @@ pub(crate) fn validate(_o: &AnyResource) -> Result<(), Vec<FieldError>> {
 }
 pub(crate) fn defaults(_o: &mut AnyResource) {}
 pub(crate) fn to_calico(_o: &AnyResource) -> Vec<AnyResource> {
-    vec![]
+    cali_api::kubernetes::to_calico(_o)
 }

@@ -1,0 +1,416 @@
+//! The reserve over a real store: answers without the store, restarts, and many nodes at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use cali_api::v3::{EncapMode, IPPoolSpec};
+use cali_api::{AnyResource, Key, Kind, Resource, Revision};
+use cali_datastore::sqlite::Sqlite;
+use cali_datastore::{Datastore, Error as StoreError, List, Versioned, WatchStream};
+use cali_ipam::block::Block;
+use cali_ipam::reserve::{Ask, Keeper, Settings};
+use cali_ipam::tunnel::Tunnel;
+use cali_ipam::{Allocator, Owner};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A store that can be taken away.
+struct Switched {
+    store: Sqlite,
+    away: AtomicBool,
+}
+
+impl Switched {
+    fn new(folder: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            store: Sqlite::open(&folder.join("cali.db")).unwrap(),
+            away: AtomicBool::new(false),
+        })
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.away.load(Ordering::SeqCst) {
+            return Err(StoreError::Unavailable {
+                operation: "reach the store".to_owned(),
+                source: "it was switched off".into(),
+            });
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Datastore for Switched {
+    async fn get(&self, key: &Key) -> Result<Versioned, StoreError> {
+        self.check()?;
+        self.store.get(key).await
+    }
+    async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, StoreError> {
+        self.check()?;
+        self.store.list(kind, namespace).await
+    }
+    async fn create(&self, object: AnyResource) -> Result<Versioned, StoreError> {
+        self.check()?;
+        self.store.create(object).await
+    }
+    async fn update(&self, object: AnyResource) -> Result<Versioned, StoreError> {
+        self.check()?;
+        self.store.update(object).await
+    }
+    async fn delete(
+        &self,
+        key: &Key,
+        revision: Option<&Revision>,
+    ) -> Result<Versioned, StoreError> {
+        self.check()?;
+        self.store.delete(key, revision).await
+    }
+    async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, StoreError> {
+        self.check()?;
+        self.store.watch(kinds, from).await
+    }
+}
+
+fn pool(name: &str, cidr: &str, edit: impl FnOnce(&mut IPPoolSpec)) -> AnyResource {
+    let mut spec = IPPoolSpec::new(cidr.parse().unwrap());
+    edit(&mut spec);
+    Resource::named(name, spec).into()
+}
+
+async fn keeper(store: &Arc<Switched>, folder: &Path, node: &str) -> Keeper {
+    let allocator = Allocator::with_system_time(store.clone(), node);
+    let mut settings = Settings::new(folder.join(format!("{node}.journal")));
+    settings.audit = Duration::from_millis(200);
+    Keeper::open(allocator, settings).await.unwrap()
+}
+
+fn ask(handle: &str, node: &str, pools: &[&str]) -> Ask {
+    Ask {
+        owner: Owner::new(handle)
+            .with("node", node)
+            .with("pod", handle)
+            .with("namespace", "test"),
+        v4: true,
+        v6: false,
+        pools_v4: pools.iter().map(|p| (*p).to_owned()).collect(),
+        pools_v6: Vec::new(),
+        namespace_labels: None,
+    }
+}
+
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} did not happen"))
+}
+
+/// Every held address in the store with its handle.
+async fn stored(store: &Switched) -> BTreeMap<IpAddr, String> {
+    let list = store.store.list(Kind::IPAMBlock, None).await.unwrap();
+    let mut held = BTreeMap::new();
+    for item in list.items {
+        let AnyResource::IPAMBlock(block) = item.object.as_ref() else {
+            unreachable!()
+        };
+        for (address, owner) in Block::from_spec(block.spec.clone()).held() {
+            held.insert(address, owner.handle().unwrap().to_owned());
+        }
+    }
+    held
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let keeper = keeper(&store, folder.path(), "n1").await;
+    let first = keeper.acquire(&ask("net.first", "n1", &[])).await.unwrap();
+    soon("the refill", keeper.settled()).await.unwrap();
+    let ready = keeper.ready().await.len();
+    assert!(ready >= 4, "only {ready} addresses are ready");
+
+    store.away.store(true, Ordering::SeqCst);
+    let mut got = BTreeSet::from([first[0].address]);
+    for number in 0..ready {
+        let held = keeper
+            .acquire(&ask(&format!("net.{number}"), "n1", &[]))
+            .await
+            .unwrap();
+        assert!(
+            got.insert(held[0].address),
+            "{} was given twice",
+            held[0].address
+        );
+    }
+    let error = keeper
+        .acquire(&ask("net.beyond", "n1", &[]))
+        .await
+        .unwrap_err();
+    assert!(
+        error.is_transient(),
+        "beyond the reserve the answer is: try again, not {error}"
+    );
+    keeper.release("net.0").await.unwrap();
+
+    store.away.store(false, Ordering::SeqCst);
+    soon("the catching up", keeper.settled()).await.unwrap();
+    let stored = stored(&store).await;
+    for number in 1..ready {
+        assert!(
+            stored.values().any(|h| *h == format!("net.{number}")),
+            "net.{number} is missing in {stored:?}"
+        );
+    }
+    assert!(!stored.values().any(|h| h == "net.0"), "net.0 is gone");
+    assert!(
+        store
+            .store
+            .get(&Key::cluster(Kind::IPAMHandle, "net.0"))
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_without_the_store_remembers_who_has_what() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let before = {
+        let keeper = keeper(&store, folder.path(), "n1").await;
+        keeper
+            .acquire(&ask("net.warm-up", "n1", &[]))
+            .await
+            .unwrap();
+        soon("the refill", keeper.settled()).await.unwrap();
+        store.away.store(true, Ordering::SeqCst);
+        let held = keeper.acquire(&ask("net.a", "n1", &["one"])).await.unwrap();
+        // The journal's lock goes with the last task that holds it.
+        held
+    };
+    let again = soon("the release of the journal", async {
+        loop {
+            let allocator = Allocator::with_system_time(store.clone(), "n1");
+            match Keeper::open(allocator, Settings::new(folder.path().join("n1.journal"))).await {
+                Ok(keeper) => break keeper,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    })
+    .await;
+    assert_eq!(
+        again.acquire(&ask("net.a", "n1", &["one"])).await.unwrap(),
+        before,
+        "the same owner gets the same"
+    );
+    let other = again.acquire(&ask("net.b", "n1", &["one"])).await.unwrap();
+    assert_ne!(other[0].address, before[0].address);
+    store.away.store(false, Ordering::SeqCst);
+    soon("the catching up", again.settled()).await.unwrap();
+    assert_eq!(
+        stored(&store)
+            .await
+            .get(&before[0].address)
+            .map(String::as_str),
+        Some("net.a")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_get_addresses_of_the_pool_they_ask_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("overlay", "10.1.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    store
+        .create(pool("routed", "10.2.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let keeper = keeper(&store, folder.path(), "n1").await;
+    for (handle, name) in [
+        ("net.a", "routed"),
+        ("net.b", "overlay"),
+        ("net.c", "10.2.0.0/24"),
+    ] {
+        let held = keeper.acquire(&ask(handle, "n1", &[name])).await.unwrap();
+        let expected = if name == "overlay" {
+            "overlay"
+        } else {
+            "routed"
+        };
+        assert_eq!(held[0].pool, expected, "{handle}");
+    }
+    let unknown = keeper
+        .acquire(&ask("net.d", "n1", &["nowhere"]))
+        .await
+        .unwrap_err();
+    assert!(unknown.to_string().contains("nowhere"), "{unknown}");
+    assert!(!unknown.is_transient());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_journal_is_rebuilt_from_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let before = {
+        let keeper = keeper(&store, folder.path(), "n1").await;
+        let held = keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
+        soon("the refill", keeper.settled()).await.unwrap();
+        held
+    };
+    let elsewhere = folder.path().join("other");
+    let again = keeper(&store, &elsewhere, "n1").await;
+    soon("the audit", again.settled()).await.unwrap();
+    let known = again.attachment("net.a").await.map(|a| a.addresses);
+    assert_eq!(known.as_ref(), Some(&before));
+    assert!(
+        again.ready().await.len() >= 4,
+        "the reserve is taken up again"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disabled_pool_loses_its_reserve_but_not_its_pods() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let keeper = keeper(&store, folder.path(), "n1").await;
+    keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
+    soon("the refill", keeper.settled()).await.unwrap();
+    store
+        .apply(pool("one", "10.0.0.0/24", |spec| spec.disabled = true))
+        .await
+        .unwrap();
+    soon("the return of the reserve", async {
+        while !keeper.ready().await.is_empty() {
+            keeper.settled().await.unwrap();
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    soon("the catching up", keeper.settled()).await.unwrap();
+    assert_eq!(
+        stored(&store).await.into_values().collect::<Vec<_>>(),
+        ["net.a"]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_at_once_never_share_an_address() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/25", |spec| {
+            spec.block_size = Some(28)
+        }))
+        .await
+        .unwrap();
+    let mut nodes = tokio::task::JoinSet::new();
+    for number in 0..3 {
+        let node = format!("n{number}");
+        let keeper = keeper(&store, folder.path(), &node).await;
+        nodes.spawn(async move {
+            let mut live = BTreeMap::new();
+            for round in 0..30 {
+                let handle = format!("net.{node}-{round}");
+                let held = keeper.acquire(&ask(&handle, &node, &[])).await.unwrap();
+                live.insert(held[0].address, handle);
+                if round % 3 == 2 {
+                    let (address, handle) = live.pop_first().unwrap();
+                    let released = keeper.release(&handle).await.unwrap();
+                    assert_eq!(released[0].address, address);
+                }
+            }
+            keeper.settled().await.unwrap();
+            (keeper, live)
+        });
+    }
+    let ended = soon("the end", nodes.join_all()).await;
+    let mut all = BTreeMap::new();
+    for (_, live) in &ended {
+        for (address, handle) in live {
+            assert_eq!(
+                all.insert(*address, handle.clone()),
+                None,
+                "{address} has two owners"
+            );
+        }
+    }
+    let stored = stored(&store).await;
+    for (address, handle) in &all {
+        assert_eq!(stored.get(address), Some(handle), "{address}");
+    }
+    let pods = stored.values().filter(|h| h.starts_with("net.")).count();
+    assert_eq!(
+        pods,
+        all.len(),
+        "the store shows exactly the pods that live"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tunnel_addresses_follow_the_pools_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    let vxlan = |mode| {
+        pool("one", "10.0.0.0/24", move |spec| {
+            spec.vxlan_mode = Some(mode)
+        })
+    };
+    store.create(vxlan(EncapMode::CrossSubnet)).await.unwrap();
+    let allocator = Allocator::with_system_time(store.clone(), "n1");
+    let first = allocator
+        .ensure_tunnel_address(Tunnel::Vxlan)
+        .await
+        .unwrap();
+    assert!(first.is_some());
+    assert_eq!(
+        allocator
+            .ensure_tunnel_address(Tunnel::Vxlan)
+            .await
+            .unwrap(),
+        first,
+        "it is kept"
+    );
+    assert_eq!(
+        allocator.ensure_tunnel_address(Tunnel::Ipip).await.unwrap(),
+        None
+    );
+    assert_eq!(
+        stored(&store).await.into_values().collect::<Vec<_>>(),
+        ["vxlan-tunnel-addr-n1"]
+    );
+    store.apply(vxlan(EncapMode::Never)).await.unwrap();
+    assert_eq!(
+        allocator
+            .ensure_tunnel_address(Tunnel::Vxlan)
+            .await
+            .unwrap(),
+        None
+    );
+    assert!(
+        stored(&store).await.is_empty(),
+        "it is returned when no pool wants it"
+    );
+}
