@@ -2,9 +2,7 @@
 //!
 //! A back end evaluates them in the same transaction as the write, so that two writers cannot both pass.
 
-use cali_api::{AnyResource, Key, Kind};
-
-use crate::semantics::FieldError;
+use cali_api::{AnyResource, FieldError, Key, Kind};
 
 use crate::error::Error;
 
@@ -20,7 +18,7 @@ pub(crate) fn check(
     old: Option<&AnyResource>,
     others: &[AnyResource],
 ) -> Result<(), Error> {
-    let mut fields = crate::semantics::validate(new).err().unwrap_or_default();
+    let mut fields = cali_api::validate(new).err().unwrap_or_default();
     if let AnyResource::IPPool(pool) = new {
         if let Some(AnyResource::IPPool(old)) = old {
             for (path, same) in [
@@ -31,7 +29,7 @@ pub(crate) fn check(
                 ),
             ] {
                 if !same {
-                    fields.push(FieldError::new(
+                    fields.push(field(
                         path,
                         "cannot be changed; create another pool and move to it",
                     ));
@@ -55,16 +53,21 @@ fn overlaps(key: &Key, pool: &cali_api::v3::IPPool, others: &[AnyResource]) -> V
         .iter()
         .filter(|other| other.key() != *key)
         .filter_map(|other| match other {
-            AnyResource::IPPool(other) if other.spec.cidr.overlaps(&pool.spec.cidr) => {
-                Some(FieldError::new(
-                    "spec.cidr",
-                    format!(
-                        "{} overlaps {} of IPPool({})",
-                        pool.spec.cidr, other.spec.cidr, other.metadata.name
-                    ),
-                ))
-            }
+            AnyResource::IPPool(other) if other.spec.cidr.overlaps(&pool.spec.cidr) => Some(field(
+                "spec.cidr",
+                format!(
+                    "{} overlaps {} of IPPool({})",
+                    pool.spec.cidr, other.spec.cidr, other.metadata.name
+                ),
+            )),
             _ => None,
         })
         .collect()
+}
+
+fn field(path: &str, message: impl Into<String>) -> FieldError {
+    FieldError {
+        path: path.to_owned(),
+        message: message.into(),
+    }
 }

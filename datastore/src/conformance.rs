@@ -686,7 +686,11 @@ pub async fn sync_converts_native_objects_and_their_deletion(store: Store) {
     let mut view = View::default();
     view.until(&mut stream, View::in_sync).await;
     let profile = Key::cluster(Kind::Profile, "kns.shop");
-    assert_eq!(view.objects.keys().collect::<Vec<_>>(), [&profile]);
+    let built_in = Key::cluster(Kind::Profile, "projectcalico-default-allow");
+    assert_eq!(
+        view.objects.keys().collect::<Vec<_>>(),
+        [&profile, &built_in]
+    );
     let shown = |view: &View| {
         view.objects
             .get(&profile)
@@ -700,7 +704,7 @@ pub async fn sync_converts_native_objects_and_their_deletion(store: Store) {
         .delete(&Key::cluster(Kind::K8sNamespace, "shop"), None)
         .await
         .expect("delete");
-    view.until(&mut stream, |v| v.objects.is_empty()).await;
+    view.until(&mut stream, |v| v.objects.len() == 1).await;
 }
 
 /// A stored Calico object hides the converted one, until it goes.
@@ -728,7 +732,7 @@ pub async fn sync_shows_the_stored_object_over_the_converted_one(store: Store) {
         .create(namespace("other", "one"))
         .await
         .expect("create");
-    view.until(&mut stream, |v| v.objects.len() == 2).await;
+    view.until(&mut stream, |v| v.objects.len() == 3).await;
     assert_eq!(
         by_hand(&view),
         Some(true),
@@ -740,6 +744,6 @@ pub async fn sync_shows_the_stored_object_over_the_converted_one(store: Store) {
         .delete(&Key::cluster(Kind::K8sNamespace, "shop"), None)
         .await
         .expect("delete");
-    view.until(&mut stream, |v| v.objects.len() == 1).await;
+    view.until(&mut stream, |v| v.objects.len() == 2).await;
     assert!(view.spurious_deletions.is_empty());
 }

@@ -1,8 +1,6 @@
 //! What can go wrong at the datastore, always naming the object or the operation.
 
-use cali_api::{Key, Revision};
-
-use crate::semantics::FieldError;
+use cali_api::{FieldError, Key, Revision};
 
 /// The cause below an [`Error`], whatever the back end calls it.
 pub type Cause = Box<dyn std::error::Error + Send + Sync + 'static>;

@@ -9,7 +9,6 @@
 
 mod admission;
 mod error;
-mod semantics;
 mod store;
 mod stored;
 

@@ -106,7 +106,7 @@ pub(crate) fn merged(old: &Versioned, new: &AnyResource) -> Result<Option<AnyRes
     let key = new.key();
     let before = to_value(&old.object)?;
     let mut with_defaults = new.clone();
-    crate::semantics::defaults(&mut with_defaults);
+    cali_api::defaults(&mut with_defaults);
     let mut after = to_value(&with_defaults)?;
     set_identity(&mut after, &identity(&before));
     set_revision(&mut after, old.revision.as_str());

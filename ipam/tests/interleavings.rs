@@ -1,5 +1,6 @@
 //! Many nodes assign, release, claim and give up at once, over a store that fails and with tasks that die anywhere:
 //! no address ever has two owners, and what is left behind is well formed.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 

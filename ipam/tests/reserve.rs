@@ -1,4 +1,5 @@
 //! The reserve over a real store: answers without the store, restarts, and many nodes at once.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

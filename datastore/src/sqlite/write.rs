@@ -45,7 +45,7 @@ impl Write {
                 reason: "metadata.resourceVersion must be empty",
             });
         }
-        crate::semantics::defaults(&mut object);
+        cali_api::defaults(&mut object);
         Ok(Self {
             key,
             what: What::Create(object),
@@ -62,7 +62,7 @@ impl Write {
                 reason: "metadata.resourceVersion is needed",
             });
         };
-        crate::semantics::defaults(&mut object);
+        cali_api::defaults(&mut object);
         Ok(Self {
             key,
             what: What::Update { object, expected },

@@ -32,6 +32,14 @@ pub(super) struct Merge {
     wanted: BTreeSet<Kind>,
     sources: BTreeMap<Key, Source>,
     visible: BTreeMap<Key, Vec<Candidate>>,
+    problems: Vec<Problem>,
+}
+
+/// A part of a native object that could not be converted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Problem {
+    pub(super) object: Key,
+    pub(super) text: String,
 }
 
 impl Merge {
@@ -41,6 +49,11 @@ impl Merge {
             wanted: wanted.into_iter().collect(),
             ..Self::default()
         }
+    }
+
+    /// What could not be converted since the last call.
+    pub(super) fn take_problems(&mut self) -> Vec<Problem> {
+        std::mem::take(&mut self.problems)
     }
 
     /// A complete list of a stored kind: what is not in it is gone (objects that cannot be read are not gone).
@@ -61,7 +74,7 @@ impl Merge {
         }
         let mut updates = Vec::new();
         let mut puts = Vec::new();
-        for item in items {
+        for item in built_in(kind).into_iter().chain(items) {
             gone.remove(&item.object.key());
             self.put(item, &mut puts);
         }
@@ -96,7 +109,8 @@ impl Merge {
         {
             return;
         }
-        let outputs: Vec<(Key, Arc<AnyResource>)> = convert(&item.object)
+        let outputs: Vec<(Key, Arc<AnyResource>)> = self
+            .convert(&item.object)
             .into_iter()
             .map(|object| (object.key(), object))
             .filter(|(key, _)| self.wanted.contains(&key.kind))
@@ -129,6 +143,20 @@ impl Merge {
                 updates.push(shown(&key, &candidates[0]));
             }
         }
+    }
+
+    fn convert(&mut self, object: &Arc<AnyResource>) -> Vec<Arc<AnyResource>> {
+        if passes_unconverted(object.kind()) {
+            return vec![Arc::clone(object)];
+        }
+        let conversion = cali_api::kubernetes::convert(object);
+        let problem = |text| Problem {
+            object: object.key(),
+            text,
+        };
+        self.problems
+            .extend(conversion.problems.into_iter().map(problem));
+        conversion.resources.into_iter().map(Arc::new).collect()
     }
 
     fn remove(&mut self, source: &Key, revision: Option<&Revision>, updates: &mut Vec<Update>) {
@@ -181,14 +209,12 @@ fn shown(key: &Key, candidate: &Candidate) -> Update {
     }
 }
 
-fn convert(object: &Arc<AnyResource>) -> Vec<Arc<AnyResource>> {
-    if passes_unconverted(object.kind()) {
-        return vec![Arc::clone(object)];
-    }
-    crate::semantics::to_calico(object)
-        .into_iter()
-        .map(Arc::new)
-        .collect()
+/// Objects that every datastore has without their being stored.
+fn built_in(kind: Kind) -> Option<Versioned> {
+    (kind == Kind::Profile).then(|| Versioned {
+        object: Arc::new(cali_api::kubernetes::default_allow_profile().into()),
+        revision: Revision::from("built-in"),
+    })
 }
 
 /// Calico kinds, and the native ones that readers take as they are.

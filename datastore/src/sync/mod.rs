@@ -115,6 +115,9 @@ impl Stream {
                     }
                 }
             }
+            for problem in self.merge.take_problems() {
+                tracing::warn!(object = %problem.object, problem = problem.text, "part of an object cannot be used");
+            }
             self.updates(&mut updates).await?;
         }
     }
