@@ -94,14 +94,6 @@ impl Error {
         Self::new(operation, object, cause)
     }
 
-    pub(crate) fn malformed(
-        operation: &'static str,
-        object: impl Into<String>,
-        what: &'static str,
-    ) -> Self {
-        Self::new(operation, object, Cause::Malformed(what))
-    }
-
     pub(crate) fn invalid(
         operation: &'static str,
         object: impl Into<String>,
@@ -149,5 +141,14 @@ impl Error {
                     | Errno::ENOPROTOOPT
             )
         )
+    }
+}
+
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        match error.code() {
+            Some(errno) => Self::new(Self::from_raw_os_error(errno as i32).kind(), error),
+            None => Self::other(error),
+        }
     }
 }

@@ -16,6 +16,7 @@
 pub mod address;
 pub mod command;
 pub mod error;
+pub mod events;
 pub mod fdpass;
 pub mod link;
 mod link_change;
@@ -40,6 +41,7 @@ mod wire;
 
 pub use address::Address;
 pub use error::{Cause, Error, Result};
+pub use events::{Event, EventStream, Group, Notice};
 pub use ipnetwork::IpNetwork;
 pub use link::{IfIndex, IpIp, Link, LinkChange, LinkKind, NewLink, NewLinkKind, VethPeer, Vxlan};
 pub use mac::MacAddr;
@@ -47,6 +49,7 @@ pub use neighbour::{FdbEntry, Neighbour};
 pub use netlink::Netlink;
 pub use netns::NetNs;
 pub use nexthop::{Nexthop, NexthopTarget};
+pub use nft::Nft;
 pub use nix::errno::Errno;
 pub use nix::sys::signal::Signal;
 pub use process::Process;

@@ -21,7 +21,7 @@ use crate::{
     error::{Cause, Error, Result},
     sys::set_option,
     wire::{
-        Attrs, HEADER, Message, Messages, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR,
+        Attr, Attrs, HEADER, Message, Messages, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR,
         NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, Writer, read_u32,
     },
 };
@@ -34,6 +34,8 @@ const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
 
 /// `NLMSGERR_ATTR_MSG`.
 const ERROR_TEXT: u16 = 1;
+/// `NLMSGERR_ATTR_OFFS`.
+const ERROR_OFFSET: u16 = 2;
 
 /// Messages per send: the acknowledgements of 256 still fit into the default receive buffer, 272 do not.
 const BATCH_MESSAGES: usize = 256;
@@ -62,6 +64,8 @@ pub(crate) struct Socket {
 pub(crate) struct Ack {
     pub(crate) sequence: u32,
     pub(crate) result: Result<(), Cause>,
+    /// Where in the request the bad attribute is (`NLMSGERR_ATTR_OFFS`).
+    pub(crate) offset: Option<u32>,
 }
 
 impl Socket {
@@ -91,13 +95,13 @@ impl Socket {
             send: Writer::with_capacity(BATCH_BYTES + 4096),
             send_limit: BATCH_BYTES,
         };
-        socket.grow_receive(REQUEST_BUFFER);
+        socket.set_receive_buffer(REQUEST_BUFFER);
         socket.grow_send(REQUEST_BUFFER);
         Ok(socket)
     }
 
     /// Wants a receive buffer of `bytes`; without privilege the kernel grants what `rmem_max` allows.
-    pub(crate) fn grow_receive(&self, bytes: usize) {
+    pub(crate) fn set_receive_buffer(&self, bytes: usize) {
         if setsockopt(&self.fd, sockopt::RcvBufForce, &bytes).is_err() {
             let _ = setsockopt(&self.fd, sockopt::RcvBuf, &bytes);
         }
@@ -112,6 +116,11 @@ impl Socket {
         let granted =
             nix::sys::socket::getsockopt(&self.fd, sockopt::SndBuf).unwrap_or(BATCH_BYTES);
         self.send_limit = granted.saturating_sub(4096).max(BATCH_BYTES);
+        self.send_limit
+    }
+
+    /// Bytes that one send may have.
+    pub(crate) fn send_limit(&self) -> usize {
         self.send_limit
     }
 
@@ -229,20 +238,6 @@ impl Socket {
         }
     }
 
-    /// One request with an acknowledgement.
-    pub(crate) fn request(
-        &mut self,
-        write: impl FnOnce(&mut Writer, u32) -> Result<(), Cause>,
-    ) -> Result<(), Cause> {
-        let mut write = Some(write);
-        self.batch(1, |writer, _, sequence| match write.take() {
-            Some(write) => write(writer, sequence),
-            None => Err(Cause::NoAnswer),
-        })
-        .pop()
-        .unwrap_or(Err(Cause::NoAnswer))
-    }
-
     /// One request whose answer is one message (not a dump).
     pub(crate) fn query<T>(
         &mut self,
@@ -267,20 +262,21 @@ impl Socket {
                     },
                 },
             )?;
-            for message in Messages(bytes).filter(|message| message.sequence == sequence) {
-                match read_ack(&message) {
-                    Some(Ack {
-                        result: Err(cause), ..
-                    }) => return Err(cause),
-                    Some(Ack { result: Ok(()), .. }) => {
-                        return Err(Cause::Malformed("an answer without content"));
-                    }
-                    None => {
-                        return decode(&message)
-                            .ok_or(Cause::Malformed("an answer that cannot be decoded"));
-                    }
+            // The answer is one message; what comes before it belongs to requests that were given up.
+            let Some(message) = Messages(bytes).find(|message| message.sequence == sequence) else {
+                continue;
+            };
+            return match read_ack(&message) {
+                Some(Ack {
+                    result: Err(cause), ..
+                }) => Err(cause),
+                Some(Ack { result: Ok(()), .. }) => {
+                    Err(Cause::Malformed("an answer without content"))
                 }
-            }
+                None => {
+                    decode(&message).ok_or(Cause::Malformed("an answer that cannot be decoded"))
+                }
+            };
         }
     }
 
@@ -337,7 +333,7 @@ impl Socket {
                         // An error at the end of a dump is reported in the end message itself.
                         let code = read_u32(message.payload, 0).unwrap_or(0) as i32;
                         if code < 0 {
-                            let message = read_ack_text(&message, 4);
+                            let message = read_text(Attrs::after(message.payload, 4));
                             return Err(Cause::Kernel {
                                 errno: Errno::from_raw(-code),
                                 message,
@@ -400,39 +396,43 @@ pub(crate) fn read_ack(message: &Message<'_>) -> Option<Ack> {
         return None;
     }
     let code = read_u32(message.payload, 0)? as i32;
-    let result = if code == 0 {
-        Ok(())
+    if code == 0 {
+        return Some(Ack {
+            sequence: message.sequence,
+            result: Ok(()),
+            offset: None,
+        });
+    }
+    // Payload: code, the header of the request, its rest unless capped, then the attributes.
+    let inner = read_u32(message.payload, 4).unwrap_or(HEADER as u32) as usize;
+    let header = 4 + if message.flags & NLM_F_CAPPED != 0 {
+        HEADER
     } else {
-        // Payload: code, the header of the request, its rest unless capped, then the attributes.
-        let inner = read_u32(message.payload, 4).unwrap_or(HEADER as u32) as usize;
-        let skip = if message.flags & NLM_F_CAPPED != 0 {
-            HEADER
-        } else {
-            inner
-        };
-        Err(Cause::Kernel {
-            errno: Errno::from_raw(code.saturating_neg()),
-            message: read_ack_text(message, 4 + skip),
-        })
+        inner
     };
+    let attrs = if message.flags & NLM_F_ACK_TLVS == 0 {
+        Attrs(&[])
+    } else {
+        Attrs::after(message.payload, header)
+    };
+    let errno = Errno::from_raw(code.saturating_neg());
     Some(Ack {
         sequence: message.sequence,
-        result,
+        result: Err(Cause::Kernel {
+            errno,
+            message: read_text(attrs),
+        }),
+        offset: attrs.find(ERROR_OFFSET).and_then(Attr::get_u32),
     })
 }
 
-fn read_ack_text(message: &Message<'_>, header: usize) -> Option<Box<str>> {
-    if message.flags & NLM_F_ACK_TLVS == 0 {
-        return None;
-    }
-    Attrs::after(message.payload, header)
+fn read_text(attrs: Attrs<'_>) -> Option<Box<str>> {
+    attrs
         .find(ERROR_TEXT)
         .map(|text| text.get_text().into_boxed_str())
 }
 
 /// The text of an extended acknowledgement: `bytes` starts with the (capped) header of the request.
 pub(crate) fn error_text(bytes: &[u8]) -> Option<Box<str>> {
-    Attrs::after(bytes, HEADER)
-        .find(ERROR_TEXT)
-        .map(|text| text.get_text().into_boxed_str())
+    read_text(Attrs::after(bytes, HEADER))
 }

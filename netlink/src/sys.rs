@@ -1,9 +1,12 @@
-//! System calls that have no safe wrapper: socket options with structures of our own.
+//! What has no safe wrapper: socket options with structures of our own, sockets on the runtime's poller.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::events::EventSocket;
 
 /// `setsockopt` with a plain-data value.
 ///
@@ -27,4 +30,12 @@ pub(crate) fn set_option<T: Copy>(
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// The socket on the poller of the running tokio runtime.
+pub(crate) fn readable_socket(socket: EventSocket) -> std::io::Result<AsyncFd<EventSocket>> {
+    // SAFETY: the socket owns its descriptor, never gives it away, and lives in the `AsyncFd` until that is dropped,
+    // so the number stays open and the same for as long as it is registered.
+    let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+    registered.map_err(std::io::Error::from)
 }

@@ -38,13 +38,17 @@ struct Md5Sig {
 /// Signs and checks all segments to and from `peer` with `key`.
 ///
 /// On a listener it must stand before the peer's first segment arrives: a signed SYN without a key is dropped.
-/// An empty key removes it.
-pub fn set_md5(socket: impl AsFd, peer: IpAddr, key: &[u8]) -> Result<()> {
+/// `None` removes the key.
+pub fn set_md5_key(socket: impl AsFd, peer: IpAddr, key: Option<&[u8]>) -> Result<()> {
     install(socket, TCP_MD5SIG, 0, peer, 0, key)
 }
 
 /// The same for all peers of a prefix (Linux 4.13); for listeners with dynamic neighbours.
-pub fn set_md5_prefix(socket: impl AsFd, peers: IpNetwork, key: &[u8]) -> Result<()> {
+pub fn set_md5_key_of_prefix(
+    socket: impl AsFd,
+    peers: IpNetwork,
+    key: Option<&[u8]>,
+) -> Result<()> {
     install(
         socket,
         TCP_MD5SIG_EXT,
@@ -61,9 +65,14 @@ fn install(
     flags: u8,
     peer: IpAddr,
     prefix_len: u8,
-    key: &[u8],
+    key: Option<&[u8]>,
 ) -> Result<()> {
     let object = || format!("TCP MD5 key for {peer}");
+    // The kernel takes an empty key as a removal; an empty password must not silently do that.
+    if key.is_some_and(<[u8]>::is_empty) {
+        return Err(Error::invalid("set", object(), "the key is empty"));
+    }
+    let key = key.unwrap_or_default();
     if key.len() > MD5_KEY_LIMIT {
         return Err(Error::invalid(
             "set",
@@ -102,11 +111,11 @@ fn storage(address: SocketAddr) -> libc::sockaddr_storage {
 }
 
 /// Drops received segments with a TTL (hop limit) below `ttl`: 255 for a directly connected peer that guards its TTL.
-pub fn set_min_ttl(socket: impl AsFd, v6: bool, ttl: u8) -> Result<()> {
-    let (level, option) = if v6 {
-        (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT)
-    } else {
+pub fn set_minimum_ttl(socket: impl AsFd, v4: bool, ttl: u8) -> Result<()> {
+    let (level, option) = if v4 {
         (libc::IPPROTO_IP, IP_MINTTL)
+    } else {
+        (libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT)
     };
     set_option(socket.as_fd(), level, option, &i32::from(ttl))
         .map_err(|errno| Error::errno("set", format!("minimum TTL {ttl}"), errno))
@@ -124,7 +133,8 @@ mod tests {
     #[test]
     fn a_key_that_is_too_long_is_refused() {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        let error = set_md5(&socket, "127.0.0.1".parse().unwrap(), &[b'x'; 81]).unwrap_err();
+        let error =
+            set_md5_key(&socket, "127.0.0.1".parse().unwrap(), Some(&[b'x'; 81])).unwrap_err();
         assert!(error.to_string().contains("at most 80 bytes"), "{error}");
     }
 }

@@ -82,11 +82,6 @@ impl Writer {
         self.buffer[self.message..self.message + 4].copy_from_slice(&len.to_ne_bytes());
     }
 
-    /// Length of the message that is being written.
-    pub(crate) fn message_len(&self) -> usize {
-        self.buffer.len() - self.message
-    }
-
     /// Raw bytes of a protocol header; its length is a multiple of 4.
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
@@ -185,8 +180,6 @@ pub(crate) struct Message<'a> {
     pub(crate) port: u32,
     /// All bytes after the header.
     pub(crate) payload: &'a [u8],
-    /// Header and payload, for decoders that want both.
-    pub(crate) bytes: &'a [u8],
 }
 
 /// The messages of one datagram; stops at the first that is cut short.
@@ -207,7 +200,6 @@ impl<'a> Iterator for Messages<'a> {
             sequence: read_u32(bytes, 8)?,
             port: read_u32(bytes, 12)?,
             payload: &bytes[HEADER..],
-            bytes,
         };
         self.0 = self.0.get(align(len)..).unwrap_or(&[]);
         Some(message)

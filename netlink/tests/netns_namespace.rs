@@ -1,5 +1,7 @@
 //! Namespaces, settings and commands against the real kernel. Run as root.
 
+#![allow(clippy::unwrap_used)]
+
 use std::os::unix::process::CommandExt;
 
 use cali_netlink::{

@@ -1,5 +1,7 @@
 //! Routes, nexthop objects, neighbours and forwarding entries against the real kernel. Run as root.
 
+#![allow(clippy::unwrap_used)]
+
 use std::net::IpAddr;
 
 use cali_netlink::{
@@ -161,7 +163,7 @@ async fn replace_changes_the_kind_in_place() {
                     ..ours()
                 })
                 .unwrap();
-            assert_eq!(seen, [route.clone()]);
+            assert_eq!(seen.as_slice(), std::slice::from_ref(route));
         }
     }
 }

@@ -378,11 +378,7 @@ fn write_nat(writer: &mut Writer, expr: &Expr) {
                 writer.be32(7, all);
             }
         }
-        Expr::Masquerade { flags } => {
-            if *flags != 0 {
-                writer.be32(1, *flags);
-            }
-        }
+        Expr::Masquerade { flags } if *flags != 0 => writer.be32(1, *flags),
         Expr::Redirect {
             port: Some((first, last)),
         } => {

@@ -4,17 +4,25 @@
 //! the object that caused it. The names of chains and sets are the caller's; `nft` cannot print some words as names
 //! (`fwd`, `set`), so owners use a prefix.
 
+mod event;
 mod expr;
 mod expr_wire;
+mod handle;
+mod message;
 mod model;
 mod set;
+mod transaction;
+
+pub use event::{Changed, NftEvent};
 
 pub use expr::{
     Base, CmpOp, Ct, DynsetOp, Expr, FibResult, Meta, NatKind, Reg, Reject, Rt, ct_state,
     ct_status, fib_flag, nat_flag,
 };
+pub use handle::{Generation, Nft};
 pub use model::{
     BaseHook, Chain, ChainType, Family, Hook, ListedChain, ListedRule, Policy, Rule, Table,
     TableName, Verdict,
 };
 pub use set::{Data, DataType, Elem, Key, KeyType, ListedSet, MapData, Set};
+pub use transaction::{Committed, Failure, Object, Position, Rejected, Transaction};

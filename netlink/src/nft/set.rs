@@ -59,7 +59,7 @@ impl DataType {
     }
 
     /// Bytes of a value, unpadded.
-    pub fn len(self) -> u32 {
+    pub fn size(self) -> u32 {
         match self {
             Self::NfProto | Self::InetProto | Self::IcmpType | Self::Icmp6Type => 1,
             Self::InetService => 2,
@@ -67,6 +67,14 @@ impl DataType {
             Self::EtherAddr => 6,
             Self::Ipv6Addr | Self::IfName => 16,
             Self::Other(_, len) => len,
+        }
+    }
+
+    /// nftables' byte order: 1 host, 2 network.
+    pub(crate) fn byte_order(self) -> u32 {
+        match self {
+            Self::Mark | Self::IfIndex | Self::IfName => 1,
+            _ => 2,
         }
     }
 
@@ -113,10 +121,13 @@ impl KeyType {
     }
 
     /// Bytes of the whole key: unpadded for one field, each padded to 4 when concatenated.
-    pub(crate) fn len(&self) -> u32 {
+    pub(crate) fn size(&self) -> u32 {
         match self.0.as_slice() {
-            [one] => one.len(),
-            many => many.iter().map(|kind| kind.len().next_multiple_of(4)).sum(),
+            [one] => one.size(),
+            many => many
+                .iter()
+                .map(|kind| kind.size().next_multiple_of(4))
+                .sum(),
         }
     }
 

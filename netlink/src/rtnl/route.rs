@@ -489,7 +489,7 @@ mod tests {
 
         #[test]
         fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
-            let message = Message { kind: RTM_NEWROUTE, flags: 0, sequence: 0, port: 0, payload: &bytes, bytes: &[] };
+            let message = Message { kind: RTM_NEWROUTE, flags: 0, sequence: 0, port: 0, payload: &bytes };
             let _ = (read(&message), read_decision(&message));
         }
     }
