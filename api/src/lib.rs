@@ -1,7 +1,8 @@
 //! Calico's resources as Rust types: what a user may write, what it means, and how it is written
 //! back.
 //!
-//! This crate holds the `projectcalico.org/v3` kinds ([`v3`]), the native Kubernetes kinds from
+//! Reading a file: [`manifest::parse`], then [`defaults`], then [`validate`]. Selector expressions
+//! are parsed and evaluated in [`selector`]. This crate holds the `projectcalico.org/v3` kinds ([`v3`]), the native Kubernetes kinds from
 //! which some of them are made ([`kubernetes`]), and the stream of changes that the rest of the
 //! system is driven by ([`update`]). It is pure: no I/O, no clock, no randomness.
 
