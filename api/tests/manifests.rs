@@ -6,7 +6,7 @@ use serde_json::Value;
 
 fn errors(text: &str) -> Vec<String> {
     manifest::parse("file.yaml", text)
-        .unwrap_err()
+        .expect_err("the manifest has mistakes")
         .iter()
         .map(ToString::to_string)
         .collect()
