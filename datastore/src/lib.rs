@@ -14,6 +14,7 @@ mod stored;
 
 #[cfg(feature = "testing")]
 pub mod conformance;
+pub mod preflight;
 pub mod sqlite;
 pub mod sync;
 pub mod timestamp;

@@ -30,6 +30,8 @@ pub enum Error {
         command: String,
         output: String,
     },
+    #[error("a lab makes network namespaces, which only root can: run it with sudo")]
+    NotRoot,
     #[error("the supervisor of lab {lab} did not start; see {log}")]
     Supervisor { lab: String, log: String },
 }
@@ -37,6 +39,15 @@ pub enum Error {
 fn io_error(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     let operation = operation.into();
     move |source| Error::Io { operation, source }
+}
+
+/// A lab needs root; said before anything is tried.
+pub fn require_root() -> Result<(), Error> {
+    if nix::unistd::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Error::NotRoot)
+    }
 }
 
 /// Creates the folders and namespaces that are missing. Returns how many namespaces were made.

@@ -261,8 +261,9 @@ fn process(
         Ok::<_, Error>(file.display().to_string())
     };
     let run = |file: &str| home.join("run").join(file).display().to_string();
-    let peer = |daemon: &'static str, inside: &str| {
-        let program = places.peers.join(daemon).join(inside);
+    // Unpacked packages bring their own libraries; `run` starts a program with them.
+    let peer = |daemon: &'static str| {
+        let program = places.peers.join(daemon).join("run");
         match program.exists() {
             true => Ok(program),
             false => Err(Error::MissingPeer {
@@ -282,6 +283,7 @@ fn process(
         ),
         Role::Bird => {
             let args = [
+                "usr/sbin/bird",
                 "-f",
                 "-c",
                 &bound("/etc/bird/bird.conf")?,
@@ -289,23 +291,22 @@ fn process(
                 &run("bird.ctl"),
             ]
             .map(str::to_owned);
-            (peer("bird2", "usr/sbin/bird")?, args.to_vec())
+            (peer("bird2")?, args.to_vec())
         }
         Role::Gobgp => {
             let args = [
+                "usr/bin/gobgpd",
                 "-f",
                 &bound("/etc/gobgp/gobgpd.toml")?,
                 "--api-hosts",
                 &format!("unix://{}", run("gobgp.sock")),
             ];
-            (
-                peer("gobgpd", "usr/bin/gobgpd")?,
-                args.map(str::to_owned).to_vec(),
-            )
+            (peer("gobgpd")?, args.map(str::to_owned).to_vec())
         }
         Role::Frr => {
             // bgpd of FRR alone: the lab's routers forward with what the topology's exec lines set up.
             let args = [
+                "usr/lib/frr/bgpd",
                 "-n",
                 "-f",
                 &bound("/etc/frr/frr.conf")?,
@@ -314,17 +315,19 @@ fn process(
                 "--vty_socket",
                 &run(""),
             ];
-            (
-                peer("frr", "usr/lib/frr/bgpd")?,
-                args.map(str::to_owned).to_vec(),
-            )
+            (peer("frr")?, args.map(str::to_owned).to_vec())
         }
     };
-    let short = program
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
+    let short = match node.role {
+        Role::Bird => "bird".to_owned(),
+        Role::Gobgp => "gobgpd".to_owned(),
+        Role::Frr => "frr-bgpd".to_owned(),
+        _ => program
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+    };
     Ok(Some(Process {
         name: format!("{}/{short}", node.name),
         namespace: planned.namespace.clone(),

@@ -3,6 +3,7 @@
 //! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
 //! [`kernel`] reads and compares a node's kernel state; [`traffic`] counts lost packets by sequence number.
 
+mod arrows;
 pub mod kernel;
 pub mod lab;
 pub mod traffic;

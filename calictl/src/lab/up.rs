@@ -1,0 +1,345 @@
+//! `calictl lab up`: from a topology file to pods that talk, a line for each step.
+
+use super::{places, root, show};
+use crate::output::{self, Style};
+use anyhow::{Context, Result, bail};
+use cali_api::{AnyResource, Kind, manifest};
+use cali_control::status::{BgpStatus, NodeRequest, NodeResponse, NodeStatus, SessionState};
+use cali_datastore::Datastore;
+use cali_lab::plan::{Plan, plan};
+use cali_lab::pods::{Pod, Runtime};
+use cali_lab::state::Folder;
+use cali_lab::{bring_up, supervise, topology};
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long nodes may take to become ready, and sessions to be established.
+const READY_LIMIT: Duration = Duration::from_secs(40);
+
+/// Progress on one line per step.
+struct Steps {
+    start: Instant,
+}
+
+impl Steps {
+    fn done(&self, what: &str, result: impl std::fmt::Display) {
+        let seconds = self.start.elapsed().as_secs_f32();
+        let mark = if std::io::stdout().is_terminal() {
+            Style::GOOD.paint("✓")
+        } else {
+            "ok".to_owned()
+        };
+        output::line(format_args!(
+            "{mark} {what:<12} {result} {}",
+            Style::DIM.paint(format_args!("({seconds:.1} s)"))
+        ));
+    }
+}
+
+pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
+    let steps = Steps {
+        start: Instant::now(),
+    };
+    let topology = topology::read(file)?;
+    let places = places()?;
+    let plan = plan(&topology, &places).with_context(|| format!("{}", file.display()))?;
+    bring_up::require_root()?;
+    // All manifests are read before anything is made: a bad one leaves nothing behind.
+    let manifests = read_manifests(&plan)?;
+    steps.done(
+        "topology",
+        format_args!(
+            "{}: {} nodes, {} links, {} objects",
+            plan.lab,
+            plan.nodes.len(),
+            plan.cables.len(),
+            manifests.len()
+        ),
+    );
+
+    let folder = Folder::new(&root(), &plan.lab);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime")?;
+    runtime.block_on(async {
+        let made = bring_up::namespaces(&plan).await?;
+        bring_up::management(&plan).await?;
+        let laid = bring_up::cables(&plan).await?;
+        let ran = bring_up::exec(&plan, &folder)?;
+        steps.done(
+            "network",
+            format_args!("{made} namespaces, {laid} links, {ran} commands"),
+        );
+
+        let store = open_store(&plan)?;
+        let (created, changed) = apply(store.as_ref(), &manifests).await?;
+        steps.done(
+            "datastore",
+            format_args!(
+                "{created} objects created, {changed} changed, {} as they were",
+                manifests.len() - created - changed
+            ),
+        );
+
+        folder
+            .save_plan(&plan)
+            .context("cannot write the lab's plan")?;
+        let outdated = supervise::end_outdated(&folder).context("cannot end outdated programs")?;
+        bring_up::supervisor(&plan, &folder, &places.programs.join("calictl"))?;
+        wait_for_nodes(&plan).await?;
+        let renewed = if outdated.is_empty() {
+            String::new()
+        } else {
+            format!(", {} renewed", outdated.len())
+        };
+        steps.done(
+            "programs",
+            format_args!("{} running{renewed}", plan.processes.len()),
+        );
+
+        let pods = pods(store.as_ref(), &plan).await?;
+        let count = pods.len();
+        let (lab, lab_folder, programs) = (plan.clone(), folder.clone(), places.programs.clone());
+        tokio::task::spawn_blocking(move || run_pods(&lab, &lab_folder, &programs, &pods))
+            .await
+            .context("cannot run pods")??;
+        steps.done("pods", format_args!("{count} running"));
+
+        let sessions = wait_for_sessions(&plan).await?;
+        steps.done("bgp", format_args!("{sessions} sessions established"));
+        anyhow::Ok(())
+    })?;
+    let name = &plan.lab;
+    output::line(format_args!(
+        "lab {name} is up: calictl lab status | exec NODE -- COMMAND | show | down"
+    ));
+    if then_show {
+        output::line("");
+        show::run(&folder)?;
+    }
+    Ok(())
+}
+
+/// All objects of the plan's manifest folders, files in the order of their names.
+fn read_manifests(plan: &Plan) -> Result<Vec<AnyResource>> {
+    let mut objects = Vec::new();
+    let mut mistakes = Vec::new();
+    for folder in &plan.manifests {
+        let entries = std::fs::read_dir(folder)
+            .with_context(|| format!("cannot read the folder of manifests {}", folder.display()))?;
+        let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        files.retain(|path| {
+            path.extension().is_some_and(|extension| {
+                extension == "yaml" || extension == "yml" || extension == "json"
+            })
+        });
+        files.sort();
+        for file in files {
+            let text = std::fs::read_to_string(&file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+            match manifest::parse(&file.display().to_string(), &text) {
+                Ok(located) => objects.extend(located.into_iter().map(|located| located.value)),
+                Err(errors) => mistakes.extend(errors.iter().map(ToString::to_string)),
+            }
+        }
+    }
+    if mistakes.is_empty() {
+        return Ok(objects);
+    }
+    bail!("{}\nnothing was applied", mistakes.join("\n"))
+}
+
+/// The lab's datastore, as its nodes have it.
+pub(super) fn open_store(plan: &Plan) -> Result<Arc<dyn Datastore>> {
+    let path = plan
+        .datastore_env
+        .get("CALI_SQLITE_PATH")
+        .context("the topology names no CALI_SQLITE_PATH")?;
+    let store = cali_datastore::sqlite::Sqlite::open(Path::new(path))
+        .context("cannot open the lab's datastore")?;
+    Ok(Arc::new(store))
+}
+
+async fn apply(store: &dyn Datastore, objects: &[AnyResource]) -> Result<(usize, usize)> {
+    let (mut created, mut changed) = (0, 0);
+    for object in objects {
+        let applied = store
+            .apply(object.clone())
+            .await
+            .with_context(|| format!("cannot apply {}", object.key()))?;
+        match applied.outcome {
+            cali_datastore::Outcome::Created => created += 1,
+            cali_datastore::Outcome::Updated => changed += 1,
+            cali_datastore::Outcome::Unchanged => {}
+        }
+    }
+    Ok((created, changed))
+}
+
+/// Pods of the datastore that belong on a node of this lab.
+async fn pods(store: &dyn Datastore, plan: &Plan) -> Result<Vec<Pod>> {
+    let list = store
+        .list(Kind::K8sPod, None)
+        .await
+        .context("cannot list the pods")?;
+    let mut pods = Vec::new();
+    for item in &list.items {
+        let AnyResource::K8sPod(pod) = item.object.as_ref() else {
+            continue;
+        };
+        let spec = &pod.spec;
+        let Some(node) = spec
+            .node_name
+            .as_ref()
+            .filter(|node| plan.nodes.get(*node).is_some_and(|node| node.hosts_pods))
+        else {
+            continue;
+        };
+        let ports = |protocol: &str| {
+            let of_container = |ports: &Vec<k8s_openapi::api::core::v1::ContainerPort>| {
+                let wanted = ports
+                    .iter()
+                    .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == protocol);
+                wanted
+                    .filter_map(|port| u16::try_from(port.container_port).ok())
+                    .collect::<Vec<_>>()
+            };
+            spec.containers
+                .iter()
+                .filter_map(|container| container.ports.as_ref())
+                .flat_map(of_container)
+                .collect()
+        };
+        pods.push(Pod {
+            namespace: pod
+                .metadata
+                .namespace
+                .clone()
+                .unwrap_or_else(|| "default".to_owned()),
+            name: pod.metadata.name.clone(),
+            node: node.clone(),
+            tcp: ports("TCP"),
+            udp: ports("UDP"),
+        });
+    }
+    Ok(pods)
+}
+
+fn run_pods(plan: &Plan, folder: &Folder, programs: &Path, pods: &[Pod]) -> Result<()> {
+    let runtime = Runtime {
+        plan,
+        folder,
+        programs,
+    };
+    for running in runtime.list().context("cannot read the lab's pods")? {
+        if !pods.contains(&running.pod) {
+            runtime.remove(&running.pod)?;
+        }
+    }
+    for pod in pods {
+        runtime.ensure(pod)?;
+    }
+    Ok(())
+}
+
+/// Asks until every node says it is ready, and says what is missing when the limit is reached.
+async fn wait_for_nodes(plan: &Plan) -> Result<()> {
+    let limit = Instant::now() + READY_LIMIT;
+    for (name, node) in plan.nodes.iter().filter(|(_, node)| node.hosts_pods) {
+        loop {
+            let missing = match node_status(node).await {
+                Ok(status) => {
+                    let missing: Vec<String> = status
+                        .readiness
+                        .iter()
+                        .filter(|part| !part.ready)
+                        .map(|part| {
+                            format!(
+                                "{}: {}",
+                                part.part,
+                                part.reason.as_deref().unwrap_or("not ready")
+                            )
+                        })
+                        .collect();
+                    if missing.is_empty() {
+                        break;
+                    }
+                    missing.join("; ")
+                }
+                Err(error) => format!("{error:#}"),
+            };
+            if Instant::now() >= limit {
+                bail!(
+                    "{name} is not ready after {} s: {missing}; its log is in {}",
+                    READY_LIMIT.as_secs(),
+                    plan.folder.join(name).join("log").display()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn node_status(node: &cali_lab::plan::PlannedNode) -> Result<NodeStatus> {
+    match crate::sockets::node(&show::run_dir(node), NodeRequest::Status).await? {
+        NodeResponse::Status(status) => Ok(status),
+        other => bail!("the node answered {other:?}"),
+    }
+}
+
+/// Waits until every configured session of every node is established. Returns their number.
+async fn wait_for_sessions(plan: &Plan) -> Result<usize> {
+    let limit = Instant::now() + READY_LIMIT;
+    let nodes: Vec<_> = plan
+        .nodes
+        .iter()
+        .filter(|(_, node)| node.hosts_pods)
+        .collect();
+    loop {
+        let mut established = 0;
+        let mut waiting = Vec::new();
+        for (name, node) in &nodes {
+            match show::bgp_status(node).await {
+                Ok(status) => {
+                    established += sessions(&status, SessionState::Established).count();
+                    let down = status
+                        .peers
+                        .iter()
+                        .filter(|peer| peer.state != SessionState::Established);
+                    waiting.extend(
+                        down.map(|peer| {
+                            format!("{name} – {} {}", peer.address, peer.state.as_str())
+                        }),
+                    );
+                    // Every node peers with every other one and, in this topology, maybe more.
+                    if status.peers.len() + 1 < nodes.len() {
+                        waiting.push(format!("{name} has {} peers", status.peers.len()));
+                    }
+                }
+                Err(error) => waiting.push(format!("{name}: {error:#}")),
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(established);
+        }
+        if Instant::now() >= limit {
+            bail!(
+                "not all sessions are established after {} s: {}",
+                READY_LIMIT.as_secs(),
+                waiting.join("; ")
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn sessions(
+    status: &BgpStatus,
+    state: SessionState,
+) -> impl Iterator<Item = &cali_control::status::PeerStatus> {
+    status.peers.iter().filter(move |peer| peer.state == state)
+}

@@ -1,0 +1,78 @@
+//! `calictl`: the command line of Cali.
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+mod bgp_table;
+mod columns;
+mod lab;
+mod node;
+mod output;
+mod resources;
+mod sockets;
+
+use resources::Verb;
+
+/// Look at and change a Cali cluster.
+#[derive(Debug, Parser)]
+#[command(name = "calictl", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create resources, or change those that exist
+    Apply(resources::Files),
+    /// Create resources that do not exist yet
+    Create(resources::Files),
+    /// Replace resources that exist
+    Replace(resources::Files),
+    /// Check resources without touching the datastore
+    Validate(resources::Files),
+    /// Delete resources
+    Delete(resources::Delete),
+    /// Show resources
+    Get(resources::Get),
+    /// Look at this node
+    #[command(subcommand)]
+    Node(node::Command),
+    /// Run a containerlab topology in network namespaces on this machine
+    #[command(subcommand)]
+    Lab(lab::Command),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            output::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    if let Command::Lab(command) = command {
+        return lab::run(command);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime")?;
+    runtime.block_on(async {
+        match command {
+            Command::Apply(files) => resources::write(Verb::Apply, &files).await?,
+            Command::Create(files) => resources::write(Verb::Create, &files).await?,
+            Command::Replace(files) => resources::write(Verb::Replace, &files).await?,
+            Command::Validate(files) => resources::write(Verb::Validate, &files).await?,
+            Command::Delete(delete) => resources::delete(&delete).await?,
+            Command::Get(get) => resources::get(&get).await?,
+            Command::Node(command) => return node::run(&command).await,
+            Command::Lab(command) => return lab::run(command),
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
