@@ -2,10 +2,11 @@
 //!
 //! [`calc`] is a pure, incremental graph: datastore updates in, "what this node must enforce" out.
 //! [`compile`] turns that into an nf_tables program and plans the transaction that takes the kernel
-//! there; it is pure as well. `verdict` answers the same questions from the policy model alone and
+//! there; it is pure as well. [`verdict`] answers the same questions from the policy model alone and
 //! serves as the oracle of tests and the engine of traces.
 //!
 //! None of these three reads a clock, a socket or the kernel.
 
 pub mod calc;
 pub mod compile;
+pub mod verdict;

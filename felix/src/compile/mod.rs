@@ -20,11 +20,13 @@ mod base;
 mod compiler;
 mod expr;
 mod names;
+mod plan;
 mod program;
 mod rule;
 mod settings;
 mod stack;
 
 pub use compiler::Compiler;
+pub use plan::{Plan, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
 pub use settings::{DenyAction, HostAction, Settings};

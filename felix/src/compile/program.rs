@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-use cali_netlink::nft::{Chain, Data, Elem, Family, Key, Rule, Set, TableName, Verdict};
+use super::plan::Plan;
+use cali_netlink::nft::{Chain, Elem, Family, Key, ListedChain, ListedRule, Rule, Set, TableName};
 
 /// A rule with its place in the kernel, where that is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,17 +41,6 @@ impl ChainProgram {
     /// The tags of the rules in order: equal lists mean equal content.
     pub fn tags(&self) -> impl Iterator<Item = Option<u64>> {
         self.rules.iter().map(|rule| rule.rule.tag)
-    }
-
-    /// The chains that this one leads to by rules of its own.
-    pub fn targets(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.rules
-            .iter()
-            .flat_map(|rule| &rule.rule.exprs)
-            .filter_map(|expr| match expr {
-                cali_netlink::nft::Expr::Verdict(verdict) => target(verdict),
-                _ => None,
-            })
     }
 }
 
@@ -105,9 +95,76 @@ impl Program {
         }
     }
 
+    /// A table as the kernel lists it.
+    pub fn listed(
+        table: TableName,
+        chains: impl IntoIterator<Item = ListedChain>,
+        rules: impl IntoIterator<Item = ListedRule>,
+        sets: impl IntoIterator<Item = (Set, Vec<Elem>)>,
+    ) -> Self {
+        let mut program = Self {
+            table,
+            exists: true,
+            ..Self::absent()
+        };
+        for ListedChain { chain, .. } in chains {
+            program.chains.insert(
+                chain.name.clone(),
+                ChainProgram {
+                    chain,
+                    rules: Vec::new(),
+                },
+            );
+        }
+        for ListedRule {
+            chain,
+            handle,
+            rule,
+            ..
+        } in rules
+        {
+            if let Some(chain) = program.chains.get_mut(&chain) {
+                chain.rules.push(InstalledRule {
+                    rule,
+                    handle: Some(handle),
+                });
+            }
+        }
+        for (set, elements) in sets {
+            program
+                .sets
+                .insert(set.name.clone(), SetProgram::new(set).with(elements));
+        }
+        program
+    }
+
     /// Takes over what `touched` names from `desired`, after the kernel took the transaction that
-    /// [`super::plan_touched`] made of it. Handles of rules that were left alone stay known.
-    pub fn adopt(&mut self, desired: &Self, touched: &Touched) {
+    /// [`super::plan_touched`] made of it and answered with `handles` for the rules that were added.
+    /// Handles of rules that were left alone stay known.
+    pub fn adopt(&mut self, desired: &Self, touched: &Touched, plan: &Plan, handles: &[u64]) {
+        if plan.rebuilds {
+            *self = desired.clone();
+        } else {
+            self.adopt_touched(desired, touched);
+        }
+        // An incomplete answer tells nothing: the next change of the chain writes it anew.
+        for ((chain, index), handle) in plan
+            .added
+            .iter()
+            .zip(handles)
+            .filter(|_| plan.added.len() == handles.len())
+        {
+            if let Some(rule) = self
+                .chains
+                .get_mut(chain)
+                .and_then(|chain| chain.rules.get_mut(*index))
+            {
+                rule.handle = Some(*handle);
+            }
+        }
+    }
+
+    fn adopt_touched(&mut self, desired: &Self, touched: &Touched) {
         self.exists = desired.exists;
         for name in &touched.chains {
             match desired.chains.get(name) {
@@ -197,22 +254,6 @@ impl Touched {
         for (set, keys) in other.elements {
             self.elements.entry(set).or_default().extend(keys);
         }
-    }
-}
-
-/// The chain a verdict leads to.
-pub(super) fn target(verdict: &Verdict) -> Option<&Arc<str>> {
-    match verdict {
-        Verdict::Jump(chain) | Verdict::Goto(chain) => Some(chain),
-        _ => None,
-    }
-}
-
-/// The chain an element leads to.
-pub(super) fn element_target(elem: &Elem) -> Option<&Arc<str>> {
-    match &elem.data {
-        Some(Data::Verdict(verdict)) => target(verdict),
-        _ => None,
     }
 }
 

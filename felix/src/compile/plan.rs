@@ -1,0 +1,247 @@
+//! The transaction that takes the kernel from one program to another.
+//!
+//! One batch, in the one order in which every message finds what it needs: new sets and chains,
+//! elements (gone before new, because ranges must not overlap on the way), rules, the ways into
+//! chains; then, backwards, what nobody refers to any more. Rules that are the same on both sides are
+//! not touched and keep their counters.
+
+use std::sync::Arc;
+
+use cali_netlink::nft::{Elem, Key, Position, Set, Transaction};
+
+use super::program::{ChainProgram, Program, SetProgram, Touched, same_ends};
+
+/// A planned transaction.
+#[derive(Debug)]
+pub struct Plan {
+    /// What to send. It asks the kernel for the handles of the rules that it adds.
+    pub transaction: Transaction,
+    /// Chain and index of each added rule, in the order of the kernel's answer
+    /// (`Committed::rule_handles`); see [`Program::adopt`].
+    pub added: Vec<(Arc<str>, usize)>,
+    /// Something in the kernel could only be put right by building the whole table anew.
+    pub rebuilds: bool,
+}
+
+impl Plan {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.transaction.is_empty()
+    }
+}
+
+/// The transaction from `current` to `desired`, looking at everything: for start and audit.
+pub fn plan_transaction(current: &Program, desired: &Program) -> Plan {
+    plan_touched(current, desired, &Touched::all(current, desired))
+}
+
+/// The transaction from `current` to `desired`, looking only at what `touched` names.
+pub fn plan_touched(current: &Program, desired: &Program, touched: &Touched) -> Plan {
+    if cannot_change(current, desired, touched) {
+        let mut planner = Planner::new(desired);
+        planner.transaction.delete_table();
+        let absent = Program {
+            exists: false,
+            ..Program::absent()
+        };
+        planner.plan(&absent, desired, &Touched::all(&absent, desired));
+        return Plan {
+            rebuilds: true,
+            ..planner.finish()
+        };
+    }
+    let mut planner = Planner::new(desired);
+    planner.plan(current, desired, touched);
+    planner.finish()
+}
+
+/// Types of sets and hooks of base chains are fixed when they are made.
+fn cannot_change(current: &Program, desired: &Program, touched: &Touched) -> bool {
+    let set = |name| matches!((current.sets.get(name), desired.sets.get(name)), (Some(a), Some(b)) if !same_kind(&a.set, &b.set));
+    let chain = |name| matches!((current.chains.get(name), desired.chains.get(name)), (Some(a), Some(b)) if a.chain.base != b.chain.base);
+    touched.sets.iter().any(set) || touched.chains.iter().any(chain)
+}
+
+fn same_kind(a: &Set, b: &Set) -> bool {
+    a.key == b.key && a.data == b.data && a.interval == b.interval && a.timeout == b.timeout
+}
+
+/// Whether two elements mean the same. Counters and remaining life time do not count.
+fn same_element(a: &Elem, b: &Elem) -> bool {
+    let end = |elem: &Elem| elem.end.clone().unwrap_or_else(|| elem.key.clone());
+    a.key == b.key && a.data == b.data && end(a) == end(b)
+}
+
+struct Planner {
+    transaction: Transaction,
+    added: Vec<(Arc<str>, usize)>,
+}
+
+/// Changes of one set's elements.
+struct ElementChanges<'a> {
+    set: &'a Set,
+    gone: Vec<&'a Elem>,
+    new: Vec<&'a Elem>,
+}
+
+impl Planner {
+    fn new(desired: &Program) -> Self {
+        let mut transaction = Transaction::new(desired.table.clone());
+        transaction.echo_handles();
+        Self {
+            transaction,
+            added: Vec::new(),
+        }
+    }
+
+    fn finish(self) -> Plan {
+        Plan {
+            transaction: self.transaction,
+            added: self.added,
+            rebuilds: false,
+        }
+    }
+
+    fn plan(&mut self, current: &Program, desired: &Program, touched: &Touched) {
+        if !current.exists && desired.exists {
+            self.transaction.add_table();
+        }
+        for name in &touched.sets {
+            if let (None, Some(set)) = (current.sets.get(name), desired.sets.get(name)) {
+                self.transaction.add_set(&set.set);
+            }
+        }
+        for name in &touched.chains {
+            if let (None, Some(chain)) = (current.chains.get(name), desired.chains.get(name)) {
+                self.transaction.add_chain(&chain.chain);
+            }
+        }
+        let changes = element_changes(current, desired, touched);
+        for change in changes.iter().filter(|change| !change.gone.is_empty()) {
+            self.transaction
+                .delete_elements(change.set, change.gone.iter().copied());
+        }
+        // Values before rules, verdicts after them: a way into a chain comes last.
+        self.add_elements(&changes, |set| set.data.is_none());
+        for name in &touched.chains {
+            if let Some(chain) = desired.chains.get(name) {
+                self.rules(current.chains.get(name), chain);
+            }
+        }
+        self.add_elements(&changes, |set| set.data.is_some());
+
+        let gone = |name: &&Arc<str>| {
+            current.chains.contains_key(*name) && !desired.chains.contains_key(*name)
+        };
+        // Chains may refer to each other, so all are empty before the first one goes.
+        for name in touched.chains.iter().filter(gone) {
+            if !current.chains[name].rules.is_empty() {
+                self.transaction.flush_chain(name);
+            }
+        }
+        for name in touched.chains.iter().filter(gone) {
+            self.transaction.delete_chain(name);
+        }
+        for name in &touched.sets {
+            if current.sets.contains_key(name) && !desired.sets.contains_key(name) {
+                self.transaction.delete_set(name);
+            }
+        }
+    }
+
+    fn add_elements(&mut self, changes: &[ElementChanges<'_>], which: impl Fn(&Set) -> bool) {
+        for change in changes
+            .iter()
+            .filter(|change| which(change.set) && !change.new.is_empty())
+        {
+            self.transaction
+                .add_elements(change.set, change.new.iter().copied());
+        }
+    }
+
+    fn rules(&mut self, current: Option<&ChainProgram>, desired: &ChainProgram) {
+        let old = current.map_or(&[][..], |chain| &chain.rules);
+        let new = desired.rules.as_slice();
+        let name = &desired.chain.name;
+        let (head, tail) = same_ends(old, new);
+        let replaced = &old[head..old.len() - tail];
+        let added = head..new.len() - tail;
+        if replaced.is_empty() && added.is_empty() {
+            return;
+        }
+        let position = match old.get(old.len() - tail) {
+            Some(next) => next.handle.map(Position::Before),
+            None => Some(Position::Last),
+        };
+        let handles: Option<Vec<u64>> = replaced.iter().map(|rule| rule.handle).collect();
+        if let (Some(position), Some(handles)) = (position, handles) {
+            for index in added {
+                self.transaction.add_rule(name, position, &new[index].rule);
+                self.added.push((name.clone(), index));
+            }
+            handles
+                .iter()
+                .for_each(|handle| self.transaction.delete_rule(name, *handle));
+            return;
+        }
+        // Without handles rules cannot be told apart: all of them are written again.
+        self.transaction.flush_chain(name);
+        for (index, rule) in new.iter().enumerate() {
+            self.transaction.append_rule(name, &rule.rule);
+            self.added.push((name.clone(), index));
+        }
+    }
+}
+
+fn element_changes<'a>(
+    current: &'a Program,
+    desired: &'a Program,
+    touched: &'a Touched,
+) -> Vec<ElementChanges<'a>> {
+    let mut all = Vec::new();
+    for name in &touched.sets {
+        let Some(wanted) = desired.sets.get(name) else {
+            continue;
+        };
+        let known = current.sets.get(name);
+        let keys = known
+            .into_iter()
+            .flat_map(|set| set.elements.keys())
+            .chain(wanted.elements.keys());
+        all.push(changes_of(known, wanted, keys));
+    }
+    for (name, keys) in &touched.elements {
+        if let (false, Some(wanted)) = (touched.sets.contains(name), desired.sets.get(name)) {
+            all.push(changes_of(current.sets.get(name), wanted, keys.iter()));
+        }
+    }
+    all
+}
+
+fn changes_of<'a>(
+    current: Option<&'a SetProgram>,
+    desired: &'a SetProgram,
+    keys: impl Iterator<Item = &'a Key>,
+) -> ElementChanges<'a> {
+    let mut changes = ElementChanges {
+        set: &desired.set,
+        gone: Vec::new(),
+        new: Vec::new(),
+    };
+    let mut keys: Vec<&Key> = keys.collect();
+    keys.sort_unstable();
+    keys.dedup();
+    for key in keys {
+        match (
+            current.and_then(|set| set.elements.get(key)),
+            desired.elements.get(key),
+        ) {
+            (Some(old), Some(new)) if same_element(old, new) => {}
+            (old, new) => {
+                changes.gone.extend(old);
+                changes.new.extend(new);
+            }
+        }
+    }
+    changes
+}
