@@ -4,23 +4,27 @@
 //! The crate has two halves. The pure half is [`Resolver`], which answers "how is this prefix, which
 //! lives on that node, reached from here?", and [`plan`], which lists the devices, addresses,
 //! forwarding entries and neighbours that must exist for those answers to work. The thin half,
-//! [`apply`], brings the kernel of one network namespace to that plan and keeps it there.
+//! [`Tunnels`], brings the kernel of one network namespace to that plan and keeps it there.
 //!
 //! It does not write routes: `cali-routes` is the only writer of routes and asks [`Resolver`] for each.
 //!
 //! # Invariants
 //! - Receivers are prepared for every encapsulation that any pool names, whether or not a route of
 //!   this node uses it yet (DESIGN §4.4, the barrier for pool edits).
-//! - Nothing that a route still uses is removed: [`apply::Applier`] is told which gateways are in use.
+//! - Nothing that a route still uses is removed: [`Tunnels`] is told which gateways are in use.
 //! - A device of our name but of another kind belongs to somebody else. It is reported, never changed.
 
+mod apply;
+mod devices;
 mod encap;
+mod entries;
 mod inputs;
 mod mac;
 mod mtu;
 pub mod plan;
 mod resolve;
 
+pub use apply::{GatewaysInUse, TunnelState, Tunnels, Wish};
 pub use encap::{Encap, Pool, Scope};
 pub use mac::vtep_mac;
 pub use mtu::Overhead;

@@ -241,6 +241,20 @@ impl EventStream {
         self.waiting.pop_front()
     }
 
+    /// `first` and what comes within `window` after it, at most `limit` in all. Unlike [`Self::next_burst`] this loses
+    /// nothing in a `select!` whose branch waits for [`Self::next`]: the collecting is done in the branch's body.
+    pub async fn burst_after(&mut self, first: Event, window: Duration, limit: usize) -> Result<Vec<Event>> {
+        let mut burst = vec![first];
+        let end = tokio::time::Instant::now() + window;
+        while burst.len() < limit {
+            match tokio::time::timeout_at(end, self.next()).await {
+                Ok(event) => burst.push(event?),
+                Err(_) => break,
+            }
+        }
+        Ok(burst)
+    }
+
     /// What comes within `window` after the first notification, at most `limit` of them. For owners that would
     /// rather handle a burst at once.
     pub async fn next_burst(&mut self, window: Duration, limit: usize) -> Result<Vec<Event>> {

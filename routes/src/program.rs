@@ -49,7 +49,7 @@ pub enum Step {
 struct Ours {
     /// Pools and blocks that we hold.
     prefixes: Vec<Cidr>,
-    /// Rows that this process wrote.
+    /// Rows that this process wrote, or found as it would have written them.
     written: BTreeSet<RouteKey>,
     /// While adopting, everything with our protocols is looked at (and held, never changed).
     adopting: bool,
@@ -247,7 +247,9 @@ impl Program {
                     self.nexthops.desire(nexthop.id, nexthop.clone());
                 }
                 self.held.remove(&key);
-                self.lock().written.insert(key);
+                if self.routes.observed().get(&key) == Some(&rendered.route) {
+                    self.lock().written.insert(key);
+                }
                 self.routes.desire(key, rendered.route);
                 new_key = Some(key);
                 (
@@ -299,8 +301,14 @@ impl Program {
 
     /// The next steps for rows.
     pub fn plan_routes(&mut self, now: Instant) -> Vec<(Op<RouteKey, Route>, Step)> {
+        let ops = self.routes.plan(now);
         let protocols = [self.settings.protocol, self.settings.bgp_protocol];
+        let ours = self.lock();
         let step = |op: &Op<RouteKey, Route>| match op {
+            // Where we have written before, whoever has put something else there has changed an object of ours.
+            Op::Set { key, value, .. } if ours.written.contains(key) => {
+                Step::Replace(value.clone())
+            }
             Op::Set {
                 value, old: None, ..
             } => Step::Add(value.clone()),
@@ -317,11 +325,8 @@ impl Program {
             }
             Op::Delete { old, .. } => Step::Delete(old.clone()),
         };
-        self.routes
-            .plan(now)
-            .into_iter()
-            .map(|op| (op.clone(), step(&op)))
-            .collect()
+        let steps: Vec<Step> = ops.iter().map(step).collect();
+        ops.into_iter().zip(steps).collect()
     }
 
     /// Reports the result of one row's step.
@@ -331,11 +336,11 @@ impl Program {
         result: Result<(), E>,
         now: Instant,
     ) {
-        if result.is_ok()
-            && let Op::Delete { key, .. } = op
-            && !self.routes.desired().contains_key(key)
-        {
-            self.lock().written.remove(key);
+        if result.is_ok() {
+            match op {
+                Op::Set { key, .. } => self.lock().written.insert(*key),
+                Op::Delete { key, .. } => self.lock().written.remove(key),
+            };
         }
         self.routes.on_result(op, result, now);
     }

@@ -228,7 +228,7 @@ pub fn describe(prefix: &Cidr, selected: &Selected, settings: &KernelSettings) -
 
 /// Whether two rows send packets the same way, whoever wrote them. Such a row may be taken over.
 #[must_use]
-pub fn same_way(ours: &Route, other: &Route) -> bool {
+pub(crate) fn same_way(ours: &Route, other: &Route) -> bool {
     let comparable = |row: &Route| {
         (
             row.kind,

@@ -146,6 +146,17 @@ struct Row {
     needs: BTreeSet<IpAddr>,
 }
 
+impl Row {
+    fn view(&self, prefix: Cidr) -> RowView<'_> {
+        RowView {
+            prefix,
+            selected: self.selected.as_ref(),
+            problem: self.problem.as_ref(),
+            sources: self.candidates.keys().copied().collect(),
+        }
+    }
+}
+
 /// The table.
 #[derive(Debug)]
 pub struct RouteTable {
@@ -328,14 +339,17 @@ impl RouteTable {
             .filter_map(|(prefix, row)| Some((*prefix, row.selected.as_ref()?)))
     }
 
+    /// One row, for status.
+    #[must_use]
+    pub fn row(&self, prefix: &Cidr) -> Option<RowView<'_>> {
+        self.rows
+            .get_key_value(prefix)
+            .map(|(prefix, row)| row.view(*prefix))
+    }
+
     /// All rows, for status.
     pub fn view(&self) -> impl Iterator<Item = RowView<'_>> {
-        self.rows.iter().map(|(prefix, row)| RowView {
-            prefix: *prefix,
-            selected: row.selected.as_ref(),
-            problem: row.problem.as_ref(),
-            sources: row.candidates.keys().copied().collect(),
-        })
+        self.rows.iter().map(|(prefix, row)| row.view(*prefix))
     }
 
     fn touch_within(&mut self, pool: Cidr) {
