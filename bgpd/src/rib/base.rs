@@ -24,6 +24,9 @@ pub struct RibConfig {
     pub assume_reachable: bool,
     /// Keep refused announcements, so that they can be shown with the reason.
     pub keep_refused: bool,
+    /// Octets of encoded messages that a group of peers keeps for its slow readers; those that are further behind
+    /// are brought up to date from the table.
+    pub stream_limit: usize,
 }
 
 impl RibConfig {
@@ -36,6 +39,7 @@ impl RibConfig {
             max_paths: 16,
             assume_reachable: false,
             keep_refused: true,
+            stream_limit: 1 << 20,
         }
     }
 

@@ -4,7 +4,7 @@
 //! member is either *attached*: it reads the log at its own position; or *behind*: it has a set of routes to be told about
 //! (and perhaps a walk over the whole table to do), and reads the log again when that is empty. New members start behind,
 //! with a walk. A reader whose unread messages make the log too long is put behind: memory is bounded by
-//! [`LOG_LIMIT`] and the size of the table, and no member waits for another one.
+//! [`RibConfig::stream_limit`](super::RibConfig::stream_limit) and the size of the table, and no member waits for another one.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -22,8 +22,6 @@ use crate::wire::{
     Codec, Family, Framer, Message, Nlri, Packer, Prefix, RefreshKind, RouteRefresh,
 };
 
-/// Octets that the log may hold for readers that are not there yet.
-const LOG_LIMIT: usize = 1 << 20;
 /// Destinations evaluated before the result is encoded.
 const FLUSH_CHUNK: usize = 8192;
 /// Routes told to a member that is behind before the budget is looked at again.
@@ -57,6 +55,8 @@ struct Packet {
 #[derive(Clone, Copy, Debug)]
 struct Walk {
     next: DestId,
+    /// The peer knows nothing yet of what lies ahead; otherwise (a refresh) withdrawals ahead must still be told.
+    first: bool,
     end_of_rib: bool,
     end_of_refresh: bool,
 }
@@ -74,9 +74,16 @@ impl Behind {
         self.walk.is_none() && self.changed.is_empty()
     }
 
+    /// Destinations below this number may be known to the peer.
+    fn told_up_to(&self) -> DestId {
+        self.walk
+            .filter(|walk| walk.first)
+            .map_or(DestId::MAX, |walk| walk.next)
+    }
+
     /// Notes a change, unless the walk will come by.
     fn note(&mut self, id: DestId, route: Nlri, told: bool) {
-        if self.walk.is_none_or(|walk| id < walk.next) {
+        if id < self.told_up_to() {
             self.changed.entry(route).or_insert(told);
         }
     }
@@ -212,6 +219,7 @@ impl Group {
                 .contains(Family::SUPPORTED[family])
                 .then_some(Walk {
                     next: 0,
+                    first: true,
                     end_of_rib: true,
                     end_of_refresh: false,
                 }),
@@ -240,9 +248,7 @@ impl Group {
         let slot = member.peer.slot.0;
         for family in 0..2 {
             self.fill(base, family, DestId::MAX);
-            let walked = member.behind[family]
-                .walk
-                .map_or(DestId::MAX, |walk| walk.next);
+            let walked = member.behind[family].told_up_to();
             let (old, new) = (&from.sides[family].adj, &self.sides[family].adj);
             let mut ids = old.destinations();
             ids.extend(new.destinations());
@@ -294,6 +300,7 @@ impl Group {
                 .is_some_and(|walk| walk.end_of_rib);
             member.behind[family].walk = Some(Walk {
                 next: 0,
+                first: false,
                 end_of_rib,
                 end_of_refresh: enhanced,
             });
@@ -458,7 +465,7 @@ impl Group {
         for id in evaluated {
             base.tables[family].unhold(id);
         }
-        self.limit_log();
+        self.limit_log(base.config.stream_limit);
     }
 
     /// Notes the differences of one destination, for the log and for members that are behind.
@@ -666,9 +673,9 @@ impl Group {
     }
 
     /// Keeps the log in its limit by putting the slowest readers behind.
-    fn limit_log(&mut self) {
+    fn limit_log(&mut self, limit: usize) {
         let end = self.log_end();
-        while self.log_size > LOG_LIMIT {
+        while self.log_size > limit {
             let unread = self
                 .members
                 .iter()
