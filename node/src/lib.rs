@@ -7,3 +7,4 @@
 
 pub mod startup;
 pub mod supervisor;
+pub mod tunnel_addresses;
