@@ -15,6 +15,7 @@
 
 pub mod address;
 pub mod command;
+pub mod conntrack;
 pub mod error;
 pub mod events;
 pub mod fdpass;
@@ -26,6 +27,7 @@ mod netlink;
 pub mod netns;
 pub mod nexthop;
 pub mod nft;
+pub mod probe;
 pub mod process;
 pub mod reconcile;
 pub mod route;

@@ -28,7 +28,8 @@ impl Process {
         let fd = i32::try_from(fd).map_err(io::Error::other)?;
         // SAFETY: the descriptor is new and nobody else's.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let fd = AsyncFd::with_interest(fd, Interest::READABLE)?;
+        // SAFETY: the descriptor is owned by the `AsyncFd`, so it stays open for as long as it is registered.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
         Ok(Self { pid, fd })
     }
 

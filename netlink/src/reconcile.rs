@@ -29,6 +29,11 @@ pub const FIGHT_WINDOW: Duration = Duration::from_secs(60);
 /// How long a key that is fought over is left alone between two corrections.
 pub const FIGHT_PAUSE: Duration = Duration::from_secs(30);
 
+/// How long the notification of an own operation is waited for.
+pub const ECHO_LIFE: Duration = Duration::from_secs(2);
+/// How many notifications of own operations on one key are waited for.
+const ECHO_LIMIT: usize = 8;
+
 /// One operation of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op<K, V> {
@@ -104,8 +109,8 @@ pub enum Drift<K, V> {
 }
 
 /// What we know of one key's doing, beside its desired and observed value.
-#[derive(Debug, Clone, Default)]
-struct Track {
+#[derive(Debug, Clone)]
+struct Track<V> {
     failure: Option<Quarantine>,
     /// When a state that we had confirmed was changed by somebody else.
     undone: VecDeque<Instant>,
@@ -114,6 +119,21 @@ struct Track {
     confirmed: bool,
     /// An operation has been handed out and its result has not come back.
     in_flight: bool,
+    /// What notifications of our own successful operations will still say.
+    echoes: VecDeque<(Instant, Option<V>)>,
+}
+
+impl<V> Default for Track<V> {
+    fn default() -> Self {
+        Self {
+            failure: None,
+            undone: VecDeque::new(),
+            fight: None,
+            confirmed: false,
+            in_flight: false,
+            echoes: VecDeque::new(),
+        }
+    }
 }
 
 type Owns<K, V> = Box<dyn Fn(&K, &V) -> bool + Send + Sync>;
@@ -122,7 +142,7 @@ type Owns<K, V> = Box<dyn Fn(&K, &V) -> bool + Send + Sync>;
 pub struct Reconciler<K, V> {
     desired: BTreeMap<K, V>,
     observed: BTreeMap<K, V>,
-    tracks: BTreeMap<K, Track>,
+    tracks: BTreeMap<K, Track<V>>,
     dirty: BTreeSet<K>,
     owns: Owns<K, V>,
     synced: bool,
@@ -241,13 +261,20 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
             }
         }
         self.synced = true;
+        self.forget_idle(now);
         drifts
     }
 
     /// Takes in one notification (`None`: the object is gone) and says whether it is a foreign change.
     ///
-    /// What we did ourselves comes back as a notification too: it equals the wish and is no drift.
+    /// What we did ourselves comes back as a notification too, perhaps after we have done the next thing to the same
+    /// key. Such an echo is older than what we know, and is passed over.
     pub fn on_observed(&mut self, key: &K, value: Option<V>, now: Instant) -> Option<Drift<K, V>> {
+        if let Some(track) = self.tracks.get_mut(key)
+            && track.is_echo(value.as_ref(), now)
+        {
+            return None;
+        }
         if let Some(value) = &value
             && !self.is_ours(key, value)
         {
@@ -347,7 +374,7 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
             let wish = self.desired.get(&key);
             let seen = self.observed.get(&key);
             if wish == seen {
-                self.forget_if_idle(&key, now);
+                self.nothing_to_do(&key, now);
                 continue;
             }
             if self
@@ -371,6 +398,7 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
                 (None, _) => {
                     // Not ours: it only was in the way while the key was wanted.
                     self.observed.remove(&key);
+                    self.nothing_to_do(&key, now);
                     continue;
                 }
             };
@@ -386,7 +414,8 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         sets
     }
 
-    /// The result of one operation of a plan. Every operation needs its result.
+    /// The result of one operation of a plan. Every operation needs its result. A deletion of what is gone already is
+    /// a success: the applier says so.
     pub fn on_result<E: std::fmt::Display>(
         &mut self,
         op: &Op<K, V>,
@@ -398,6 +427,16 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         match result {
             Ok(()) => {
                 track.failure = None;
+                if track.echoes.len() == ECHO_LIMIT {
+                    track.echoes.pop_front();
+                }
+                track.echoes.push_back((
+                    now,
+                    match op {
+                        Op::Set { value, .. } => Some(value.clone()),
+                        Op::Delete { .. } => None,
+                    },
+                ));
                 match op {
                     Op::Set { key, value, .. } => {
                         track.confirmed = true;
@@ -429,24 +468,30 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         let key = op.key();
         if self.desired.get(key) == self.observed.get(key) {
             self.dirty.remove(key);
-            self.forget_if_idle(&key.clone(), now);
+            self.nothing_to_do(&key.clone(), now);
         } else {
             self.dirty.insert(key.clone());
         }
     }
 
-    /// Drops the memory of a key that is neither wanted, nor seen, nor fought over.
-    fn forget_if_idle(&mut self, key: &K, now: Instant) {
-        let idle = self.tracks.get(key).is_some_and(|track| {
-            !track.in_flight
-                && track
-                    .undone
-                    .back()
-                    .is_none_or(|at| now.saturating_duration_since(*at) > FIGHT_WINDOW)
-        });
-        if idle && !self.desired.contains_key(key) && !self.observed.contains_key(key) {
+    /// The key is as it is wanted, whatever failed before.
+    fn nothing_to_do(&mut self, key: &K, now: Instant) {
+        if let Some(track) = self.tracks.get_mut(key) {
+            track.failure = None;
+        }
+        if !self.desired.contains_key(key)
+            && self.tracks.get(key).is_some_and(|track| track.is_idle(now))
+        {
             self.tracks.remove(key);
         }
+    }
+
+    /// Drops the memory of keys that are neither wanted, nor seen, nor fought over.
+    fn forget_idle(&mut self, now: Instant) {
+        let (desired, observed) = (&self.desired, &self.observed);
+        self.tracks.retain(|key, track| {
+            desired.contains_key(key) || observed.contains_key(key) || !track.is_idle(now)
+        });
     }
 
     /// When [`Self::plan`] will have something to do; `None` if nothing is open.
@@ -488,23 +533,55 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         })
     }
 
-    /// Lets every paused key be tried at once (an operator, or a new link, says that things have changed).
-    pub fn retry_now(&mut self, which: impl Fn(&K) -> bool) {
+    /// Lets every key that failed be tried at once (an operator, or a new link, says that things have changed).
+    pub fn retry_now(&mut self, which: impl Fn(&K) -> bool, now: Instant) {
         for (key, track) in &mut self.tracks {
             if which(key)
                 && let Some(failure) = &mut track.failure
             {
                 failure.failures = 0;
-                failure.until = failure
-                    .until
-                    .checked_sub(BACKOFF_LIMIT)
-                    .unwrap_or(failure.until);
+                failure.until = now;
             }
         }
     }
 }
 
-impl Track {
+impl<V> Track<V> {
+    /// Nothing of it matters for what comes.
+    fn is_idle(&self, now: Instant) -> bool {
+        let old = |at: Option<&Instant>, life| {
+            at.is_none_or(|at| now.saturating_duration_since(*at) > life)
+        };
+        !self.in_flight
+            && old(self.undone.back(), FIGHT_WINDOW)
+            && old(self.echoes.back().map(|(at, _)| at), ECHO_LIFE)
+    }
+
+    /// Whether `value` is what an own operation announced; those before it will not come any more.
+    fn is_echo(&mut self, value: Option<&V>, now: Instant) -> bool
+    where
+        V: PartialEq,
+    {
+        while self
+            .echoes
+            .front()
+            .is_some_and(|(at, _)| now.saturating_duration_since(*at) > ECHO_LIFE)
+        {
+            self.echoes.pop_front();
+        }
+        match self
+            .echoes
+            .iter()
+            .position(|(_, echo)| echo.as_ref() == value)
+        {
+            Some(at) => {
+                self.echoes.drain(..=at);
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Until when the key is to be left alone, if that is in the future.
     fn pause(&self, now: Instant) -> Option<Instant> {
         let failure = self.failure.as_ref().map(|failure| failure.until);

@@ -25,6 +25,7 @@ pub(super) const GETSETELEM: u16 = 13;
 pub(super) const DELSETELEM: u16 = 14;
 pub(super) const NEWGEN: u16 = 15;
 pub(super) const GETGEN: u16 = 16;
+pub(super) const NEWFLOWTABLE: u16 = 22;
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;

@@ -27,6 +27,8 @@ pub enum Object {
     Set(TableName, Arc<str>),
     /// Elements of a set or map.
     Elements(TableName, Arc<str>),
+    /// A flowtable.
+    Flowtable(TableName, Arc<str>),
     /// The whole batch.
     Batch,
 }
@@ -40,6 +42,7 @@ impl fmt::Display for Object {
             Self::Rule(table, chain, Some(tag)) => write!(f, "rule {tag:016x} in {table} {chain}"),
             Self::Set(table, set) => write!(f, "set {table} {set}"),
             Self::Elements(table, set) => write!(f, "elements of {table} {set}"),
+            Self::Flowtable(table, name) => write!(f, "flowtable {table} {name}"),
             Self::Batch => f.write_str("nf_tables batch"),
         }
     }
@@ -347,6 +350,24 @@ impl Transaction {
             self.writer.end(list);
             self.writer.finish();
         }
+    }
+
+    /// Makes a flowtable without devices (`include/uapi/linux/netfilter/nf_tables.h`, `NFTA_FLOWTABLE_*`).
+    pub fn add_flowtable(&mut self, name: &str, priority: i32) {
+        self.begin(
+            message::NEWFLOWTABLE,
+            NLM_F_CREATE,
+            "add",
+            Object::Flowtable(self.table.clone(), name.into()),
+        );
+        self.writer.text(1, &self.table.name);
+        self.writer.text(2, name);
+        let hook = self.writer.nest(3);
+        // `NF_NETDEV_INGRESS`.
+        self.writer.be32(1, 0);
+        self.writer.be32(2, priority as u32);
+        self.writer.end(hook);
+        self.writer.finish();
     }
 
     /// The whole batch as one send.
