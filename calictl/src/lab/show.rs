@@ -47,7 +47,7 @@ pub(super) fn run(folder: &Folder) -> Result<ExitCode> {
     .list()
     .context("cannot read the lab's pods")?;
     let store = runtime.block_on(async { super::up::open_store(&plan) })?;
-    let matrix = runtime.block_on(matrix::measure(store.as_ref(), &pods))?;
+    let matrix = runtime.block_on(matrix::measure(&store, &pods))?;
     title("connections, measured with real packets, beside what the policies say");
     output::write(matrix.render());
     Ok(if matrix.agrees() {

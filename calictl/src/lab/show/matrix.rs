@@ -6,6 +6,7 @@ use cali_datastore::Datastore;
 use cali_lab::pods::RunningPod;
 use cali_lab::probe::{Attempt, Outcome, Protocol, try_all};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long an attempt may take before it counts as denied. A SYN that is lost is sent again after 1 s.
@@ -27,7 +28,7 @@ pub(super) struct Matrix {
 }
 
 /// Measures all pairs side by side.
-pub(super) async fn measure(store: &dyn Datastore, pods: &[RunningPod]) -> Result<Matrix> {
+pub(super) async fn measure(store: &Arc<dyn Datastore>, pods: &[RunningPod]) -> Result<Matrix> {
     let oracle = super::super::expect::Oracle::read(store).await?;
     let mut attempts = Vec::new();
     let mut places = Vec::new();
@@ -42,7 +43,7 @@ pub(super) async fn measure(store: &dyn Datastore, pods: &[RunningPod]) -> Resul
                 to: SocketAddr::new(*address, *port),
             };
             let source = from.addresses.first().context("a pod without an address")?;
-            places.push((row, column, oracle.allows(*source, *address, *port)));
+            places.push((row, column, oracle.allows(*source, *address, *port)?));
             attempts.push(attempt);
         }
     }
