@@ -243,7 +243,12 @@ impl EventStream {
 
     /// `first` and what comes within `window` after it, at most `limit` in all. Unlike [`Self::next_burst`] this loses
     /// nothing in a `select!` whose branch waits for [`Self::next`]: the collecting is done in the branch's body.
-    pub async fn burst_after(&mut self, first: Event, window: Duration, limit: usize) -> Result<Vec<Event>> {
+    pub async fn burst_after(
+        &mut self,
+        first: Event,
+        window: Duration,
+        limit: usize,
+    ) -> Result<Vec<Event>> {
         let mut burst = vec![first];
         let end = tokio::time::Instant::now() + window;
         while burst.len() < limit {
