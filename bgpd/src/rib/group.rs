@@ -6,16 +6,17 @@
 //! with a walk. A reader whose unread messages make the log too long is put behind: memory is bounded by
 //! [`RibConfig::stream_limit`](super::RibConfig::stream_limit) and the size of the table, and no member waits for another one.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
-use foldhash::fast::RandomState;
 
 use super::adj_out::AdjOut;
 use super::base::Base;
+use super::batch::{Batch, Buckets, Target};
 use super::event::PeerId;
 use super::export::{EditCache, GroupKey, Out, Outs, evaluate};
 use super::hops::{Hop, HopId};
+use super::member::{Behind, Member, Walk};
 use super::store::AttrId;
 use super::table::{DestId, Table};
 use crate::wire::{
@@ -27,84 +28,10 @@ const FLUSH_CHUNK: usize = 8192;
 /// Routes told to a member that is behind before the budget is looked at again.
 const CATCH_UP_CHUNK: usize = 2048;
 
-/// Which members a message is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Target {
-    All,
-    Except(u16),
-    Only(u16),
-}
-
-impl Target {
-    const fn includes(self, slot: u16) -> bool {
-        match self {
-            Self::All => true,
-            Self::Except(other) => slot != other,
-            Self::Only(other) => slot == other,
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Packet {
     bytes: Bytes,
     target: Target,
-}
-
-/// A walk over the table for one member.
-#[derive(Clone, Copy, Debug)]
-struct Walk {
-    next: DestId,
-    /// The peer knows nothing yet of what lies ahead; otherwise (a refresh) withdrawals ahead must still be told.
-    first: bool,
-    end_of_rib: bool,
-    end_of_refresh: bool,
-}
-
-/// What a member that is behind has to be told, of one family.
-#[derive(Debug, Default)]
-struct Behind {
-    walk: Option<Walk>,
-    /// Routes that changed; the value says whether the peer may have the route.
-    changed: BTreeMap<Nlri, bool>,
-}
-
-impl Behind {
-    fn is_empty(&self) -> bool {
-        self.walk.is_none() && self.changed.is_empty()
-    }
-
-    /// Destinations below this number may be known to the peer.
-    fn told_up_to(&self) -> DestId {
-        self.walk
-            .filter(|walk| walk.first)
-            .map_or(DestId::MAX, |walk| walk.next)
-    }
-
-    /// Notes a change, unless the walk will come by.
-    fn note(&mut self, id: DestId, route: Nlri, told: bool) {
-        if id < self.told_up_to() {
-            self.changed.entry(route).or_insert(told);
-        }
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct Member {
-    pub(super) peer: PeerId,
-    /// Position in the log, if attached.
-    position: u64,
-    behind: [Behind; 2],
-    /// Control messages to send first.
-    outbox: Vec<Bytes>,
-    /// Nothing was left at the last pull.
-    idle: bool,
-}
-
-impl Member {
-    fn attached(&self) -> bool {
-        self.behind.iter().all(Behind::is_empty)
-    }
 }
 
 /// One family of a group.
@@ -150,47 +77,6 @@ pub struct Pull {
     pub messages: Vec<Bytes>,
     /// There is more now; otherwise the peer will be in [`RibChanges::ready`](super::RibChanges::ready) when there is.
     pub more: bool,
-}
-
-/// Announcements of one batch by attributes and next hop.
-#[derive(Default)]
-struct Buckets {
-    index: HashMap<(AttrId, HopId, Target), usize, RandomState>,
-    list: Vec<(AttrId, HopId, Target, Vec<Nlri>)>,
-}
-
-impl Buckets {
-    fn add(&mut self, out: &Out, target: Target, route: Nlri) {
-        let list = &mut self.list;
-        let at = *self
-            .index
-            .entry((out.attr, out.hop, target))
-            .or_insert_with(|| {
-                list.push((out.attr, out.hop, target, Vec::new()));
-                list.len() - 1
-            });
-        self.list[at].3.push(route);
-    }
-}
-
-/// What one flush found.
-#[derive(Default)]
-struct Batch {
-    withdrawn: Vec<(Target, Vec<Nlri>)>,
-    buckets: Buckets,
-}
-
-impl Batch {
-    fn withdraw(&mut self, target: Target, route: Nlri) {
-        match self
-            .withdrawn
-            .iter_mut()
-            .find(|(other, _)| *other == target)
-        {
-            Some((_, routes)) => routes.push(route),
-            None => self.withdrawn.push((target, vec![route])),
-        }
-    }
 }
 
 impl Group {

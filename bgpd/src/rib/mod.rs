@@ -20,6 +20,7 @@
 
 mod adj_out;
 mod base;
+mod batch;
 mod decision;
 mod engine;
 mod event;
@@ -28,6 +29,7 @@ mod forwarding;
 mod group;
 mod hops;
 mod import;
+mod member;
 mod store;
 mod table;
 mod view;
