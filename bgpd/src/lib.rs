@@ -1,9 +1,19 @@
 //! The BGP speaker of Cali: a native BGP-4 daemon for Kubernetes nodes, route reflectors and fabric routers.
 //!
-//! The core ([`wire`], [`fsm`], [`rib`], [`policy`]) is pure: no sockets, no clock, no randomness; time and every
-//! event come in as values.
+//! The core ([`wire`], [`fsm`], [`gr`], [`rib`], [`policy`], [`config`]) is pure: no sockets, no clock, no randomness;
+//! time and every event come in as values. The edge is [`transport`], [`speaker`] (with a task per neighbour),
+//! [`sink`] and [`control`].
 
+pub mod agent;
+pub mod config;
+pub mod control;
 pub mod fsm;
+pub mod gr;
 pub mod policy;
+pub mod reach;
 pub mod rib;
+mod session;
+pub mod sink;
+pub mod speaker;
+pub mod transport;
 pub mod wire;

@@ -18,9 +18,9 @@ mod tests;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use bytes::Bytes;
-
 pub use peer::Peer;
+
+use crate::wire::Notification;
 
 /// Which of the two connections of a peer: the one we dialled, or the one we accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,98 +84,6 @@ impl State {
             Self::Established => "Established",
         }
     }
-}
-
-/// A NOTIFICATION: code, subcode and data (RFC 4271 §4.5).
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Notify {
-    /// Error code.
-    pub code: u8,
-    /// Error subcode.
-    pub subcode: u8,
-    /// Data, at most what one message can hold.
-    pub data: Bytes,
-}
-
-impl Notify {
-    /// A NOTIFICATION without data.
-    #[must_use]
-    pub const fn new(code: u8, subcode: u8) -> Self {
-        Self {
-            code,
-            subcode,
-            data: Bytes::new(),
-        }
-    }
-
-    /// Cease (code 6) with the given subcode of RFC 4486.
-    #[must_use]
-    pub const fn cease(subcode: u8) -> Self {
-        Self::new(code::CEASE, subcode)
-    }
-
-    /// A readable name of code and subcode, as operators know it.
-    #[must_use]
-    pub fn describe(&self) -> String {
-        let name = match (self.code, self.subcode) {
-            (1, 1) => "connection not synchronized",
-            (1, 2) => "bad message length",
-            (1, 3) => "bad message type",
-            (2, 1) => "unsupported version",
-            (2, 2) => "bad peer AS",
-            (2, 3) => "bad BGP identifier",
-            (2, 4) => "unsupported optional parameter",
-            (2, 6) => "unacceptable hold time",
-            (2, 7) => "unsupported capability",
-            (3, s) => return format!("malformed UPDATE ({s})"),
-            (4, _) => "hold timer expired",
-            (5, _) => "unexpected message",
-            (6, 1) => "cease: maximum number of prefixes reached",
-            (6, 2) => "cease: administrative shutdown",
-            (6, 3) => "cease: peer de-configured",
-            (6, 4) => "cease: administrative reset",
-            (6, 5) => "cease: connection rejected",
-            (6, 6) => "cease: configuration change",
-            (6, 7) => "cease: connection collision",
-            (6, 8) => "cease: out of resources",
-            (6, 9) => "cease: hard reset",
-            (8, _) => "send hold timer expired",
-            (c, s) => return format!("notification {c}/{s}"),
-        };
-        name.to_owned()
-    }
-}
-
-/// NOTIFICATION codes (RFC 4271 §4.5, RFC 9687).
-pub mod code {
-    /// OPEN message error.
-    pub const OPEN: u8 = 2;
-    /// Hold timer expired.
-    pub const HOLD_TIMER: u8 = 4;
-    /// Finite state machine error; subcodes in RFC 6608.
-    pub const FSM: u8 = 5;
-    /// Cease; subcodes in RFC 4486.
-    pub const CEASE: u8 = 6;
-    /// Send hold timer expired (RFC 9687).
-    pub const SEND_HOLD: u8 = 8;
-}
-
-/// Cease subcodes (RFC 4486).
-pub mod cease {
-    /// Maximum number of prefixes reached.
-    pub const MAX_PREFIXES: u8 = 1;
-    /// Administrative shutdown.
-    pub const SHUTDOWN: u8 = 2;
-    /// Peer de-configured.
-    pub const DECONFIGURED: u8 = 3;
-    /// Administrative reset.
-    pub const RESET: u8 = 4;
-    /// Connection rejected.
-    pub const REJECTED: u8 = 5;
-    /// Other configuration change.
-    pub const CONFIG_CHANGE: u8 = 6;
-    /// Connection collision resolution.
-    pub const COLLISION: u8 = 7;
 }
 
 /// What the machine needs to know about itself and its peer.
@@ -277,9 +185,9 @@ pub enum Event {
     Start,
     /// End. With a NOTIFICATION the peer learns of it; without, connections just close, so that a peer with
     /// graceful restart keeps our routes.
-    Stop(Option<Notify>),
+    Stop(Option<Notification>),
     /// Close the session with this NOTIFICATION and begin again (configuration change, prefix limit).
-    Reset(Notify),
+    Reset(Notification),
     /// Our dial reached the peer.
     DialSucceeded,
     /// Our dial failed.
@@ -299,9 +207,9 @@ pub enum Event {
     /// A ROUTE-REFRESH.
     Refresh(Role),
     /// A NOTIFICATION.
-    Notification(Role, Notify),
+    Notification(Role, Notification),
     /// A message that the decoder refused, with the NOTIFICATION it calls for.
-    Malformed(Role, Notify),
+    Malformed(Role, Notification),
     /// A timer ran out.
     Timer(Timer),
 }
@@ -316,13 +224,13 @@ pub enum Action {
     /// Take the accepted connection as the peer's [`Role::Accepted`].
     Take,
     /// Close the accepted connection, after this NOTIFICATION.
-    Refuse(Notify),
+    Refuse(Notification),
     /// Send our OPEN.
     SendOpen(Role),
     /// Send a KEEPALIVE.
     SendKeepalive(Role),
     /// Send a NOTIFICATION.
-    SendNotification(Role, Notify),
+    SendNotification(Role, Notification),
     /// Close a connection.
     Close(Role),
     /// Start or restart a timer.
@@ -345,9 +253,9 @@ pub enum DownCause {
     /// Stopped by us, without a word to the peer.
     Stopped,
     /// We sent a NOTIFICATION.
-    Sent(Notify),
+    Sent(Notification),
     /// The peer sent a NOTIFICATION.
-    Received(Notify),
+    Received(Notification),
     /// The peer stopped taking what we send.
     SendStalled,
 }
@@ -367,8 +275,8 @@ impl DownCause {
             Self::Closed => "connection closed".to_owned(),
             Self::Replaced => "replaced by a new connection of the peer".to_owned(),
             Self::Stopped => "stopped".to_owned(),
-            Self::Sent(n) => format!("sent {}", n.describe()),
-            Self::Received(n) => format!("received {}", n.describe()),
+            Self::Sent(n) => format!("sent {}", n),
+            Self::Received(n) => format!("received {}", n),
             Self::SendStalled => "peer does not read".to_owned(),
         }
     }

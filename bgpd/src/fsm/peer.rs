@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use super::{
-    Action, DownCause, Event, Jitter, Notify, OpenFacts, Role, Settings, State, Timer, Wait, cease,
-    code,
-};
+use super::{Action, DownCause, Event, Jitter, OpenFacts, Role, Settings, State, Timer, Wait};
+use crate::wire::{ErrorCode, Notification, cease, open_error};
 
 /// Hold time while the peer's OPEN is awaited (RFC 4271 §8.2.2: "a large value", suggested 4 minutes).
 const OPEN_WAIT: Duration = Duration::from_secs(240);
@@ -120,7 +118,7 @@ impl Peer {
         let mut out = Vec::new();
         if !self.started && !matches!(event, Event::Start) {
             if matches!(event, Event::Accepted) {
-                out.push(Action::Refuse(Notify::cease(cease::REJECTED)));
+                out.push(Action::Refuse(ceased(cease::CONNECTION_REJECTED)));
             }
             return out;
         }
@@ -156,7 +154,7 @@ impl Peer {
         self.wait_to_dial(self.settings.connect_delay, Jitter::Full, out);
     }
 
-    fn on_stop(&mut self, notify: Option<Notify>, out: &mut Vec<Action>) {
+    fn on_stop(&mut self, notify: Option<Notification>, out: &mut Vec<Action>) {
         for role in Role::ALL {
             let cause = notify.clone().map_or(DownCause::Stopped, DownCause::Sent);
             self.drop_connection(role, cause, out);
@@ -165,12 +163,12 @@ impl Peer {
         self.started = false;
     }
 
-    fn on_reset(&mut self, notify: &Notify, out: &mut Vec<Action>) {
+    fn on_reset(&mut self, notify: &Notification, out: &mut Vec<Action>) {
         for role in Role::ALL {
             self.drop_connection(role, DownCause::Sent(notify.clone()), out);
         }
         self.stop_dialing(out);
-        if (notify.code, notify.subcode) == (code::CEASE, cease::MAX_PREFIXES) {
+        if is_cease(notify) && notify.subcode == cease::MAX_PREFIXES {
             self.hold_down(out);
         } else {
             self.wait_to_dial(self.settings.connect_delay, Jitter::Full, out);
@@ -194,7 +192,7 @@ impl Peer {
 
     fn on_accepted(&mut self, out: &mut Vec<Action>) {
         if self.dialing == Dialing::HeldDown {
-            out.push(Action::Refuse(Notify::cease(cease::REJECTED)));
+            out.push(Action::Refuse(ceased(cease::CONNECTION_REJECTED)));
             return;
         }
         if let Some(role) = self.established() {
@@ -202,7 +200,7 @@ impl Peer {
                 .and_then(|c| c.facts)
                 .is_some_and(|f| f.graceful_restart);
             if !(self.settled && restartable) {
-                out.push(Action::Refuse(Notify::cease(cease::COLLISION)));
+                out.push(Action::Refuse(ceased(cease::COLLISION)));
                 return;
             }
             // RFC 4724 §5: the peer restarted and we had not noticed; no NOTIFICATION on the dead session.
@@ -211,7 +209,7 @@ impl Peer {
             // The peer gave its former attempt up and tries again.
             self.drop_connection(
                 Role::Accepted,
-                DownCause::Sent(Notify::cease(cease::COLLISION)),
+                DownCause::Sent(ceased(cease::COLLISION)),
                 out,
             );
         }
@@ -253,7 +251,7 @@ impl Peer {
         let other = role.other();
         match self.phase(other) {
             Some(Phase::Established) => {
-                let cause = DownCause::Sent(Notify::cease(cease::COLLISION));
+                let cause = DownCause::Sent(ceased(cease::COLLISION));
                 return self.drop_connection(role, cause, out);
             }
             Some(_) => {
@@ -262,7 +260,7 @@ impl Peer {
                 } else {
                     Role::Dialed
                 };
-                let cause = DownCause::Sent(Notify::cease(cease::COLLISION));
+                let cause = DownCause::Sent(ceased(cease::COLLISION));
                 self.drop_connection(loser, cause, out);
                 if loser == role {
                     return;
@@ -282,17 +280,23 @@ impl Peer {
     }
 
     /// OPEN checks of RFC 4271 §6.2, RFC 6286 §2.2 and RFC 7607.
-    fn check_open(&self, facts: &OpenFacts) -> Result<(), Notify> {
+    fn check_open(&self, facts: &OpenFacts) -> Result<(), Notification> {
         let wrong_as = self.settings.remote_as.is_some_and(|asn| asn != facts.asn);
         if facts.asn == 0 || wrong_as {
-            return Err(Notify::new(code::OPEN, 2));
+            return Err(Notification::new(ErrorCode::Open, open_error::BAD_PEER_AS));
         }
         let ours = facts.id == self.settings.local_id && facts.asn == self.settings.local_as;
         if facts.id.is_unspecified() || ours {
-            return Err(Notify::new(code::OPEN, 3));
+            return Err(Notification::new(
+                ErrorCode::Open,
+                open_error::BAD_IDENTIFIER,
+            ));
         }
         if matches!(facts.hold_time, 1 | 2) {
-            return Err(Notify::new(code::OPEN, 6));
+            return Err(Notification::new(
+                ErrorCode::Open,
+                open_error::UNACCEPTABLE_HOLD_TIME,
+            ));
         }
         Ok(())
     }
@@ -315,7 +319,7 @@ impl Peer {
                     ..connection
                 });
                 self.restart_hold(role, connection.hold, out);
-                let cause = DownCause::Sent(Notify::cease(cease::COLLISION));
+                let cause = DownCause::Sent(ceased(cease::COLLISION));
                 self.drop_connection(role.other(), cause, out);
                 self.stop_dialing(out);
                 self.settled = false;
@@ -342,11 +346,11 @@ impl Peer {
         }
     }
 
-    fn on_notification(&mut self, role: Role, notify: Notify, out: &mut Vec<Action>) {
+    fn on_notification(&mut self, role: Role, notify: Notification, out: &mut Vec<Action>) {
         if self.phase(role).is_none() {
             return;
         }
-        let quiet = notify.code == code::CEASE && notify.subcode != cease::MAX_PREFIXES;
+        let quiet = is_cease(&notify) && notify.subcode != cease::MAX_PREFIXES;
         self.drop_connection(role, DownCause::Received(notify), out);
         if self.connections.iter().any(Option::is_some) {
             return;
@@ -372,7 +376,7 @@ impl Peer {
         // Nothing can be sent; RFC 9687 still asks for the attempt.
         out.push(Action::SendNotification(
             role,
-            Notify::new(code::SEND_HOLD, 0),
+            Notification::new(ErrorCode::SendHoldTimer, 0),
         ));
         self.on_ended(role, DownCause::SendStalled, out);
     }
@@ -381,7 +385,7 @@ impl Peer {
         match timer {
             Timer::Dial => self.on_dial_timer(out),
             Timer::Hold(role) if self.phase(role).is_some() => {
-                self.fail(role, Notify::new(code::HOLD_TIMER, 0), out);
+                self.fail(role, Notification::new(ErrorCode::HoldTimer, 0), out);
             }
             Timer::Keepalive(role) => {
                 if let Some(connection) = self.connections[role.index()]
@@ -420,11 +424,11 @@ impl Peer {
     }
 
     /// A protocol error that we found: NOTIFICATION, close, and wait before the next attempt.
-    fn fail(&mut self, role: Role, notify: Notify, out: &mut Vec<Action>) {
+    fn fail(&mut self, role: Role, notify: Notification, out: &mut Vec<Action>) {
         if self.phase(role).is_none() {
             return;
         }
-        let hold_expired = notify.code == code::HOLD_TIMER;
+        let hold_expired = notify.kind() == Some(ErrorCode::HoldTimer);
         self.drop_connection(role, DownCause::Sent(notify), out);
         if self.connections.iter().any(Option::is_some) {
             return;
@@ -543,12 +547,20 @@ impl Peer {
     }
 }
 
+const fn ceased(subcode: u8) -> Notification {
+    Notification::new(ErrorCode::Cease, subcode)
+}
+
+fn is_cease(notify: &Notification) -> bool {
+    notify.kind() == Some(ErrorCode::Cease)
+}
+
 /// RFC 6608: which state a message was unexpected in.
-const fn unexpected(phase: Phase) -> Notify {
+const fn unexpected(phase: Phase) -> Notification {
     let subcode = match phase {
         Phase::OpenSent => 1,
         Phase::OpenConfirm => 2,
         Phase::Established => 3,
     };
-    Notify::new(code::FSM, subcode)
+    Notification::new(ErrorCode::Fsm, subcode)
 }

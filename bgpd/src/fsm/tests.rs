@@ -6,6 +6,19 @@ use std::net::Ipv4Addr;
 use proptest::prelude::*;
 
 use super::*;
+use crate::wire::{Notification, cease};
+
+fn notify(code: u8, subcode: u8) -> Notification {
+    Notification {
+        code,
+        subcode,
+        data: bytes::Bytes::new(),
+    }
+}
+
+fn ceased(subcode: u8) -> Notification {
+    notify(6, subcode)
+}
 
 fn id(last: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, last)
@@ -73,12 +86,15 @@ fn sent(actions: &[Action]) -> Option<(u8, u8)> {
     })
 }
 
+/// For each state, the one that follows and the NOTIFICATION that is sent.
+type Row = [(State, Option<(u8, u8)>); 6];
+
 #[test]
 fn table_of_states_and_events() {
     use State::{Active, Connect, Established, Idle, OpenConfirm, OpenSent};
     let d = Role::Dialed;
     // For each event: the state that follows from each state, and the NOTIFICATION that is sent, if any.
-    let table: Vec<(Event, [(State, Option<(u8, u8)>); 6])> = vec![
+    let table: Vec<(Event, Row)> = vec![
         (
             Event::Start,
             [
@@ -92,7 +108,7 @@ fn table_of_states_and_events() {
         ),
         (Event::Stop(None), [(Idle, None); 6]),
         (
-            Event::Stop(Some(Notify::cease(2))),
+            Event::Stop(Some(ceased(2))),
             [
                 (Idle, None),
                 (Idle, None),
@@ -103,7 +119,7 @@ fn table_of_states_and_events() {
             ],
         ),
         (
-            Event::Reset(Notify::cease(6)),
+            Event::Reset(ceased(6)),
             [
                 (Idle, None),
                 (Active, None),
@@ -191,7 +207,7 @@ fn table_of_states_and_events() {
             ],
         ),
         (
-            Event::Notification(d, Notify::new(6, 4)),
+            Event::Notification(d, notify(6, 4)),
             [
                 (Idle, None),
                 (Connect, None),
@@ -202,7 +218,7 @@ fn table_of_states_and_events() {
             ],
         ),
         (
-            Event::Malformed(d, Notify::new(1, 2)),
+            Event::Malformed(d, notify(1, 2)),
             [
                 (Idle, None),
                 (Connect, None),
@@ -308,7 +324,7 @@ fn refuses_a_bad_open_with_the_subcode_of_its_fault() {
         assert_eq!(sent(&actions), Some(expected), "{open:?}");
         assert_eq!(
             peer.handle(Event::Accepted),
-            [Action::Refuse(Notify::cease(cease::REJECTED))]
+            [Action::Refuse(ceased(cease::CONNECTION_REJECTED))]
         );
     }
 }
@@ -405,7 +421,7 @@ fn established_wins_a_fresh_collision() {
     let mut peer = in_state(State::Established);
     assert_eq!(
         peer.handle(Event::Accepted),
-        [Action::Refuse(Notify::cease(cease::COLLISION))]
+        [Action::Refuse(ceased(cease::COLLISION))]
     );
     assert_eq!(peer.state(), State::Established);
 }
@@ -448,7 +464,7 @@ fn without_graceful_restart_a_settled_session_is_not_replaced() {
     );
     assert_eq!(
         peer.handle(Event::Accepted),
-        [Action::Refuse(Notify::cease(cease::COLLISION))]
+        [Action::Refuse(ceased(cease::COLLISION))]
     );
 }
 
@@ -484,7 +500,7 @@ fn error_waits_double_to_their_maximum() {
             &[
                 Event::Timer(Timer::Dial),
                 Event::DialSucceeded,
-                Event::Malformed(Role::Dialed, Notify::new(1, 2)),
+                Event::Malformed(Role::Dialed, notify(1, 2)),
             ],
         );
         waits.extend(actions.iter().filter_map(|a| match a {
@@ -507,9 +523,9 @@ fn every_event() -> Vec<Event> {
     let mut events = vec![
         Event::Start,
         Event::Stop(None),
-        Event::Stop(Some(Notify::cease(2))),
-        Event::Reset(Notify::cease(1)),
-        Event::Reset(Notify::cease(6)),
+        Event::Stop(Some(ceased(2))),
+        Event::Reset(ceased(1)),
+        Event::Reset(ceased(6)),
         Event::DialSucceeded,
         Event::DialFailed,
         Event::Accepted,
@@ -526,9 +542,9 @@ fn every_event() -> Vec<Event> {
             Event::Keepalive(r),
             Event::Update(r),
             Event::Refresh(r),
-            Event::Notification(r, Notify::new(6, 2)),
-            Event::Notification(r, Notify::new(2, 2)),
-            Event::Malformed(r, Notify::new(3, 1)),
+            Event::Notification(r, notify(6, 2)),
+            Event::Notification(r, notify(2, 2)),
+            Event::Malformed(r, notify(3, 1)),
             Event::Timer(Timer::Hold(r)),
             Event::Timer(Timer::Keepalive(r)),
         ]);

@@ -68,6 +68,12 @@ impl Rib {
         }
     }
 
+    /// Changes the settings of the table. What peers have been told already is not changed by it.
+    pub fn set_config(&mut self, config: RibConfig) {
+        self.base.owners[0].router_id = config.router_id.into();
+        self.base.config = config;
+    }
+
     /// A slot for a configured neighbour; `None` when all 65535 are taken.
     pub fn register(&mut self) -> Option<PeerSlot> {
         let unused = self.peers.iter().position(Option::is_none);

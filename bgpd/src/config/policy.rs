@@ -1,0 +1,334 @@
+//! BGPFilters and Calico's built-in import and export rules as policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use cali_api::v3::{
+    BGPFilterRule, BGPFilterSpec, CommunityValue, FilterAction, FilterOperation, MatchOperator,
+    PeerType,
+};
+
+use super::{NORMAL_PRIORITY, Notice, Resources, prefix};
+use crate::policy::{
+    Action, CidrMatch, CidrOperator, Condition, Edit, InterfacePattern, LocalKind, Policy,
+    PolicyBuilder, PrefixSet, PriorityRange, Rule, SourceMatch, local_pref_of_priority,
+};
+use crate::wire::{Community, LargeCommunity, PeerKind, Prefix};
+
+/// The rules that end every import and export of this node, shared by all its peers.
+pub(super) struct Policies<'a> {
+    filters: &'a BTreeMap<String, BGPFilterSpec>,
+    import_tail: Vec<Rule>,
+    export_tail: Vec<Rule>,
+}
+
+fn rule(origin: &str, conditions: Vec<Condition>, edits: Vec<Edit>, action: Action) -> Rule {
+    Rule {
+        origin: origin.into(),
+        conditions,
+        edits,
+        action,
+    }
+}
+
+fn pools(resources: &Resources, exported: bool) -> PrefixSet {
+    let chosen = resources
+        .pools
+        .values()
+        .filter(|p| p.disable_bgp_export != exported);
+    chosen.filter_map(|p| prefix(&p.cidr)).collect()
+}
+
+impl<'a> Policies<'a> {
+    pub(super) fn new(resources: &'a Resources, node: &str, blocks: &BTreeSet<Prefix>) -> Self {
+        let elevated = Condition::Priority(PriorityRange {
+            min: 0,
+            max: NORMAL_PRIORITY - 1,
+        });
+        let import_tail = vec![rule(
+            "preferred over local routes",
+            vec![elevated.clone()],
+            vec![Edit::PreferOverLocal],
+            Action::Next,
+        )];
+        let mut export_tail = vec![rule(
+            "IPPool disableBGPExport",
+            vec![Condition::CoveredBy(pools(resources, false))],
+            vec![],
+            Action::Reject,
+        )];
+        export_tail.extend(advertisements(resources, node));
+        let own: PrefixSet = blocks.iter().copied().collect();
+        export_tail.extend([
+            rule(
+                "own block",
+                vec![Condition::OneOf(own.clone())],
+                vec![],
+                Action::Accept,
+            ),
+            rule(
+                "moving workload",
+                vec![Condition::CoveredBy(own.clone()), elevated],
+                vec![],
+                Action::Accept,
+            ),
+            rule(
+                "inside own block",
+                vec![Condition::CoveredBy(own)],
+                vec![],
+                Action::Reject,
+            ),
+            rule(
+                "service",
+                vec![Condition::Source(SourceMatch::Local(LocalKind::Service))],
+                vec![],
+                Action::Accept,
+            ),
+        ]);
+        if resources
+            .nodes
+            .get(node)
+            .and_then(super::NodeView::cluster_id)
+            .is_some()
+        {
+            let configuration = resources.configuration();
+            let ranges = configuration
+                .service_load_balancer_ips
+                .iter()
+                .chain(&configuration.service_external_ips);
+            let reflected: PrefixSet = ranges.filter_map(|r| prefix(&r.cidr)).collect();
+            export_tail.push(rule(
+                "reflected service",
+                vec![Condition::CoveredBy(reflected)],
+                vec![],
+                Action::Accept,
+            ));
+        }
+        export_tail.push(rule(
+            "inside an IPPool",
+            vec![Condition::CoveredBy(pools(resources, true))],
+            vec![],
+            Action::Accept,
+        ));
+        Self {
+            filters: &resources.filters,
+            import_tail,
+            export_tail,
+        }
+    }
+
+    /// Import policy of a peer of this family with these BGPFilters: what no rule refuses is accepted.
+    pub(super) fn import(
+        &self,
+        names: &[String],
+        v4: bool,
+        notices: &mut Vec<Notice>,
+    ) -> Arc<Policy> {
+        let rules = self.filter_rules(names, notices, |f| {
+            if v4 {
+                ("importV4", &f.import_v4)
+            } else {
+                ("importV6", &f.import_v6)
+            }
+        });
+        Arc::new(
+            PolicyBuilder::default()
+                .rules(rules)
+                .rules(self.import_tail.iter().cloned())
+                .build(true),
+        )
+    }
+
+    /// Export policy of a peer of this family with these BGPFilters: only what a rule accepts is sent.
+    pub(super) fn export(
+        &self,
+        names: &[String],
+        v4: bool,
+        notices: &mut Vec<Notice>,
+    ) -> Arc<Policy> {
+        let rules = self.filter_rules(names, notices, |f| {
+            if v4 {
+                ("exportV4", &f.export_v4)
+            } else {
+                ("exportV6", &f.export_v6)
+            }
+        });
+        Arc::new(
+            PolicyBuilder::default()
+                .rules(rules)
+                .rules(self.export_tail.iter().cloned())
+                .build(false),
+        )
+    }
+
+    fn filter_rules(
+        &self,
+        names: &[String],
+        notices: &mut Vec<Notice>,
+        part: impl Fn(&BGPFilterSpec) -> (&'static str, &Vec<BGPFilterRule>),
+    ) -> Vec<Rule> {
+        let mut out = Vec::new();
+        for name in names {
+            let Some(filter) = self.filters.get(name) else {
+                let reason = "does not exist; peers that name it go without it".to_owned();
+                let notice = Notice {
+                    object: format!("BGPFilter {name}"),
+                    reason,
+                };
+                if !notices.contains(&notice) {
+                    notices.push(notice);
+                }
+                continue;
+            };
+            let (label, rules) = part(filter);
+            for (number, one) in rules.iter().enumerate() {
+                out.push(filter_rule(
+                    &format!("BGPFilter {name} {label}[{number}]"),
+                    one,
+                ));
+            }
+        }
+        out
+    }
+}
+
+/// `prefixAdvertisements` of the node's own BGPConfiguration, else of the cluster's.
+fn advertisements(resources: &Resources, node: &str) -> Vec<Rule> {
+    let cluster = resources.configuration();
+    let own = resources.configurations.get(&format!("node.{node}"));
+    let listed = own
+        .map(|c| &c.prefix_advertisements)
+        .filter(|list| !list.is_empty())
+        .unwrap_or(&cluster.prefix_advertisements);
+    let value = |text: &str| {
+        let named = cluster
+            .communities
+            .iter()
+            .find(|c| c.name == text)
+            .map(|c| c.value);
+        named.or_else(|| text.parse().ok())
+    };
+    let mut rules = Vec::new();
+    for advertisement in listed {
+        let Some(cidr) = prefix(&advertisement.cidr) else {
+            continue;
+        };
+        let edits: Vec<Edit> = advertisement
+            .communities
+            .iter()
+            .filter_map(|text| value(text))
+            .map(add_community)
+            .collect();
+        let inside = Condition::CoveredBy([cidr].into_iter().collect());
+        rules.push(rule(
+            "prefixAdvertisements",
+            vec![inside],
+            edits,
+            Action::Next,
+        ));
+    }
+    rules
+}
+
+fn standard(a: u16, b: u16) -> Community {
+    Community(u32::from(a) << 16 | u32::from(b))
+}
+
+fn add_community(value: CommunityValue) -> Edit {
+    match value {
+        CommunityValue::Standard(a, b) => Edit::AddCommunity(standard(a, b)),
+        CommunityValue::Large(global, local1, local2) => Edit::AddLargeCommunity(LargeCommunity {
+            global,
+            local1,
+            local2,
+        }),
+    }
+}
+
+fn has_community(value: CommunityValue) -> Condition {
+    match value {
+        CommunityValue::Standard(a, b) => Condition::Community(standard(a, b)),
+        CommunityValue::Large(global, local1, local2) => {
+            Condition::LargeCommunity(LargeCommunity {
+                global,
+                local1,
+                local2,
+            })
+        }
+    }
+}
+
+fn filter_rule(origin: &str, one: &BGPFilterRule) -> Rule {
+    let mut conditions = Vec::new();
+    let length = one.prefix_length.unwrap_or_default();
+    match one.cidr.as_ref().and_then(prefix) {
+        Some(cidr) => {
+            let operator = match one.match_operator {
+                Some(MatchOperator::Equal) => CidrOperator::Equal,
+                Some(MatchOperator::NotEqual) => CidrOperator::NotEqual,
+                Some(MatchOperator::NotIn) => CidrOperator::NotIn,
+                Some(MatchOperator::In) | None => CidrOperator::In,
+            };
+            conditions.push(Condition::Cidr(
+                CidrMatch::new(cidr, operator).with_length(length.min, length.max),
+            ));
+        }
+        None if one.prefix_length.is_some() => conditions.push(Condition::Length {
+            min: length.min.unwrap_or(0),
+            max: length.max.unwrap_or(128),
+        }),
+        None => {}
+    }
+    if one.source.is_some() {
+        conditions.push(Condition::Source(SourceMatch::RemotePeers));
+    }
+    if !one.interface.is_empty() {
+        conditions.push(Condition::Interface(InterfacePattern::new(&one.interface)));
+    }
+    if let Some(kind) = one.peer_type {
+        conditions.push(Condition::PeerType(match kind {
+            PeerType::External => PeerKind::Ebgp,
+            PeerType::Internal => PeerKind::Ibgp,
+        }));
+    }
+    if let Some(communities) = &one.communities {
+        conditions.extend(communities.values.iter().copied().map(has_community));
+    }
+    if !one.as_path_prefix.is_empty() {
+        conditions.push(Condition::AsPathPrefix(
+            one.as_path_prefix.iter().map(|a| a.0).collect(),
+        ));
+    }
+    if let Some(priority) = one.priority {
+        conditions.push(Condition::Priority(PriorityRange {
+            min: priority,
+            max: priority,
+        }));
+    }
+    let action = match one.action {
+        FilterAction::Accept => Action::Accept,
+        FilterAction::Reject => Action::Reject,
+    };
+    rule(
+        origin,
+        conditions,
+        one.operations.iter().flat_map(edits).collect(),
+        action,
+    )
+}
+
+fn edits(operation: &FilterOperation) -> Vec<Edit> {
+    let mut out = Vec::new();
+    if let Some(add) = &operation.add_community {
+        out.push(add_community(add.value));
+    }
+    if let Some(prepend) = &operation.prepend_as_path {
+        out.push(Edit::PrependAsPath(
+            prepend.prefix.iter().map(|a| a.0).collect(),
+        ));
+    }
+    if let Some(set) = &operation.set_priority {
+        out.push(Edit::SetLocalPref(local_pref_of_priority(set.value)));
+    }
+    out
+}

@@ -1,0 +1,31 @@
+//! Where best paths go: to the node's route table over its local socket, or straight into the kernel.
+
+pub mod memory;
+pub mod node;
+
+use std::net::IpAddr;
+
+use crate::rib::Gateway;
+use crate::wire::{Family, Prefix};
+
+/// The best path, or the equally good best paths, of one prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Path {
+    /// Gateways, ascending; never empty.
+    pub gateways: Vec<Gateway>,
+    /// LOCAL_PREF of the path.
+    pub local_pref: u32,
+    /// The neighbour that the path was learned from.
+    pub learned_from: Option<IpAddr>,
+}
+
+/// Takes best paths. Calls never wait: an implementation keeps the latest state of each prefix, so that its
+/// memory is bounded by the table, and brings it out in its own task.
+pub trait Sink: Send {
+    /// The best path of a prefix; `None` when there is none any more.
+    fn set(&mut self, prefix: Prefix, path: Option<Path>);
+    /// The batch is complete: bring it out.
+    fn flush(&mut self);
+    /// Everything known of this family has been set: what an earlier process left and this one did not set goes.
+    fn end_of_sync(&mut self, family: Family);
+}

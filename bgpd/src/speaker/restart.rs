@@ -1,0 +1,218 @@
+//! Graceful restart of neighbours and of ourselves, as far as the speaker carries it out.
+
+use std::net::IpAddr;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+use tracing::info;
+
+use super::State;
+use crate::fsm::DownCause;
+use crate::gr::{Heard, HelperAction, HelperEvent, HelperTimer, PeerRestart};
+use crate::rib::RibInput;
+use crate::session::SessionUp;
+use crate::wire::{Codec, Family, FamilySet, Message, Negotiated, Update};
+
+/// Keeps End-of-RIB markers of one session back until our own restart is over: the peer would otherwise drop
+/// routes that we are about to learn again and send it.
+#[derive(Debug, Default)]
+pub(super) struct EndOfRib {
+    held: FamilySet,
+}
+
+fn marker(family: Family, codec: &Codec) -> Option<Bytes> {
+    Message::Update(Box::new(Update::end_of_rib(family)))
+        .encode(codec)
+        .ok()
+}
+
+impl EndOfRib {
+    /// A new session.
+    pub(super) fn reset(&mut self) {
+        self.held = FamilySet::EMPTY;
+    }
+
+    /// Takes markers of families that have not converged out of what the table gave for the peer.
+    pub(super) fn pass(
+        &mut self,
+        messages: Vec<Bytes>,
+        converged: FamilySet,
+        codec: &Codec,
+    ) -> Vec<Bytes> {
+        let open = FamilySet::ALL.difference(converged);
+        if open.is_empty() {
+            return messages;
+        }
+        let markers: Vec<(Family, Bytes)> = open
+            .iter()
+            .filter_map(|family| Some((family, marker(family, codec)?)))
+            .collect();
+        let held = &mut self.held;
+        messages
+            .into_iter()
+            .filter(
+                |message| match markers.iter().find(|(_, marker)| marker == message) {
+                    Some((family, _)) => !held.insert(*family),
+                    None => true,
+                },
+            )
+            .collect()
+    }
+
+    /// The markers that may go now.
+    pub(super) fn release(&mut self, converged: FamilySet, codec: &Codec) -> Vec<Bytes> {
+        let due = self.held.intersection(converged);
+        self.held = self.held.difference(due);
+        due.iter()
+            .filter_map(|family| marker(family, codec))
+            .collect()
+    }
+}
+
+/// What the peer offered, reduced to the families of the session.
+fn offered(negotiated: &Negotiated) -> Option<PeerRestart> {
+    let gr = negotiated.graceful_restart.as_ref()?;
+    let named: FamilySet = gr.families.iter().map(|f| f.family).collect();
+    let kept: FamilySet = gr
+        .families
+        .iter()
+        .filter(|f| f.forwarding_preserved)
+        .map(|f| f.family)
+        .collect();
+    Some(PeerRestart {
+        families: named.intersection(negotiated.codec.families),
+        forwarding: kept.intersection(negotiated.codec.families),
+        restart_time: gr.restart_time,
+    })
+}
+
+impl State {
+    pub(super) fn session_up(&mut self, address: IpAddr, up: SessionUp) {
+        let Some(running) = self.neighbours.get(&address) else {
+            return;
+        };
+        let offer = offered(&up.negotiated);
+        let config = self.rib_config(address, running, &up);
+        let peer = running.id();
+        let preserved = offer.map(|o| o.forwarding).unwrap_or_default();
+        self.rib.handle(RibInput::PeerUp {
+            peer,
+            config,
+            preserved,
+        });
+        // A peer without graceful restart, or one that restarted itself, is not awaited.
+        let restarted = up
+            .negotiated
+            .graceful_restart
+            .as_ref()
+            .is_none_or(|gr| gr.restarting);
+        let awaited = if restarted {
+            FamilySet::EMPTY
+        } else {
+            offer.map(|o| o.families).unwrap_or_default()
+        };
+        let running = self.neighbours.get_mut(&address);
+        let actions = running.map(|r| {
+            r.live = Some(up);
+            r.full = false;
+            r.end_of_rib.reset();
+            r.helper.handle(HelperEvent::Up(offer))
+        });
+        self.help(address, actions.unwrap_or_default());
+        let converged = self.restarter.on(Heard::Up {
+            peer: address,
+            awaited,
+        });
+        self.on_converged(converged);
+        self.feed(address, peer.epoch);
+    }
+
+    pub(super) fn session_down(&mut self, address: IpAddr, epoch: u32, cause: &DownCause) {
+        let Some(running) = self.neighbours.get_mut(&address) else {
+            return;
+        };
+        if running.epoch != epoch || running.live.take().is_none() {
+            return;
+        }
+        let actions = running.helper.handle(HelperEvent::Down {
+            keep: cause.keeps_routes(),
+        });
+        let (peer, retain) = (running.id(), running.helper.stale());
+        if !retain.is_empty() {
+            info!(peer = %address, families = ?retain, "keeping the neighbour's routes while it restarts");
+        }
+        self.rib.handle(RibInput::PeerDown { peer, retain });
+        self.help(address, actions);
+    }
+
+    /// Our own restart is over for some families: neighbours may learn that they have heard everything.
+    pub(super) fn release_end_of_rib(&mut self) {
+        let converged = self.restarter.converged();
+        for running in self.neighbours.values_mut() {
+            let Some(live) = &running.live else { continue };
+            // Routes that are still queued in the table come first; feeding then finds nothing to hold back.
+            if running.full {
+                continue;
+            }
+            let messages = running
+                .end_of_rib
+                .release(converged, &live.negotiated.codec);
+            if !messages.is_empty() && live.routes.try_send(messages).is_err() {
+                running.full = true;
+            }
+        }
+    }
+
+    pub(super) fn end_of_rib(&mut self, address: IpAddr, family: Family) {
+        if let Some(running) = self.neighbours.get_mut(&address) {
+            let actions = running.helper.handle(HelperEvent::EndOfRib(family));
+            self.help(address, actions);
+        }
+        let converged = self.restarter.on(Heard::EndOfRib {
+            peer: address,
+            family,
+        });
+        self.on_converged(converged);
+    }
+
+    pub(super) fn helper_timers(&mut self, now: Instant) {
+        let mut due: Vec<(IpAddr, HelperTimer)> = Vec::new();
+        for (address, running) in &self.neighbours {
+            let ran_out = running.helper_timers.iter().filter(|(_, at)| **at <= now);
+            due.extend(ran_out.map(|(timer, _)| (*address, *timer)));
+        }
+        for (address, timer) in due {
+            if let Some(running) = self.neighbours.get_mut(&address) {
+                running.helper_timers.remove(&timer);
+                let actions = running.helper.handle(HelperEvent::Timer(timer));
+                info!(peer = %address, ?timer, "the neighbour did not come back in time");
+                self.help(address, actions);
+            }
+        }
+    }
+
+    /// Carries the helper's decisions out. Marking and purging at the loss of a session, and sweeping what a
+    /// new OPEN leaves out, are part of the table's own handling of both events.
+    fn help(&mut self, address: IpAddr, actions: Vec<HelperAction>) {
+        let Some(running) = self.neighbours.get_mut(&address) else {
+            return;
+        };
+        for action in actions {
+            match action {
+                HelperAction::Set(timer, wait) => {
+                    running.helper_timers.insert(timer, Instant::now() + wait);
+                }
+                HelperAction::Cancel(timer) => {
+                    running.helper_timers.remove(&timer);
+                }
+                HelperAction::Sweep(families) => {
+                    self.rib.handle(RibInput::StaleExpired {
+                        slot: running.slot,
+                        families,
+                    });
+                }
+                HelperAction::MarkStale(_) | HelperAction::Purge(_) => {}
+            }
+        }
+    }
+}

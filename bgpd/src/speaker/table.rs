@@ -1,0 +1,200 @@
+//! Between the table and the world: settings of sessions, originated routes, best paths, and feeding peers.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::State;
+use super::neighbours::Running;
+use crate::reach::RECHECK;
+use crate::rib::{BestChange, LocalRoute, PeerConfig, PeerId, RibInput, RouteSource};
+use crate::session::{Command, SessionUp};
+use crate::sink::Path;
+use crate::wire::{ErrorCode, NextHop, Notification, PeerKind, Prefix, cease};
+
+/// Octets that a neighbour is handed at once.
+const PORTION: usize = 64 * 1024;
+
+/// A neighbour whose queue is full; resolves to it and its session when there is room.
+pub(super) type Waiting = Pin<Box<dyn Future<Output = (IpAddr, u32)> + Send>>;
+
+impl State {
+    /// What the table must know about a session.
+    pub(super) fn rib_config(
+        &self,
+        address: IpAddr,
+        running: &Running,
+        up: &SessionUp,
+    ) -> Arc<PeerConfig> {
+        let exchange = &running.config.exchange;
+        let negotiated = &up.negotiated;
+        let (session_v4, session_v6) = match up.local.ip().to_canonical() {
+            IpAddr::V4(v4) => (Some(v4), None),
+            IpAddr::V6(v6) => (None, Some(NextHop::V6(v6))),
+        };
+        let scope = match up.remote {
+            std::net::SocketAddr::V6(v6) => v6.scope_id(),
+            std::net::SocketAddr::V4(_) => 0,
+        };
+        Arc::new(PeerConfig {
+            codec: negotiated.codec,
+            local_as: negotiated.local_as,
+            remote_as: negotiated.remote_as,
+            remote_id: negotiated.remote_id,
+            remote_addr: address,
+            scope,
+            local_v4: session_v4.or(exchange.local_v4),
+            local_v6: session_v6.or(exchange.local_v6),
+            next_hop: exchange.next_hop,
+            reflector_client: exchange.reflector_client,
+            allow_own_as: exchange.allow_own_as,
+            enforce_first_as: negotiated.codec.peer == PeerKind::Ebgp,
+            long_lived: false,
+            enhanced_refresh: negotiated.enhanced_refresh,
+            max_prefixes: exchange.max_prefixes,
+            import: Arc::clone(&exchange.import),
+            export: Arc::clone(&exchange.export),
+        })
+    }
+
+    /// Originates the difference.
+    pub(super) fn originate(
+        &mut self,
+        old: &BTreeMap<Prefix, LocalRoute>,
+        new: &BTreeMap<Prefix, LocalRoute>,
+    ) {
+        for prefix in old.keys().filter(|p| !new.contains_key(p)) {
+            self.rib.handle(RibInput::Retract(*prefix));
+        }
+        for (prefix, route) in new {
+            if old.get(prefix) != Some(route) {
+                self.rib.handle(RibInput::Originate(route.clone()));
+            }
+        }
+    }
+
+    /// Ends the batch: routes are selected, and everything that follows from it is done.
+    pub(super) fn commit(&mut self) {
+        loop {
+            let changes = self.rib.commit();
+            for change in changes.best {
+                self.best(change);
+            }
+            self.environment.sink.flush();
+            for peer in changes.ready {
+                let address = self.slots.get(&peer.slot).copied();
+                let full = |a: &IpAddr| self.neighbours.get(a).is_some_and(|n| n.full);
+                if let Some(address) = address.filter(|a| !full(a)) {
+                    self.feed(address, peer.epoch);
+                }
+            }
+            for peer in changes.over_limit {
+                self.over_limit(peer);
+            }
+            for gateway in changes.unwatch {
+                self.watched.remove(&gateway);
+            }
+            if changes.watch.is_empty() {
+                return;
+            }
+            for gateway in changes.watch {
+                let state = self.environment.reach.state(gateway);
+                self.watched.insert(gateway, state);
+                self.rib.handle(RibInput::NextHop { gateway, state });
+            }
+            self.recheck_at
+                .get_or_insert_with(|| Instant::now() + RECHECK);
+        }
+    }
+
+    /// Looks at all watched gateways again.
+    pub(super) fn recheck(&mut self) {
+        self.recheck_at = (!self.watched.is_empty()).then(|| Instant::now() + RECHECK);
+        for (gateway, known) in &mut self.watched {
+            let state = self.environment.reach.state(*gateway);
+            if state != *known {
+                tracing::info!(gateway = %gateway.addr, ?state, "reachability of a next hop changed");
+                *known = state;
+                self.rib.handle(RibInput::NextHop {
+                    gateway: *gateway,
+                    state,
+                });
+            }
+        }
+    }
+
+    fn best(&mut self, change: BestChange) {
+        let learned = change
+            .best
+            .filter(|b| matches!(b.source, RouteSource::Bgp(_)) && !b.gateways.is_empty());
+        let path = learned.map(|best| Path {
+            gateways: best.gateways.clone(),
+            local_pref: best.local_pref,
+            learned_from: self
+                .rib
+                .paths(&change.prefix)
+                .first()
+                .and_then(|path| self.slots.get(&path.peer).copied()),
+        });
+        self.environment.sink.set(change.prefix, path);
+    }
+
+    /// Hands a neighbour what the table has for it, until there is nothing more or its queue is full.
+    pub(super) fn feed(&mut self, address: IpAddr, epoch: u32) {
+        let converged = self.restarter.converged();
+        let Some(running) = self.neighbours.get_mut(&address) else {
+            return;
+        };
+        if running.epoch != epoch {
+            return;
+        }
+        running.full = false;
+        let peer = running.id();
+        let Some(live) = &running.live else { return };
+        let mut more = true;
+        while more {
+            let Ok(permit) = live.routes.try_reserve() else {
+                break;
+            };
+            let pull = self.rib.pull(peer, PORTION);
+            more = pull.more;
+            let messages =
+                running
+                    .end_of_rib
+                    .pass(pull.messages, converged, &live.negotiated.codec);
+            if messages.is_empty() {
+                continue;
+            }
+            running.shown.updates_out += messages.len() as u64;
+            permit.send(messages);
+        }
+        if !more || live.routes.is_closed() {
+            return;
+        }
+        running.full = true;
+        let routes = live.routes.clone();
+        self.waiting.push(Box::pin(async move {
+            // The permit is given back: only the room counts.
+            let _ = routes.reserve().await;
+            (address, epoch)
+        }));
+    }
+
+    fn over_limit(&mut self, peer: PeerId) {
+        let Some(address) = self.slots.get(&peer.slot) else {
+            return;
+        };
+        let Some(running) = self.neighbours.get(address) else {
+            return;
+        };
+        warn!(peer = %address, "more prefixes than allowed: the session ends");
+        self.command(
+            running,
+            Command::Reset(Notification::new(ErrorCode::Cease, cease::MAX_PREFIXES)),
+        );
+    }
+}

@@ -1,0 +1,109 @@
+//! TCP connections of the network namespace that the process runs in.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use async_trait::async_trait;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpSocket};
+
+use super::{Connection, Listener, Target, Transport};
+
+/// Pending connections that the kernel keeps: hundreds of nodes may come back at once.
+const BACKLOG: i32 = 4096;
+/// DSCP CS6, "internetwork control" (RFC 2474 §4.2.2.2, RFC 4594 §3.2).
+const TOS_NETWORK_CONTROL: u32 = 0xc0;
+
+/// The host's TCP.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tcp;
+
+fn new_socket(peer: &SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::for_address(*peer),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    if peer.is_ipv4() {
+        socket.set_tos_v4(TOS_NETWORK_CONTROL)?;
+    } else {
+        socket.set_only_v6(true)?;
+        socket.set_tclass_v6(TOS_NETWORK_CONTROL)?;
+    }
+    Ok(socket)
+}
+
+/// RFC 5082: send with 255, so that the peer can tell how far we are. What arrives is checked with
+/// `IP_MINTTL` / `IPV6_MINHOPCOUNT`.
+fn set_ttl(socket: &Socket, v4: bool, hops: Option<u8>) -> io::Result<()> {
+    let Some(hops) = hops else { return Ok(()) };
+    let minimum = 255 - hops.saturating_sub(1);
+    if v4 {
+        socket.set_ttl_v4(255)?;
+    } else {
+        socket.set_unicast_hops_v6(255)?;
+    }
+    cali_netlink::tcp::set_minimum_ttl(socket, v4, minimum).map_err(io::Error::other)
+}
+
+#[async_trait]
+impl Transport for Tcp {
+    async fn dial(&self, target: &Target) -> io::Result<Connection> {
+        let socket = new_socket(&target.remote)?;
+        if let Some(source) = target.source {
+            socket.bind(&SocketAddr::new(source, 0).into())?;
+        }
+        set_ttl(&socket, target.remote.is_ipv4(), target.protection.ttl_hops)?;
+        if let Some(password) = &target.protection.password {
+            cali_netlink::tcp::set_md5_key(&socket, target.remote.ip(), Some(password.as_bytes()))
+                .map_err(io::Error::other)?;
+        }
+        let socket = TcpSocket::from_std_stream(socket.into());
+        let stream = socket.connect(target.remote).await?;
+        connection(stream)
+    }
+
+    async fn listen(&self, address: SocketAddr) -> io::Result<Box<dyn Listener>> {
+        let socket = new_socket(&address)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        let listener = TcpListener::from_std(socket.into())?;
+        let local = listener.local_addr()?;
+        Ok(Box::new(Listening { listener, local }))
+    }
+}
+
+fn connection(stream: tokio::net::TcpStream) -> io::Result<Connection> {
+    let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
+    Ok(Connection {
+        stream: Box::new(stream),
+        local,
+        remote,
+    })
+}
+
+struct Listening {
+    listener: TcpListener,
+    local: SocketAddr,
+}
+
+#[async_trait]
+impl Listener for Listening {
+    async fn accept(&self) -> io::Result<Connection> {
+        let (stream, _) = self.listener.accept().await?;
+        stream.set_nodelay(true)?;
+        connection(stream)
+    }
+
+    fn set_key(&self, peer: IpAddr, password: Option<&str>) -> io::Result<()> {
+        cali_netlink::tcp::set_md5_key(&self.listener, peer, password.map(str::as_bytes))
+            .map_err(io::Error::other)
+    }
+
+    fn local(&self) -> SocketAddr {
+        self.local
+    }
+}
