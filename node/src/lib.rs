@@ -5,6 +5,12 @@
 //!
 //! It decides nothing about packets: that is done in the crates that it connects.
 
+pub mod capabilities;
+pub mod daemon;
+pub mod fan_out;
+pub mod route_feed;
+pub mod routes_socket;
 pub mod startup;
+pub mod status_socket;
 pub mod supervisor;
 pub mod tunnel_addresses;

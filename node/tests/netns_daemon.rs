@@ -1,0 +1,216 @@
+//! Two nodes on one wire, each with its own daemon and one datastore, in namespaces of their own. BGP is off: tunnels carry everything.
+#![allow(
+    clippy::unwrap_used,
+    reason = "outside test functions too, this is test code"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cali_api::v3::{EncapMode, IPPool, IPPoolSpec};
+use cali_datastore::Datastore;
+use cali_datastore::sqlite::Sqlite;
+use cali_ipam::{Allocator, Owner, Request};
+use cali_netlink::testing::{TestNs, eventually};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Host {
+    ns: TestNs,
+    name: &'static str,
+    folder: PathBuf,
+    daemon: Option<Child>,
+}
+
+impl Host {
+    fn new(name: &'static str, folder: &Path) -> Self {
+        Self {
+            ns: TestNs::new(name),
+            name,
+            folder: folder.to_owned(),
+            daemon: None,
+        }
+    }
+
+    fn start(&mut self) {
+        let home = self.folder.join(self.name);
+        std::fs::create_dir_all(&home).unwrap();
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(home.join("log"))
+            .unwrap();
+        let mut command = self.ns.command(env!("CARGO_BIN_EXE_cali-node"));
+        command
+            .env("NODENAME", self.name)
+            .env("CALI_SQLITE_PATH", self.folder.join("cali.db"))
+            .env("CALI_RUN_DIR", home.join("run"))
+            .env("CALI_STATE_DIR", home.join("lib"))
+            .env("NO_DEFAULT_POOLS", "true")
+            .env("CALICO_NETWORKING_BACKEND", "vxlan")
+            .env("NO_COLOR", "1")
+            .stderr(Stdio::from(log));
+        self.daemon = Some(command.spawn().unwrap());
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
+        }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join(self.name).join("log")).unwrap_or_default()
+    }
+
+    /// Waits until the output of `ip ARGS` holds all these texts.
+    fn shows(&self, args: &str, texts: &[&str]) {
+        eventually(LIMIT, || {
+            let words: Vec<&str> = args.split_whitespace().collect();
+            let seen = String::from_utf8_lossy(&self.ns.output("ip", &words).stdout).into_owned();
+            if texts.iter().all(|text| seen.contains(text)) {
+                return Ok(());
+            }
+            Err(format!(
+                "{}: `ip {args}` lacks {texts:?}:\n{seen}\n{}",
+                self.name,
+                self.log()
+            ))
+        });
+    }
+
+    /// What the daemon has made in the kernel.
+    fn kernel(&self) -> Vec<String> {
+        let commands = [
+            "route show proto 80",
+            "nexthop",
+            "neigh show nud permanent",
+            "-o link show type vxlan",
+        ];
+        let mut dump: Vec<String> = commands.iter().map(|args| self.ns.ip(args)).collect();
+        dump.push(self.ns.run("bridge", &["fdb", "show"]));
+        dump
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn two_hosts(folder: &Path) -> (Host, Host) {
+    let (a, b) = (Host::new("na", folder), Host::new("nb", folder));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let (left, right) = a.ns.veth("eth0", &b.ns, "eth0").await;
+        a.ns.address(left, "10.8.0.1/24").await;
+        b.ns.address(right, "10.8.0.2/24").await;
+    });
+    (a, b)
+}
+
+/// A VXLAN pool, and a block of it on each node.
+async fn pool_and_blocks(folder: &Path) -> Arc<dyn Datastore> {
+    let datastore: Arc<dyn Datastore> = Arc::new(Sqlite::open(&folder.join("cali.db")).unwrap());
+    let cidr = "10.244.0.0/16".parse().unwrap();
+    let pool = IPPool::named(
+        "overlay",
+        IPPoolSpec {
+            vxlan_mode: Some(EncapMode::Always),
+            ..IPPoolSpec::new(cidr)
+        },
+    );
+    datastore.create(pool.into()).await.unwrap();
+    datastore
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let datastore = pool_and_blocks(folder.path()).await;
+    let (mut a, mut b) =
+        std::thread::scope(|s| s.spawn(|| two_hosts(folder.path())).join().unwrap());
+    a.start();
+    b.start();
+    for host in [&a, &b] {
+        host.shows("-o -4 addr show dev vxlan.calico", &["10.244."]);
+    }
+    let assigned = |node: &'static str| {
+        let allocator = Allocator::with_system_time(datastore.clone(), node);
+        async move {
+            allocator
+                .assign(&Request::workload(Owner::new(node), 1, 0))
+                .await
+                .unwrap()[0]
+                .clone()
+        }
+    };
+    let (on_a, on_b) = (assigned("na").await, assigned("nb").await);
+    for (host, own, other) in [(&a, on_a.block, on_b.block), (&b, on_b.block, on_a.block)] {
+        let (drop, via) = (format!("blackhole {own} proto 80"), format!("{other} nhid"));
+        host.shows("route", &[&drop, &via, "dev vxlan.calico proto 80 onlink"]);
+    }
+    // The other end of the tunnel answers.
+    let vtep = a.ns.ip("-o -4 addr show dev vxlan.calico");
+    let vtep = vtep
+        .split_whitespace()
+        .find_map(|word| word.strip_suffix("/32"))
+        .unwrap()
+        .to_owned();
+    eventually(LIMIT, || {
+        let ping = b.ns.output("ping", &["-c1", "-W1", &vtep]);
+        if ping.status.success() {
+            Ok(())
+        } else {
+            Err(format!("no answer from {vtep}\n{}", b.log()))
+        }
+    });
+
+    let before = a.kernel();
+    a.kill();
+    assert_eq!(a.kernel(), before, "a dead daemon takes nothing with it");
+    a.start();
+    eventually(LIMIT, || {
+        let log = a.log();
+        if log.matches("adopted the routes").count() == 2 {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+    // Everything has been confirmed once nothing is held any more, which the removal of a stray route of ours shows.
+    a.ns.ip("route add 10.244.255.192/26 via 10.8.0.2 proto 80");
+    eventually(LIMIT, || {
+        if a.ns.ip("route").contains("10.244.255.192") {
+            Err(a.log())
+        } else {
+            Ok(())
+        }
+    });
+    assert_eq!(a.kernel(), before, "{}", a.log());
+}
+
+#[test]
+fn host_without_privileges_is_told_what_is_missing() {
+    let output = std::process::Command::new("setpriv")
+        .args([
+            "--reuid=65534",
+            "--clear-groups",
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+        ])
+        .arg(env!("CARGO_BIN_EXE_cali-node"))
+        .env("NODENAME", "n")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("root privileges"), "{text}");
+}
