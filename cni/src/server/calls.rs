@@ -1,0 +1,675 @@
+//! The calls: `ADD`, `DEL`, `CHECK`, `GC`, `STATUS`.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use cali_api::{Cidr, Key, Kind};
+use cali_control::cni::{Command, Failure, Plugin, Request};
+use cali_datastore::{Datastore, timestamp};
+use cali_ipam::reserve::{Ask, Keeper};
+use cali_ipam::{Error as IpamError, Owner};
+use cali_netlink::{NetNs, Netlink};
+use serde_json::Value;
+
+use super::Settings;
+use super::pods::{self, Known, Standing, Who};
+use super::publish::{News, Publisher};
+use super::sink::{Endpoint, EndpointSink, Leaving};
+use crate::config::Config;
+use crate::request::{Addresses, addresses};
+use crate::result::{Added, Interface, render};
+use crate::spec::{code, failure, failure_of};
+use crate::wiring::{self, HOST_MAC, Wired, Wish};
+
+/// How long a `DEL` waits for route and policy to go. The address is not given out before that, or this time, is over.
+const WAIT_FOR_REMOVAL: Duration = Duration::from_secs(10);
+/// MTU of a pod where nothing says otherwise.
+const DEFAULT_MTU: u32 = 1500;
+
+/// Serves calls.
+pub(super) struct Calls {
+    settings: Settings,
+    store: Arc<dyn Datastore>,
+    keeper: Keeper,
+    host: Netlink,
+    sink: Arc<dyn EndpointSink>,
+    publisher: Publisher,
+    turns: Mutex<HashMap<Who, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// An `ADD` or `DEL` with what was read of its configuration.
+struct Job<'a> {
+    request: &'a Request,
+    config: Config,
+    who: Who,
+    handle: String,
+}
+
+impl Job<'_> {
+    fn alias(&self) -> String {
+        wiring::alias(&self.request.container_id, &self.request.ifname)
+    }
+}
+
+fn kernel(doing: &str, error: &cali_netlink::Error) -> Failure {
+    failure_of(code::KERNEL, format!("cannot {doing}"), error)
+}
+
+impl Calls {
+    pub(super) fn new(
+        settings: Settings,
+        store: Arc<dyn Datastore>,
+        keeper: Keeper,
+        host: Netlink,
+        sink: Arc<dyn EndpointSink>,
+    ) -> Self {
+        let publisher = Publisher::start(Arc::clone(&store), &settings.node);
+        Self {
+            settings,
+            store,
+            keeper,
+            host,
+            sink,
+            publisher,
+            turns: Mutex::new(HashMap::new()),
+        }
+    }
+
+    pub(super) async fn handle(
+        &self,
+        request: &Request,
+        netns: Option<NetNs>,
+    ) -> Result<Value, Failure> {
+        let config = Config::read(&request.config)?;
+        match request.command {
+            Command::Status => return self.status(),
+            Command::Gc => return self.collect(&config).await,
+            Command::Add | Command::Del | Command::Check => {}
+        }
+        let handle = config.handle(&request.container_id, &request.ifname);
+        let who = Who::of(&request.args, &request.container_id);
+        let job = Job {
+            request,
+            config,
+            who,
+            handle,
+        };
+        let turn = self.turn(&job.who);
+        let guard = turn.lock().await;
+        let result = match (request.plugin, request.command) {
+            (Plugin::Network, Command::Add) => self.add(&job, need(netns)?).await,
+            (Plugin::Network, Command::Check) => self.check(&job, need(netns)?).await,
+            (Plugin::Network, _) => self.delete(&job, netns).await,
+            (Plugin::Ipam, Command::Add) => self.add_addresses(&job).await,
+            (Plugin::Ipam, Command::Check) => self.check_addresses(&job).await,
+            (Plugin::Ipam, _) => self.release(&job.handle).await.map(|()| Value::Null),
+        };
+        drop(guard);
+        self.end_turn(&job.who, turn);
+        result
+    }
+
+    fn turn(&self, who: &Who) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(turns.entry(who.clone()).or_default())
+    }
+
+    fn end_turn(&self, who: &Who, turn: Arc<tokio::sync::Mutex<()>>) {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ours and the table's: nobody else waits.
+        if Arc::strong_count(&turn) == 2 {
+            turns.remove(who);
+        }
+    }
+
+    async fn add(&self, job: &Job<'_>, netns: NetNs) -> Result<Value, Failure> {
+        self.sink
+            .ready()
+            .map_err(|e| failure_of(code::TRY_AGAIN, "the node is not ready for pods", &e))?;
+        let known = pods::known(
+            &self.store,
+            &self.settings.node,
+            &job.who,
+            self.settings.wait_for_pod,
+        )
+        .await?;
+        let pod = Netlink::open(&netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
+        let had_addresses = self.keeper.attachment(&job.handle).await.is_some();
+        let addresses = self.acquire(job, &known).await?;
+        let result = self.wire_and_program(job, &known, &pod, &addresses).await;
+        if let Err(failure) = &result
+            && !had_addresses
+        {
+            tracing::info!(
+                container = job.request.container_id,
+                error = failure.msg,
+                "ADD is undone"
+            );
+            self.undo(job, &addresses).await;
+        }
+        result
+    }
+
+    async fn wire_and_program(
+        &self,
+        job: &Job<'_>,
+        known: &Known,
+        pod: &Netlink,
+        addresses: &[IpAddr],
+    ) -> Result<Value, Failure> {
+        let wish = self.wish(job, addresses)?;
+        let wired = self
+            .wire(pod, &wish)
+            .await
+            .map_err(|e| kernel("make the pod's interface", &e))?;
+        let cidrs: Vec<Cidr> = addresses.iter().copied().map(Cidr::host).collect();
+        let workload = pods::endpoint(
+            known,
+            &Standing {
+                node: &self.settings.node,
+                who: &job.who,
+                network: &job.config.name,
+                container_id: &job.request.container_id,
+                ifname: &job.request.ifname,
+                addresses: &cidrs,
+                mac: cali_api::MacAddr(wired.pod_mac.0),
+            },
+        )?;
+        let endpoint = Endpoint {
+            workload: workload.clone(),
+            host_index: wired.host_index,
+        };
+        let limit = match job.config.policy_setup_timeout_seconds {
+            0 => self.settings.wait_for_policy,
+            seconds => Duration::from_secs(seconds),
+        };
+        match tokio::time::timeout(limit, self.sink.endpoint_up(endpoint)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => {
+                return Err(failure_of(
+                    code::TRY_AGAIN,
+                    "route and policy could not be programmed",
+                    &e,
+                ));
+            }
+            Err(_) => {
+                let msg = format!("route and policy were not programmed within {limit:?}");
+                return Err(failure(code::TRY_AGAIN, msg));
+            }
+        }
+        self.publisher
+            .tell(job.who.clone(), News::Up(Box::new(workload)));
+        Ok(render(&added(job, &wish, &wired), &job.config.cni_version))
+    }
+
+    /// Makes the interface, unless it stands already as it should (the runtime may repeat an `ADD`).
+    async fn wire(&self, pod: &Netlink, wish: &Wish) -> cali_netlink::Result<Wired> {
+        let ours = wiring::host_side(&self.host, &wish.alias)?;
+        let inside = pod.link_by_name(&wish.pod_name)?;
+        if let (Some(host_side), Some(inside)) = (&ours, &inside) {
+            if let Some(pod_mac) = inside.mac
+                && wiring::defects(&self.host, pod, wish)?.is_empty()
+            {
+                return Ok(Wired {
+                    host_index: host_side.index,
+                    pod_mac,
+                    mtu: inside.mtu,
+                });
+            }
+            // An ADD that was cut off: begin again.
+            wiring::delete(&self.host, host_side.index).await?;
+        }
+        wiring::create(&self.host, pod, wish).await
+    }
+
+    async fn undo(&self, job: &Job<'_>, addresses: &[IpAddr]) {
+        self.take_down(job, &job.who, addresses).await;
+        if let Err(e) = self.release(&job.handle).await {
+            tracing::warn!(
+                handle = job.handle,
+                error = e.msg,
+                details = e.details,
+                "addresses of a failed ADD stay taken until DEL"
+            );
+        }
+    }
+
+    fn wish(&self, job: &Job<'_>, addresses: &[IpAddr]) -> Result<Wish, Failure> {
+        Ok(Wish {
+            host_name: job.who.interface(),
+            pod_name: job.request.ifname.clone(),
+            alias: job.alias(),
+            addresses: addresses.to_vec(),
+            mtu: self.mtu(&job.config)?,
+            pod_mac: None,
+            forwarding: job.config.container_settings.allow_ip_forwarding,
+        })
+    }
+
+    fn mtu(&self, config: &Config) -> Result<u32, Failure> {
+        if config.mtu != 0 {
+            return Ok(config.mtu);
+        }
+        let path = self.settings.state_dir.join("mtu");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => text.trim().parse().map_err(|_| {
+                failure(
+                    code::CONFIGURATION,
+                    format!("{} does not hold a number: {text:?}", path.display()),
+                )
+            }),
+            Err(_) if config.require_mtu_file => Err(failure(
+                code::TRY_AGAIN,
+                format!("{} is not there yet", path.display()),
+            )),
+            Err(_) => Ok(DEFAULT_MTU),
+        }
+    }
+
+    fn owner(&self, job: &Job<'_>) -> Owner {
+        let owner = Owner::new(&job.handle)
+            .with("node", &self.settings.node)
+            .with("timestamp", timestamp::format(SystemTime::now()));
+        match &job.who {
+            Who::Pod { namespace, name } => owner.with("namespace", namespace).with("pod", name),
+            Who::Container { .. } => owner,
+        }
+    }
+
+    async fn acquire(&self, job: &Job<'_>, known: &Known) -> Result<Vec<IpAddr>, Failure> {
+        if let Some(attachment) = self.keeper.attachment(&job.handle).await {
+            return Ok(attachment.addresses.iter().map(|h| h.address).collect());
+        }
+        let owner = self.owner(job);
+        let held = match addresses(
+            &job.config,
+            &known.namespace_annotations,
+            &known.annotations(),
+        )? {
+            Addresses::Unmanaged(addresses) => return Ok(addresses),
+            Addresses::Exact(addresses) => self.keeper.acquire_exact(&owner, &addresses).await,
+            Addresses::Pools {
+                v4,
+                v6,
+                pools_v4,
+                pools_v6,
+            } => {
+                let ask = Ask {
+                    owner,
+                    v4,
+                    v6,
+                    pools_v4,
+                    pools_v6,
+                    namespace_labels: known.pod.is_some().then(|| known.namespace_labels.clone()),
+                };
+                self.keeper.acquire(&ask).await
+            }
+        };
+        held.map(|held| held.iter().map(|h| h.address).collect())
+            .map_err(|e| no_address(&e))
+    }
+
+    async fn add_addresses(&self, job: &Job<'_>) -> Result<Value, Failure> {
+        let known = pods::known(
+            &self.store,
+            &self.settings.node,
+            &job.who,
+            self.settings.wait_for_pod,
+        )
+        .await?;
+        let added = Added {
+            interfaces: Vec::new(),
+            addresses: self.acquire(job, &known).await?,
+            gateways: Vec::new(),
+        };
+        Ok(render(&added, &job.config.cni_version))
+    }
+
+    async fn check_addresses(&self, job: &Job<'_>) -> Result<Value, Failure> {
+        match self.keeper.attachment(&job.handle).await {
+            Some(_) => Ok(Value::Null),
+            None => Err(failure(code::CHECK, "the container has no address")),
+        }
+    }
+
+    async fn check(&self, job: &Job<'_>, netns: NetNs) -> Result<Value, Failure> {
+        if job.config.prev_result.is_none() {
+            return Err(failure(code::CONFIGURATION, "CHECK needs prevResult"));
+        }
+        let pod = Netlink::open(&netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
+        let promised = promised(job.config.prev_result.as_ref());
+        let wish = self.wish(job, &promised)?;
+        let mut defects = wiring::defects(&self.host, &pod, &wish)
+            .map_err(|e| kernel("look at the pod's interface", &e))?;
+        if let Some(attachment) = self.keeper.attachment(&job.handle).await {
+            let given: BTreeSet<IpAddr> = attachment.addresses.iter().map(|h| h.address).collect();
+            for address in promised.iter().filter(|a| !given.contains(*a)) {
+                defects.push(format!("{address} is not the container's"));
+            }
+        }
+        if defects.is_empty() {
+            return Ok(Value::Null);
+        }
+        let mut failure = failure(code::CHECK, "the pod's network is not as it was made");
+        failure.details = defects.join("; ");
+        Err(failure)
+    }
+
+    async fn delete(&self, job: &Job<'_>, netns: Option<NetNs>) -> Result<Value, Failure> {
+        let attachment = self.keeper.attachment(&job.handle).await;
+        let addresses: Vec<IpAddr> = attachment
+            .iter()
+            .flat_map(|a| &a.addresses)
+            .map(|held| held.address)
+            .collect();
+        // The runtime may leave CNI_ARGS out; the journal remembers the pod.
+        let who = match (&job.who, attachment.as_ref().map(|a| &a.owner)) {
+            (Who::Container { .. }, Some(owner)) => {
+                match (owner.attribute("namespace"), owner.attribute("pod")) {
+                    (Some(namespace), Some(name)) => Who::Pod {
+                        namespace: namespace.to_owned(),
+                        name: name.to_owned(),
+                    },
+                    _ => job.who.clone(),
+                }
+            }
+            _ => job.who.clone(),
+        };
+        self.take_down(job, &who, &addresses).await;
+        if let Some(netns) = netns {
+            let removed = match Netlink::open(&netns) {
+                Ok(pod) => wiring::remove_in_pod(&pod, &job.request.ifname).await,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = removed {
+                tracing::warn!(container = job.request.container_id, error = %e, "cannot remove an interface in a pod's namespace");
+            }
+        }
+        let container_id = job.request.container_id.clone();
+        self.publisher.tell(who, News::Down { container_id });
+        self.release(&job.handle).await?;
+        Ok(Value::Null)
+    }
+
+    /// Ends route and policy, then removes the interface, unless a newer sandbox of the same pod has taken its place.
+    async fn take_down(&self, job: &Job<'_>, who: &Who, addresses: &[IpAddr]) {
+        let interface = who.interface();
+        let overtaken = match self.host.link_by_name(&interface) {
+            Ok(link) => link.is_some_and(|l| l.alias.is_some_and(|alias| alias != job.alias())),
+            Err(_) => false,
+        };
+        if !overtaken {
+            let leaving = Leaving {
+                key: who.endpoint_key(&self.settings.node),
+                interface,
+                addresses: addresses.to_vec(),
+                container_id: job.request.container_id.clone(),
+            };
+            match tokio::time::timeout(WAIT_FOR_REMOVAL, self.sink.endpoint_down(leaving)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => {
+                    tracing::warn!(container = job.request.container_id, error = %e, "route and policy could not be removed in time")
+                }
+                Err(_) => tracing::warn!(
+                    container = job.request.container_id,
+                    "route and policy were not removed in time"
+                ),
+            }
+        }
+        let removed = match wiring::host_side(&self.host, &job.alias()) {
+            Ok(Some(link)) => wiring::delete(&self.host, link.index).await.map(|_| ()),
+            Ok(None) => Ok(()),
+            Err(e) => Err(e),
+        };
+        if let Err(e) = removed {
+            tracing::warn!(container = job.request.container_id, error = %e, "cannot remove a pod's interface");
+        }
+    }
+
+    async fn release(&self, handle: &str) -> Result<(), Failure> {
+        match self.keeper.release(handle).await {
+            Ok(_) => Ok(()),
+            Err(e) => Err(failure_of(
+                code::TRY_AGAIN,
+                "cannot return the container's addresses",
+                &e,
+            )),
+        }
+    }
+
+    fn status(&self) -> Result<Value, Failure> {
+        match self.sink.ready() {
+            Ok(()) => Ok(Value::Null),
+            Err(e) => Err(failure_of(
+                code::NOT_AVAILABLE,
+                "the node is not ready for pods",
+                &e,
+            )),
+        }
+    }
+
+    /// Frees what belongs to none of the valid attachments; never the address of an interface that still exists.
+    async fn collect(&self, config: &Config) -> Result<Value, Failure> {
+        let Some(valid) = &config.valid_attachments else {
+            return Err(failure(
+                code::CONFIGURATION,
+                "GC needs cni.dev/valid-attachments",
+            ));
+        };
+        let keep: BTreeSet<String> = valid
+            .iter()
+            .map(|a| config.handle(&a.container_id, &a.ifname).to_lowercase())
+            .collect();
+        let prefix = format!("{}.", config.name.to_lowercase());
+        let links = self
+            .host
+            .dump_links()
+            .map_err(|e| kernel("list the interfaces", &e))?;
+        let standing: BTreeSet<String> = links
+            .into_iter()
+            .filter_map(|l| l.alias)
+            .filter_map(|alias| {
+                alias
+                    .split_once('/')
+                    .map(|(id, ifname)| config.handle(id, ifname).to_lowercase())
+            })
+            .collect();
+        let mut failures = Vec::new();
+        for (handle, attachment) in self.keeper.attachments().await {
+            let Some(container) = handle.strip_prefix(&prefix) else {
+                continue;
+            };
+            if keep.contains(&handle) || standing.contains(&handle) {
+                continue;
+            }
+            let (namespace, name) = (
+                attachment.owner.attribute("namespace"),
+                attachment.owner.attribute("pod"),
+            );
+            let who = match (namespace, name) {
+                (Some(namespace), Some(name)) => Who::Pod {
+                    namespace: namespace.to_owned(),
+                    name: name.to_owned(),
+                },
+                _ => Who::Container {
+                    id: container.to_owned(),
+                },
+            };
+            tracing::info!(handle, addresses = ?attachment.addresses, "frees addresses of a container that no longer exists");
+            self.publisher.tell(
+                who,
+                News::Down {
+                    container_id: container.to_owned(),
+                },
+            );
+            if let Err(e) = self.release(&handle).await {
+                failures.push(format!("{handle}: {}", e.details));
+            }
+        }
+        if failures.is_empty() {
+            return Ok(Value::Null);
+        }
+        let mut failure = failure(code::TRY_AGAIN, "some addresses could not be freed");
+        failure.details = failures.join("; ");
+        Err(failure)
+    }
+
+    /// After a start: endpoints that were answered and not published before the daemon ended are published now.
+    pub(super) async fn resume(self: Arc<Self>) {
+        for (handle, attachment) in self.keeper.attachments().await {
+            let (Some(namespace), Some(name)) = (
+                attachment.owner.attribute("namespace"),
+                attachment.owner.attribute("pod"),
+            ) else {
+                continue;
+            };
+            let who = Who::Pod {
+                namespace: namespace.to_owned(),
+                name: name.to_owned(),
+            };
+            let turn = self.turn(&who);
+            let guard = turn.lock().await;
+            if let Err(e) = self.resume_one(&who, &handle).await {
+                tracing::warn!(
+                    ?who,
+                    error = e.msg,
+                    details = e.details,
+                    "cannot take up a pod of an earlier run"
+                );
+            }
+            drop(guard);
+            self.end_turn(&who, turn);
+        }
+    }
+
+    async fn resume_one(&self, who: &Who, handle: &str) -> Result<(), Failure> {
+        let Who::Pod { namespace, name } = who else {
+            return Ok(());
+        };
+        let failed = |e: &cali_netlink::Error| kernel("look at the pod's interface", e);
+        let Some(link) = self
+            .host
+            .link_by_name(&who.interface())
+            .map_err(|e| failed(&e))?
+        else {
+            return Ok(());
+        };
+        let alias = link.alias.unwrap_or_default();
+        let Some((container_id, ifname)) = alias.split_once('/') else {
+            return Ok(());
+        };
+        // The handle ends in the container's id: it is this sandbox's and not an earlier one's.
+        if !handle.ends_with(&format!(".{}", container_id.to_lowercase())) {
+            return Ok(());
+        }
+        let key = Key::namespaced(Kind::K8sPod, namespace.as_str(), name.as_str());
+        match self.store.get(&key).await {
+            Err(cali_datastore::Error::NotFound { .. }) => return Ok(()),
+            Err(e) => return Err(failure_of(code::TRY_AGAIN, "cannot read the pod", &e)),
+            Ok(_) => {}
+        }
+        let known = pods::known(
+            &self.store,
+            &self.settings.node,
+            who,
+            self.settings.wait_for_pod,
+        )
+        .await?;
+        let Some(attachment) = self.keeper.attachment(handle).await else {
+            return Ok(());
+        };
+        let cidrs: Vec<Cidr> = attachment
+            .addresses
+            .iter()
+            .map(|h| Cidr::host(h.address))
+            .collect();
+        let annotations = cali_api::kubernetes::address_annotations(&cidrs, container_id);
+        if known
+            .pod
+            .as_ref()
+            .is_some_and(|pod| pods::shows(pod, &annotations))
+        {
+            return Ok(());
+        }
+        let workload = pods::endpoint(
+            &known,
+            &Standing {
+                node: &self.settings.node,
+                who,
+                network: "",
+                container_id,
+                ifname,
+                addresses: &cidrs,
+                mac: cali_api::MacAddr([0; 6]),
+            },
+        )
+        .map(|mut workload| {
+            workload.spec.mac = None;
+            workload
+        })?;
+        let endpoint = Endpoint {
+            workload: workload.clone(),
+            host_index: link.index,
+        };
+        self.publisher
+            .tell(who.clone(), News::Up(Box::new(workload)));
+        let programmed = self.sink.endpoint_up(endpoint).await;
+        programmed.map_err(|e| {
+            failure_of(
+                code::TRY_AGAIN,
+                "route and policy could not be programmed",
+                &e,
+            )
+        })
+    }
+}
+
+fn need(netns: Option<NetNs>) -> Result<NetNs, Failure> {
+    netns.ok_or_else(|| {
+        failure(
+            code::ENVIRONMENT,
+            "the call came without the pod's namespace",
+        )
+    })
+}
+
+fn no_address(error: &IpamError) -> Failure {
+    let code = if error.is_transient() {
+        code::TRY_AGAIN
+    } else {
+        code::NO_ADDRESS
+    };
+    failure_of(code, "no address for the pod", error)
+}
+
+/// The addresses of a previous result.
+fn promised(result: Option<&Value>) -> Vec<IpAddr> {
+    let ips = result.and_then(|r| r.get("ips")).and_then(Value::as_array);
+    ips.into_iter()
+        .flatten()
+        .filter_map(|ip| ip.get("address")?.as_str()?.split('/').next()?.parse().ok())
+        .collect()
+}
+
+fn added(job: &Job<'_>, wish: &Wish, wired: &Wired) -> Added {
+    let interface = |name: &str, mac: String, sandbox: Option<String>| Interface {
+        name: name.to_owned(),
+        mac,
+        sandbox,
+        mtu: wired.mtu,
+    };
+    Added {
+        interfaces: vec![
+            interface(&wish.host_name, HOST_MAC.to_string(), None),
+            interface(
+                &wish.pod_name,
+                wired.pod_mac.to_string(),
+                Some(job.request.netns.clone()),
+            ),
+        ],
+        addresses: wish.addresses.clone(),
+        gateways: wiring::gateways(&wish.addresses),
+    }
+}

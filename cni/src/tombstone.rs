@@ -1,0 +1,131 @@
+//! Durable notes of `DEL` calls that the server could not take: a file for each, replayed and removed by the server.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use cali_control::cni::Request;
+use serde::{Deserialize, Serialize};
+
+const VERSION: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Tombstone {
+    version: u32,
+    request: Request,
+}
+
+/// The folder of the tombstones of a node.
+pub fn folder(state_dir: &Path) -> PathBuf {
+    state_dir.join("cni-tombstones")
+}
+
+/// Leaves a tombstone. It is on the disk when this returns. The same call again replaces it.
+pub fn leave(folder: &Path, request: &Request) -> io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let name = format!("{}_{}.json", request.container_id, request.ifname);
+    let temporary = folder.join(format!(".{name}.{}", std::process::id()));
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    let tombstone = Tombstone {
+        version: VERSION,
+        request: request.clone(),
+    };
+    file.write_all(&serde_json::to_vec(&tombstone)?)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, folder.join(name))?;
+    File::open(folder)?.sync_all()
+}
+
+/// A tombstone that was found.
+#[derive(Debug)]
+pub struct Found {
+    path: PathBuf,
+    /// The call; `None` if the file is not readable as one.
+    pub request: Option<Request>,
+}
+
+impl Found {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The call has been carried out.
+    pub fn remove(self) -> io::Result<()> {
+        std::fs::remove_file(self.path)
+    }
+}
+
+/// All tombstones.
+pub fn all(folder: &Path) -> io::Result<Vec<Found>> {
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        // Unfinished ones begin with a dot.
+        if path.extension().is_none_or(|e| e != "json")
+            || path
+                .file_name()
+                .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."))
+        {
+            continue;
+        }
+        let text = std::fs::read(&path)?;
+        let tombstone: Option<Tombstone> = serde_json::from_slice(&text).ok();
+        let request = tombstone
+            .filter(|t| t.version == VERSION)
+            .map(|t| t.request);
+        found.push(Found { path, request });
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use cali_control::cni::{Command, Plugin};
+
+    use super::*;
+
+    #[test]
+    fn a_tombstone_is_found_once_until_it_is_removed() {
+        let state = tempfile::tempdir().unwrap();
+        let folder = folder(state.path());
+        assert!(all(&folder).unwrap().is_empty());
+        let request = Request {
+            plugin: Plugin::Network,
+            command: Command::Del,
+            container_id: "abc".into(),
+            ifname: "eth0".into(),
+            netns: String::new(),
+            args: [("K8S_POD_NAME".to_owned(), "p".to_owned())].into(),
+            config: serde_json::json!({"name": "n"}),
+        };
+        leave(&folder, &request).unwrap();
+        leave(&folder, &request).unwrap();
+        std::fs::write(folder.join("bad.json"), "{").unwrap();
+        let mut found = all(&folder).unwrap();
+        found.sort_by_key(|f| f.path().to_owned());
+        assert_eq!(
+            found
+                .iter()
+                .map(|f| f.request.is_some())
+                .collect::<Vec<_>>(),
+            [true, false]
+        );
+        assert_eq!(found[0].request.as_ref(), Some(&request));
+        for one in found {
+            one.remove().unwrap();
+        }
+        assert!(all(&folder).unwrap().is_empty());
+    }
+}

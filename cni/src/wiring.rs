@@ -1,0 +1,285 @@
+//! The interface pair of a pod: how it is made, checked and removed.
+//!
+//! The pod's side has its addresses as /32 and /128 and reaches everything through a gateway that is the host's side:
+//! `169.254.1.1`, and for IPv6 the link-local address that belongs to the host side's fixed Ethernet address. Both are
+//! permanent neighbours of the pod, so that nothing has to be resolved. The host's side carries the container's id as
+//! its alias: what belongs to which sandbox is known from the kernel alone.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use cali_netlink::route::protocol;
+use cali_netlink::{
+    Address, Change, Errno, Hop, IpNetwork, Link, LinkChange, LinkKind, MacAddr, Neighbour, NetNs,
+    Netlink, NewLink, NewLinkKind, Result, Route, RouteFilter, Target, VethPeer, sysctl,
+};
+use ipnetwork::{Ipv4Network, Ipv6Network};
+
+/// Ethernet address of every host side.
+pub(crate) const HOST_MAC: MacAddr = MacAddr([0xee; 6]);
+/// Gateway of every pod.
+pub(crate) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+
+/// The gateways for these addresses: one for each family.
+pub(crate) fn gateways(addresses: &[IpAddr]) -> Vec<IpAddr> {
+    let mut gateways = Vec::new();
+    if addresses.iter().any(IpAddr::is_ipv4) {
+        gateways.push(IpAddr::V4(GATEWAY_V4));
+    }
+    if addresses.iter().any(IpAddr::is_ipv6) {
+        gateways.push(IpAddr::V6(HOST_MAC.link_local()));
+    }
+    gateways
+}
+
+/// What is to be made.
+#[derive(Debug, Clone)]
+pub(crate) struct Wish {
+    pub(crate) host_name: String,
+    pub(crate) pod_name: String,
+    pub(crate) alias: String,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) mtu: u32,
+    pub(crate) pod_mac: Option<MacAddr>,
+    pub(crate) forwarding: bool,
+}
+
+/// What stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wired {
+    pub(crate) host_index: u32,
+    pub(crate) pod_mac: MacAddr,
+    pub(crate) mtu: u32,
+}
+
+/// The alias of the host side of a container's interface.
+pub(crate) fn alias(container_id: &str, ifname: &str) -> String {
+    format!("{container_id}/{ifname}")
+}
+
+/// The host side of a container's interface, under whatever name.
+pub(crate) fn host_side(host: &Netlink, alias: &str) -> Result<Option<Link>> {
+    let links = host.dump_links()?;
+    Ok(links
+        .into_iter()
+        .find(|l| l.kind == LinkKind::Veth && l.alias.as_deref() == Some(alias)))
+}
+
+/// Makes the pair. What a failure leaves is removed again. A host side of the same name is a left-over of an earlier
+/// sandbox of the same pod and gives way; an interface of the same name in the pod does not.
+pub(crate) async fn create(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result<Wired> {
+    if pod.link_by_name(&wish.pod_name)?.is_some() {
+        let name = format!("{} in the pod", wish.pod_name);
+        return Err(cali_netlink::Error::errno("create", name, Errno::EEXIST));
+    }
+    if let Some(stale) = host.link_by_name(&wish.host_name)? {
+        host.delete_link(stale.index).await?;
+    }
+    let v6 = wish.addresses.iter().any(IpAddr::is_ipv6);
+    prepare_pod(pod.netns(), v6, wish.forwarding).await?;
+    let peer = VethPeer {
+        name: wish.host_name.clone(),
+        mac: Some(HOST_MAC),
+        mtu: Some(wish.mtu),
+        netns: Some(host.netns().fd()),
+        up: false,
+    };
+    let mut link = NewLink::new(&wish.pod_name, NewLinkKind::Veth(peer));
+    link.mtu = Some(wish.mtu);
+    link.mac = wish.pod_mac;
+    let pod_index = pod.add_link(&link).await?;
+    match complete(host, pod, pod_index, wish).await {
+        Ok(wired) => Ok(wired),
+        Err(error) => {
+            if let Err(e) = pod.delete_link(pod_index).await {
+                tracing::warn!(interface = wish.host_name, error = %e, "cannot remove a half-made interface pair");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) -> Result<Wired> {
+    let not_found = |name: &str| cali_netlink::Error::errno("find", name, Errno::ENODEV);
+    let host_side = host
+        .link_by_name(&wish.host_name)?
+        .ok_or_else(|| not_found(&wish.host_name))?;
+    let alias = LinkChange {
+        alias: Some(wish.alias.clone()),
+        ..LinkChange::default()
+    };
+    host.change_link(host_side.index, &alias).await?;
+    prepare_host(host.netns(), &wish.host_name).await?;
+    host.set_link_up(host_side.index, true).await?;
+    if let Some(lo) = pod.link_by_name("lo")? {
+        pod.set_link_up(lo.index, true).await?;
+    }
+    for address in &wish.addresses {
+        pod.add_address(&Address::new(pod_index, IpNetwork::from(*address)))
+            .await?;
+    }
+    let gateways = gateways(&wish.addresses);
+    let neighbours: Vec<_> = gateways
+        .iter()
+        .map(|g| Change::Replace(Neighbour::permanent(pod_index, *g, HOST_MAC)))
+        .collect();
+    let mut routes = Vec::new();
+    for gateway in &gateways {
+        if gateway.is_ipv4() {
+            routes.push(Route::on_device(
+                IpNetwork::from(*gateway),
+                protocol::BOOT,
+                pod_index,
+            ));
+        }
+        let target = Target::Hop(Hop::via(*gateway, pod_index));
+        routes.push(Route::new(default_of(*gateway), protocol::BOOT, target));
+    }
+    let routes: Vec<_> = routes.into_iter().map(Change::Replace).collect();
+    for result in pod
+        .apply_neighbours(&neighbours)
+        .into_iter()
+        .chain(pod.apply_routes(&routes))
+    {
+        result?;
+    }
+    let side = pod
+        .link_by_index(pod_index)?
+        .ok_or_else(|| not_found(&wish.pod_name))?;
+    Ok(Wired {
+        host_index: host_side.index,
+        pod_mac: side
+            .mac
+            .ok_or_else(|| not_found("Ethernet address of the pod's interface"))?,
+        mtu: side.mtu,
+    })
+}
+
+const DEFAULT_V4: Ipv4Network = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
+    Some(prefix) => prefix,
+    None => unreachable!(),
+};
+const DEFAULT_V6: Ipv6Network = match Ipv6Network::new_checked(Ipv6Addr::UNSPECIFIED, 0) {
+    Some(prefix) => prefix,
+    None => unreachable!(),
+};
+
+/// The default route of the family of an address.
+fn default_of(address: IpAddr) -> IpNetwork {
+    match address {
+        IpAddr::V4(_) => IpNetwork::V4(DEFAULT_V4),
+        IpAddr::V6(_) => IpNetwork::V6(DEFAULT_V6),
+    }
+}
+
+async fn write(netns: &NetNs, settings: Vec<(String, &'static str)>, optional: bool) -> Result<()> {
+    let netns = netns.clone();
+    let written = tokio::task::spawn_blocking(move || {
+        let settings: Vec<(&str, &str)> = settings
+            .iter()
+            .map(|(key, value)| (key.as_str(), *value))
+            .collect();
+        sysctl::write_all(&netns, &settings)
+    });
+    let results = written.await.map_err(|_| {
+        cali_netlink::Error::errno("write", "settings of an interface", Errno::ECANCELED)
+    })?;
+    for result in results {
+        match result {
+            // A kernel without IPv6 has no such settings.
+            Err(e) if optional && e.is_not_found() => {}
+            other => {
+                other?;
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn prepare_pod(netns: &NetNs, v6: bool, forwarding: bool) -> Result<()> {
+    let on = if forwarding { "1" } else { "0" };
+    write(netns, vec![("ipv4/ip_forward".to_owned(), on)], false).await?;
+    // Without duplicate address detection an address can be used at once; nobody else is on the link.
+    let mut settings = vec![
+        ("ipv6/conf/default/accept_dad".to_owned(), "0"),
+        ("ipv6/conf/all/forwarding".to_owned(), on),
+    ];
+    if v6 {
+        settings
+            .extend(["all", "default", "lo"].map(|d| (format!("ipv6/conf/{d}/disable_ipv6"), "0")));
+    }
+    write(netns, settings, !v6).await
+}
+
+async fn prepare_host(netns: &NetNs, name: &str) -> Result<()> {
+    let v4 = vec![
+        (format!("ipv4/neigh/{name}/proxy_delay"), "0"),
+        (format!("ipv4/conf/{name}/proxy_arp"), "1"),
+        (format!("ipv4/conf/{name}/forwarding"), "1"),
+    ];
+    write(netns, v4, false).await?;
+    let v6 = vec![
+        (format!("ipv6/conf/{name}/disable_ipv6"), "0"),
+        (format!("ipv6/conf/{name}/addr_gen_mode"), "0"),
+        (format!("ipv6/conf/{name}/accept_dad"), "0"),
+        (format!("ipv6/conf/{name}/accept_ra"), "0"),
+        (format!("ipv6/conf/{name}/proxy_ndp"), "1"),
+        (format!("ipv6/conf/{name}/forwarding"), "1"),
+    ];
+    write(netns, v6, true).await
+}
+
+/// Removes an interface of a pod by its name there, if it is one end of a pair.
+pub(crate) async fn remove_in_pod(pod: &Netlink, ifname: &str) -> Result<bool> {
+    match pod.link_by_name(ifname)? {
+        Some(link) if link.kind == LinkKind::Veth => delete(pod, link.index).await,
+        _ => Ok(false),
+    }
+}
+
+/// Removes a device; that it is gone already is no error.
+pub(crate) async fn delete(netlink: &Netlink, index: u32) -> Result<bool> {
+    match netlink.delete_link(index).await {
+        Ok(()) => Ok(true),
+        Err(e) if e.is_not_found() => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// What of a pod's wiring is missing or changed; nothing, if all is well.
+pub(crate) fn defects(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result<Vec<String>> {
+    let mut defects = Vec::new();
+    match host.link_by_name(&wish.host_name)? {
+        None => defects.push(format!("{} is missing on the host", wish.host_name)),
+        Some(link) if link.alias.as_deref() != Some(wish.alias.as_str()) => {
+            defects.push(format!("{} belongs to another sandbox", wish.host_name));
+        }
+        Some(link) if !link.up => defects.push(format!("{} is down", wish.host_name)),
+        Some(_) => {}
+    }
+    let Some(link) = pod.link_by_name(&wish.pod_name)? else {
+        defects.push(format!("{} is missing in the pod", wish.pod_name));
+        return Ok(defects);
+    };
+    if !link.up {
+        defects.push(format!("{} is down in the pod", wish.pod_name));
+    }
+    let held = pod.dump_addresses(Some(link.index))?;
+    for address in &wish.addresses {
+        if !held.iter().any(|a| a.address.ip() == *address) {
+            defects.push(format!("{} does not have {address}", wish.pod_name));
+        }
+    }
+    let routes = pod.dump_routes(&RouteFilter::default())?;
+    for gateway in gateways(&wish.addresses) {
+        let wanted = Target::Hop(Hop::via(gateway, link.index));
+        if !routes
+            .iter()
+            .any(|r| r.prefix == default_of(gateway) && r.target == wanted)
+        {
+            defects.push(format!(
+                "the default route via {gateway} is missing or changed"
+            ));
+        }
+    }
+    Ok(defects)
+}
