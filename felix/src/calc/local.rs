@@ -203,7 +203,8 @@ impl Local {
 
     fn tiers_of(&self, endpoint: &Key, direction: Direction) -> Vec<TierPolicies> {
         type PolicyPlace<'a> = (Rank, &'a str, Option<&'a str>, &'a Key);
-        let mut tiers: BTreeMap<(Rank, &Arc<str>), (Tier, Vec<PolicyPlace<'_>>)> = BTreeMap::new();
+        type TierPlace<'a> = (Rank, &'a Arc<str>);
+        let mut tiers: BTreeMap<TierPlace<'_>, (Tier, Vec<PolicyPlace<'_>>)> = BTreeMap::new();
         for key in self.index.selectors_of(endpoint) {
             let Some(policy) = self.policies.get(key) else {
                 continue;

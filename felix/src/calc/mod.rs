@@ -37,4 +37,4 @@ pub enum Input {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -338,7 +338,7 @@ fn an_announced_endpoint_stands_before_the_datastore_has_it() {
 }
 
 /// One object that may be there in one of a few versions, or not at all.
-fn any_step() -> impl Strategy<Value = Update> {
+pub(crate) fn any_step() -> impl Strategy<Value = Update> {
     let label = prop_oneof![Just("a"), Just("b"), Just("c")];
     let namespace = prop_oneof![Just("one"), Just("two")];
     let order = prop_oneof![Just(Value::Null), Just(json!(1)), Just(json!(2))];

@@ -27,6 +27,9 @@ mod settings;
 mod stack;
 
 pub use compiler::Compiler;
-pub use plan::{Plan, plan_touched, plan_transaction};
+pub use plan::{Plan, PlanOutcome, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
 pub use settings::{DenyAction, HostAction, Settings};
+
+#[cfg(test)]
+mod tests;

@@ -16,8 +16,15 @@ use super::program::{ChainProgram, Program, SetProgram, Touched, same_ends};
 pub struct Plan {
     /// What to send. It asks the kernel for the handles of the rules that it adds.
     pub transaction: Transaction,
+    /// What to tell [`Program::adopt`] once the kernel has taken the transaction.
+    pub outcome: PlanOutcome,
+}
+
+/// What a committed transaction leaves behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PlanOutcome {
     /// Chain and index of each added rule, in the order of the kernel's answer
-    /// (`Committed::rule_handles`); see [`Program::adopt`].
+    /// (`Committed::rule_handles`).
     pub added: Vec<(Arc<str>, usize)>,
     /// Something in the kernel could only be put right by building the whole table anew.
     pub rebuilds: bool,
@@ -45,10 +52,8 @@ pub fn plan_touched(current: &Program, desired: &Program, touched: &Touched) -> 
             ..Program::absent()
         };
         planner.plan(&absent, desired, &Touched::all(&absent, desired));
-        return Plan {
-            rebuilds: true,
-            ..planner.finish()
-        };
+        planner.outcome.rebuilds = true;
+        return planner.finish();
     }
     let mut planner = Planner::new(desired);
     planner.plan(current, desired, touched);
@@ -74,7 +79,7 @@ fn same_element(a: &Elem, b: &Elem) -> bool {
 
 struct Planner {
     transaction: Transaction,
-    added: Vec<(Arc<str>, usize)>,
+    outcome: PlanOutcome,
 }
 
 /// Changes of one set's elements.
@@ -90,15 +95,14 @@ impl Planner {
         transaction.echo_handles();
         Self {
             transaction,
-            added: Vec::new(),
+            outcome: PlanOutcome::default(),
         }
     }
 
     fn finish(self) -> Plan {
         Plan {
             transaction: self.transaction,
-            added: self.added,
-            rebuilds: false,
+            outcome: self.outcome,
         }
     }
 
@@ -177,7 +181,7 @@ impl Planner {
         if let (Some(position), Some(handles)) = (position, handles) {
             for index in added {
                 self.transaction.add_rule(name, position, &new[index].rule);
-                self.added.push((name.clone(), index));
+                self.outcome.added.push((name.clone(), index));
             }
             handles
                 .iter()
@@ -188,7 +192,7 @@ impl Planner {
         self.transaction.flush_chain(name);
         for (index, rule) in new.iter().enumerate() {
             self.transaction.append_rule(name, &rule.rule);
-            self.added.push((name.clone(), index));
+            self.outcome.added.push((name.clone(), index));
         }
     }
 }

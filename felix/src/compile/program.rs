@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-use super::plan::Plan;
+use super::plan::PlanOutcome;
 use cali_netlink::nft::{Chain, Elem, Family, Key, ListedChain, ListedRule, Rule, Set, TableName};
 
 /// A rule with its place in the kernel, where that is known.
@@ -141,18 +141,24 @@ impl Program {
     /// Takes over what `touched` names from `desired`, after the kernel took the transaction that
     /// [`super::plan_touched`] made of it and answered with `handles` for the rules that were added.
     /// Handles of rules that were left alone stay known.
-    pub fn adopt(&mut self, desired: &Self, touched: &Touched, plan: &Plan, handles: &[u64]) {
-        if plan.rebuilds {
+    pub fn adopt(
+        &mut self,
+        desired: &Self,
+        touched: &Touched,
+        outcome: &PlanOutcome,
+        handles: &[u64],
+    ) {
+        if outcome.rebuilds {
             *self = desired.clone();
         } else {
             self.adopt_touched(desired, touched);
         }
         // An incomplete answer tells nothing: the next change of the chain writes it anew.
-        for ((chain, index), handle) in plan
+        for ((chain, index), handle) in outcome
             .added
             .iter()
             .zip(handles)
-            .filter(|_| plan.added.len() == handles.len())
+            .filter(|_| outcome.added.len() == handles.len())
         {
             if let Some(rule) = self
                 .chains

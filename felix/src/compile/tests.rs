@@ -1,0 +1,171 @@
+//! The compiler and the planner as a whole, without a kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use cali_api::update::{SyncEvent, SyncStatus, Update};
+use cali_netlink::nft::{Data, Expr, Verdict};
+use proptest::prelude::*;
+
+use super::*;
+use crate::calc::tests::any_step;
+use crate::calc::{Graph, Input};
+
+/// A graph, a compiler, and what the kernel would have.
+struct Rig {
+    graph: Graph,
+    compiler: Compiler,
+    kernel: Program,
+    transactions: usize,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let mut graph = Graph::new("here".into());
+        graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
+        let mut rig = Self {
+            graph,
+            compiler: Compiler::default(),
+            kernel: Program::absent(),
+            transactions: 0,
+        };
+        rig.flush();
+        rig
+    }
+
+    fn flush(&mut self) {
+        if let Some(batch) = self.graph.flush() {
+            self.compiler.apply(&batch);
+        }
+        let touched = self.compiler.take_touched();
+        let desired = self.compiler.program();
+        let plan = plan_touched(&self.kernel, desired, &touched);
+        self.transactions += usize::from(!plan.is_empty());
+        self.kernel.adopt(desired, &touched, &plan.outcome, &[]);
+        assert!(!plan.outcome.rebuilds);
+    }
+}
+
+/// Names that something leads to or looks up, and that are not there.
+fn dangling(program: &Program) -> BTreeSet<Arc<str>> {
+    let mut missing = BTreeSet::new();
+    let mut chain = |verdict: &Verdict| {
+        if let Verdict::Jump(name) | Verdict::Goto(name) = verdict
+            && !program.chains.contains_key(name)
+        {
+            missing.insert(name.clone());
+        }
+    };
+    for expr in program
+        .chains
+        .values()
+        .flat_map(|chain| &chain.rules)
+        .flat_map(|rule| &rule.rule.exprs)
+    {
+        if let Expr::Verdict(verdict) = expr {
+            chain(verdict);
+        }
+    }
+    for elem in program.sets.values().flat_map(|set| set.elements.values()) {
+        if let Some(Data::Verdict(verdict)) = &elem.data {
+            chain(verdict);
+        }
+    }
+    for expr in program
+        .chains
+        .values()
+        .flat_map(|chain| &chain.rules)
+        .flat_map(|rule| &rule.rule.exprs)
+    {
+        if let Expr::Lookup { set: name, .. } | Expr::VerdictMap { map: name, .. } = expr
+            && !program.sets.contains_key(name)
+        {
+            missing.insert(name.clone());
+        }
+    }
+    missing
+}
+
+/// Regular chains and sets that nothing needs.
+fn unused(program: &Program) -> BTreeSet<Arc<str>> {
+    let mut used: BTreeSet<Arc<str>> = BTreeSet::new();
+    for expr in program
+        .chains
+        .values()
+        .flat_map(|chain| &chain.rules)
+        .flat_map(|rule| &rule.rule.exprs)
+    {
+        match expr {
+            Expr::Verdict(Verdict::Jump(name) | Verdict::Goto(name))
+            | Expr::Lookup { set: name, .. }
+            | Expr::VerdictMap { map: name, .. } => {
+                used.insert(name.clone());
+            }
+            _ => {}
+        }
+    }
+    for elem in program.sets.values().flat_map(|set| set.elements.values()) {
+        if let Some(Data::Verdict(Verdict::Jump(name) | Verdict::Goto(name))) = &elem.data {
+            used.insert(name.clone());
+        }
+    }
+    let chains = program
+        .chains
+        .values()
+        .filter(|chain| chain.chain.base.is_none())
+        .map(|chain| &chain.chain.name);
+    // Sets of a rule that can match no packet of the family stay with their selector.
+    let sets = program.sets.keys().filter(|name| name.starts_with("cali-"));
+    chains
+        .chain(sets)
+        .filter(|name| !used.contains(*name))
+        .cloned()
+        .collect()
+}
+
+fn rules_of(program: &Program) -> BTreeMap<&str, Vec<Option<u64>>> {
+    program
+        .chains
+        .iter()
+        .map(|(name, chain)| (&**name, chain.tags().collect()))
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 250, ..ProptestConfig::default() })]
+
+    /// After any history the program is that of a fresh start, the planner has told the kernel all
+    /// of it, nothing dangles and nothing is left over.
+    #[test]
+    fn any_history_compiles_to_the_program_of_a_fresh_start(
+        steps in prop::collection::vec((any_step(), any::<bool>()), 1..50),
+    ) {
+        let mut rig = Rig::new();
+        let mut last: Vec<Update> = Vec::new();
+        for (update, flush) in steps {
+            let broken = matches!(update.value.as_deref(), Some(cali_api::AnyResource::NetworkPolicy(policy))
+                if policy.spec.selector.starts_with("broken"));
+            if broken {
+                continue;
+            }
+            last.retain(|other| other.key != update.key);
+            last.push(update.clone());
+            rig.graph.on_update(update);
+            if flush {
+                rig.flush();
+            }
+        }
+        rig.flush();
+        let mut fresh = Rig::new();
+        last.into_iter().rev().for_each(|update| fresh.graph.on_update(update));
+        fresh.flush();
+        let program = rig.compiler.program();
+        prop_assert_eq!(rules_of(program), rules_of(fresh.compiler.program()));
+        prop_assert_eq!(&program.sets, &fresh.compiler.program().sets);
+        prop_assert_eq!(rules_of(&rig.kernel), rules_of(program));
+        prop_assert_eq!(&rig.kernel.sets, &program.sets);
+        prop_assert!(plan_transaction(&rig.kernel, program).is_empty());
+        prop_assert_eq!(dangling(program), BTreeSet::new());
+        prop_assert_eq!(unused(program), BTreeSet::new());
+    }
+}
