@@ -1,6 +1,9 @@
 //! Support for kernel tests: namespaces that clean up after themselves, veth pairs between them, bounded waiting.
 //!
-//! Behind feature `testing`; meant for `tests/netns_*.rs` of this workspace, which run as root.
+//! Behind feature `testing`; meant for `tests/netns_*.rs` of this workspace, which run as root. [`hostile`] holds what
+//! others do to a host that we share with them.
+
+pub mod hostile;
 
 use std::{
     fmt::Display,
