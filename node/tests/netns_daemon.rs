@@ -35,6 +35,10 @@ impl Host {
     }
 
     fn start(&mut self) {
+        self.start_with("vxlan");
+    }
+
+    fn start_with(&mut self, backend: &str) {
         let home = self.folder.join(self.name);
         std::fs::create_dir_all(&home).unwrap();
         let log = std::fs::File::options()
@@ -49,7 +53,7 @@ impl Host {
             .env("CALI_RUN_DIR", home.join("run"))
             .env("CALI_STATE_DIR", home.join("lib"))
             .env("NO_DEFAULT_POOLS", "true")
-            .env("CALICO_NETWORKING_BACKEND", "vxlan")
+            .env("CALICO_NETWORKING_BACKEND", backend)
             .env("NO_COLOR", "1")
             .stderr(Stdio::from(log));
         self.daemon = Some(command.spawn().unwrap());
@@ -64,6 +68,18 @@ impl Host {
 
     fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join(self.name).join("log")).unwrap_or_default()
+    }
+
+    /// Waits until the log has a text so many times.
+    fn logs(&self, text: &str, times: usize) {
+        eventually(LIMIT, || {
+            let log = self.log();
+            if log.matches(text).count() >= times {
+                Ok(())
+            } else {
+                Err(format!("{text:?} {times} times in\n{log}"))
+            }
+        });
     }
 
     /// Waits until the output of `ip ARGS` holds all these texts.
@@ -82,10 +98,31 @@ impl Host {
         });
     }
 
+    /// Waits until the route table is as wanted: a stray route with our mark is removed only by a table that knows everything.
+    fn quiet(&self) {
+        self.ns
+            .ip("route add 10.244.255.192/26 via 10.8.0.9 proto 80");
+        eventually(LIMIT, || {
+            if self.ns.ip("route").contains("10.244.255.192") {
+                Err(self.log())
+            } else {
+                Ok(())
+            }
+        });
+    }
+
+    /// The recorded process of `bgpd`.
+    fn bgpd(&self) -> Option<u32> {
+        let record = std::fs::read(self.folder.join(self.name).join("run/bgpd.pid")).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
+        u32::try_from(record["pid"].as_u64()?).ok()
+    }
+
     /// What the daemon has made in the kernel.
     fn kernel(&self) -> Vec<String> {
         let commands = [
             "route show proto 80",
+            "route show proto 12",
             "nexthop",
             "neigh show nud permanent",
             "-o link show type vxlan",
@@ -99,7 +136,26 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.kill();
+        if let Some(pid) = self.bgpd() {
+            kill(pid);
+        }
     }
+}
+
+/// SIGKILL to one process.
+fn kill(pid: u32) {
+    // It may have ended.
+    let _ = std::process::Command::new("kill")
+        .args(["-9", &pid.to_string()])
+        .output();
+}
+
+/// Builds `bgpd` beside `cali-node`: it belongs to another package, and these tests may be run alone.
+fn build_bgpd() {
+    let built = std::process::Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "-p", "bgpd", "--bin", "bgpd"])
+        .status();
+    assert!(built.unwrap().success());
 }
 
 fn two_hosts(folder: &Path) -> (Host, Host) {
@@ -116,14 +172,14 @@ fn two_hosts(folder: &Path) -> (Host, Host) {
     (a, b)
 }
 
-/// A VXLAN pool, and a block of it on each node.
-async fn pool_and_blocks(folder: &Path) -> Arc<dyn Datastore> {
+/// A datastore with one pool.
+async fn pool(folder: &Path, vxlan: EncapMode) -> Arc<dyn Datastore> {
     let datastore: Arc<dyn Datastore> = Arc::new(Sqlite::open(&folder.join("cali.db")).unwrap());
     let cidr = "10.244.0.0/16".parse().unwrap();
     let pool = IPPool::named(
         "overlay",
         IPPoolSpec {
-            vxlan_mode: Some(EncapMode::Always),
+            vxlan_mode: Some(vxlan),
             ..IPPoolSpec::new(cidr)
         },
     );
@@ -131,10 +187,19 @@ async fn pool_and_blocks(folder: &Path) -> Arc<dyn Datastore> {
     datastore
 }
 
+/// Gives the node an address, and so a block; returns the block.
+async fn assigned(datastore: &Arc<dyn Datastore>, node: &str) -> String {
+    let allocator = Allocator::with_system_time(datastore.clone(), node);
+    let request = Request::workload(Owner::new(node), 1, 0);
+    allocator.assign(&request).await.unwrap()[0]
+        .block
+        .to_string()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
     let folder = tempfile::tempdir().unwrap();
-    let datastore = pool_and_blocks(folder.path()).await;
+    let datastore = pool(folder.path(), EncapMode::Always).await;
     let (mut a, mut b) =
         std::thread::scope(|s| s.spawn(|| two_hosts(folder.path())).join().unwrap());
     a.start();
@@ -142,18 +207,11 @@ async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
     for host in [&a, &b] {
         host.shows("-o -4 addr show dev vxlan.calico", &["10.244."]);
     }
-    let assigned = |node: &'static str| {
-        let allocator = Allocator::with_system_time(datastore.clone(), node);
-        async move {
-            allocator
-                .assign(&Request::workload(Owner::new(node), 1, 0))
-                .await
-                .unwrap()[0]
-                .clone()
-        }
-    };
-    let (on_a, on_b) = (assigned("na").await, assigned("nb").await);
-    for (host, own, other) in [(&a, on_a.block, on_b.block), (&b, on_b.block, on_a.block)] {
+    let (on_a, on_b) = (
+        assigned(&datastore, "na").await,
+        assigned(&datastore, "nb").await,
+    );
+    for (host, own, other) in [(&a, &on_a, &on_b), (&b, &on_b, &on_a)] {
         let (drop, via) = (format!("blackhole {own} proto 80"), format!("{other} nhid"));
         host.shows("route", &[&drop, &via, "dev vxlan.calico proto 80 onlink"]);
     }
@@ -177,24 +235,68 @@ async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
     a.kill();
     assert_eq!(a.kernel(), before, "a dead daemon takes nothing with it");
     a.start();
+    a.logs("adopted the routes", 2);
+    a.quiet();
+    assert_eq!(a.kernel(), before, "{}", a.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bgp_carries_the_blocks_and_no_kill_is_seen_by_the_peer_or_the_kernel() {
+    build_bgpd();
+    let folder = tempfile::tempdir().unwrap();
+    let datastore = pool(folder.path(), EncapMode::Never).await;
+    let (mut a, mut b) =
+        std::thread::scope(|s| s.spawn(|| two_hosts(folder.path())).join().unwrap());
+    a.start_with("bird");
+    b.start_with("bird");
+    let (on_a, on_b) = (
+        assigned(&datastore, "na").await,
+        assigned(&datastore, "nb").await,
+    );
+    let own_and_other = |host: &Host, own: &str, other: &str| {
+        let (drop, via) = (format!("blackhole {own} proto 80"), format!("{other} nhid"));
+        host.shows("route", &[&drop, &via, "dev eth0 proto bird"]);
+    };
+    own_and_other(&a, &on_a, &on_b);
+    own_and_other(&b, &on_b, &on_a);
+    let (before_a, before_b) = (a.kernel(), b.kernel());
+    let speaker = a.bgpd().unwrap();
+
+    // The daemon: its speaker goes on and is adopted.
+    a.kill();
+    a.start_with("bird");
+    a.logs("adopted the running program", 1);
+    a.logs("bgpd has connected", 2);
+    a.quiet();
+    assert_eq!(
+        (a.bgpd(), a.kernel()),
+        (Some(speaker), before_a.clone()),
+        "{}",
+        a.log()
+    );
+
+    // The speaker: started again at once; neither side loses a route meanwhile.
+    kill(speaker);
     eventually(LIMIT, || {
-        let log = a.log();
-        if log.matches("adopted the routes").count() == 2 {
-            Ok(())
-        } else {
-            Err(log)
-        }
-    });
-    // Everything has been confirmed once nothing is held any more, which the removal of a stray route of ours shows.
-    a.ns.ip("route add 10.244.255.192/26 via 10.8.0.2 proto 80");
-    eventually(LIMIT, || {
-        if a.ns.ip("route").contains("10.244.255.192") {
+        if a.bgpd() == Some(speaker) {
             Err(a.log())
         } else {
             Ok(())
         }
     });
-    assert_eq!(a.kernel(), before, "{}", a.log());
+    assert_eq!(
+        (a.kernel(), b.kernel()),
+        (before_a.clone(), before_b.clone())
+    );
+    a.logs("bgpd has connected", 3);
+    a.logs("session up", 2);
+    a.quiet();
+    assert_eq!(
+        (a.kernel(), b.kernel()),
+        (before_a, before_b),
+        "{}",
+        a.log()
+    );
 }
 
 #[test]
