@@ -1,0 +1,226 @@
+//! What the rule set does whatever the policies are, with real packets.
+
+mod policy_lab;
+
+use std::fmt::Display;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cali_api::AnyResource;
+use cali_api::update::{SyncEvent, SyncStatus, Update};
+use cali_netlink::testing::eventually;
+use felix::calc::{Graph, Input};
+use felix::compile::{Compiler, Program};
+use policy_lab::{Lab, Place};
+use serde_json::{Value, json};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A program for these pods, all allowed everything, and these objects.
+fn program(pods: &[Place], objects: &[Value]) -> Program {
+    let mut all = objects.to_vec();
+    all.push(json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
+                    "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}}));
+    for place in pods {
+        all.push(json!({
+            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
+            "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
+            "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
+                     "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
+        }));
+    }
+    let mut graph = Graph::new("node".into());
+    for value in all {
+        let object = Arc::new(AnyResource::from_json(value).expect("an object"));
+        graph.on_update(Update {
+            key: object.key(),
+            value: Some(object),
+            revision: "1".into(),
+        });
+    }
+    graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
+    let mut compiler = Compiler::default();
+    compiler.apply(&graph.flush().expect("a first batch"));
+    compiler.program().clone()
+}
+
+/// Packets that the rule with this comment has counted, over all of its chain's rules.
+fn counted(lab: &Lab, chain: &str, comment: &str) -> u64 {
+    let listed = lab.listed();
+    let rules = listed.chains[chain]
+        .rules
+        .iter()
+        .filter(|rule| rule.rule.comment.as_deref() == Some(comment));
+    rules
+        .filter_map(|rule| rule.rule.counter())
+        .map(|(packets, _)| packets)
+        .sum()
+}
+
+fn send_until_counted(
+    lab: &Lab,
+    place: &Place,
+    from: &str,
+    to: SocketAddr,
+    chain: &str,
+    comment: &str,
+) {
+    let before = counted(lab, chain, comment);
+    let from: SocketAddr = from.parse().expect("an address");
+    let socket = place
+        .ns
+        .netns()
+        .run(|| UdpSocket::bind(from))
+        .expect("enter")
+        .expect("bind");
+    eventually(LIMIT, || -> Result<(), Box<dyn Display>> {
+        // A refused datagram shows up as an error of the next one.
+        let _ = socket.send_to(b"probe", to);
+        if counted(lab, chain, comment) > before {
+            Ok(())
+        } else {
+            Err(Box::new("nothing counted"))
+        }
+    });
+}
+
+#[test]
+fn a_foreign_source_address_does_not_leave_the_workload() {
+    let mut lab = Lab::new(2);
+    lab.enforce(&program(&lab.pods, &[]));
+    let [one, two] = &lab.pods[..] else {
+        panic!("two pods")
+    };
+    one.ns.ip("addr add 10.65.0.99/32 dev lo");
+    one.ns.ip("-6 addr add fd65::99/128 dev lo nodad");
+    let received = two
+        .ns
+        .netns()
+        .run(|| UdpSocket::bind("[::]:4000"))
+        .expect("enter")
+        .expect("bind");
+    received.set_nonblocking(true).expect("not to block");
+    for (from, to) in [
+        ("10.65.0.99:0", two.address(true)),
+        ("[fd65::99]:0", two.address(false)),
+    ] {
+        let to = SocketAddr::new(to, 4000);
+        send_until_counted(
+            &lab,
+            one,
+            from,
+            to,
+            "cali-raw-prerouting",
+            "source address is not the workload's",
+        );
+    }
+    let answer = received.recv_from(&mut [0; 16]);
+    assert!(answer.is_err(), "a spoofed packet arrived: {answer:?}");
+}
+
+#[test]
+fn an_interface_without_policy_carries_nothing() {
+    let mut lab = Lab::new(2);
+    lab.enforce(&program(&lab.pods[..1], &[]));
+    let [known, unknown] = &lab.pods[..] else {
+        panic!("two pods")
+    };
+    let to = |place: &Place| SocketAddr::new(place.address(true), 4000);
+    let comment = "interface without policy";
+    send_until_counted(
+        &lab,
+        unknown,
+        "0.0.0.0:0",
+        to(known),
+        "cali-forward-from-wl",
+        comment,
+    );
+    send_until_counted(
+        &lab,
+        known,
+        "0.0.0.0:0",
+        to(unknown),
+        "cali-forward-to-wl",
+        comment,
+    );
+    let host = SocketAddr::new("192.0.2.1".parse().expect("an address"), 4000);
+    send_until_counted(&lab, unknown, "0.0.0.0:0", host, "cali-wl-to-host", comment);
+}
+
+#[test]
+fn workloads_reach_the_host_only_if_the_configuration_says_so() {
+    let mut lab = Lab::new(1);
+    let configuration = |action: &str| {
+        json!({"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration", "metadata": {"name": "default"},
+               "spec": {"defaultEndpointToHostAction": action}})
+    };
+    let listener = lab
+        .node
+        .netns()
+        .run(|| TcpListener::bind("[::]:4000"))
+        .expect("enter")
+        .expect("listen");
+    let addresses: Vec<SocketAddr> = ["192.0.2.1:4000", "[2001:db8::1]:4000"]
+        .map(|text| text.parse().expect("an address"))
+        .into();
+
+    lab.enforce(&program(&lab.pods, &[configuration("Drop")]));
+    let host = SocketAddr::new("192.0.2.1".parse().expect("an address"), 4001);
+    send_until_counted(
+        &lab,
+        &lab.pods[0],
+        "0.0.0.0:0",
+        host,
+        "cali-input-host",
+        "defaultEndpointToHostAction",
+    );
+
+    lab.enforce(&program(&lab.pods, &[configuration("Accept")]));
+    for address in addresses {
+        let connect = || TcpStream::connect_timeout(&address, LIMIT);
+        lab.pods[0]
+            .ns
+            .netns()
+            .run(connect)
+            .expect("enter")
+            .unwrap_or_else(|error| panic!("{address}: {error}"));
+    }
+    drop(listener);
+}
+
+#[test]
+fn packets_that_leave_the_pools_get_the_nodes_address_if_the_pool_says_so() {
+    let mut lab = Lab::new(2);
+    let pool = |name: &str, cidr: &str, nat: bool| {
+        json!({"apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": name},
+               "spec": {"cidr": cidr, "natOutgoing": nat}})
+    };
+    let pools = [
+        pool("v4", "10.65.0.0/24", true),
+        pool("v6", "fd65::/64", false),
+    ];
+    lab.enforce(&program(&lab.pods, &pools));
+    for (v4, to, seen) in [
+        (true, &lab.world, "192.0.2.1".parse().expect("an address")),
+        (false, &lab.world, lab.pods[0].address(false)),
+        (true, &lab.pods[1], lab.pods[0].address(true)),
+    ] {
+        let listener = to
+            .ns
+            .netns()
+            .run(|| TcpListener::bind("[::]:4000"))
+            .expect("enter")
+            .expect("listen");
+        let address = SocketAddr::new(to.address(v4), 4000);
+        let connect = || TcpStream::connect_timeout(&address, LIMIT);
+        let _stream = lab.pods[0]
+            .ns
+            .netns()
+            .run(connect)
+            .expect("enter")
+            .expect("connect");
+        let (_, from) = listener.accept().expect("a connection");
+        assert_eq!(from.ip().to_canonical(), seen, "seen by {address}");
+    }
+}
