@@ -5,8 +5,10 @@
 //! there; it is pure as well. [`verdict`] answers the same questions from the policy model alone and
 //! serves as the oracle of tests and the engine of traces.
 //!
-//! None of these three reads a clock, a socket or the kernel.
+//! None of these three reads a clock, a socket or the kernel. [`dataplane`] does: it brings the namespace that it runs
+//! in to what they say, and keeps it there.
 
 pub mod calc;
 pub mod compile;
+pub mod dataplane;
 pub mod verdict;

@@ -12,7 +12,7 @@ use crate::plan::{DesiredDevice, DeviceKind};
 
 /// Why a device is not as planned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum DeviceProblem {
+pub(crate) enum DeviceProblem {
     /// A device of our name is of another kind: it belongs to somebody else.
     #[error(
         "device {name} exists and is of kind '{found}': it is somebody else's and is left alone"

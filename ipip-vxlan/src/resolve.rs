@@ -118,7 +118,7 @@ pub enum Unresolved {
 }
 
 /// Pools and nodes, and the decision per (prefix, node). Pure: same inputs, same answers, in any order.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolver {
     local: NodeName,
     pools: BTreeMap<String, Pool>,

@@ -119,6 +119,8 @@ pub struct WriterState {
     pub held: usize,
     /// Rows that we want.
     pub desired: usize,
+    /// Prefixes whose device is not there, with the reason.
+    pub waiting: Vec<(Cidr, String)>,
     /// Rows that the kernel refused.
     pub quarantined: Vec<(String, String)>,
     /// Rows that somebody else keeps undoing.

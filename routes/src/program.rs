@@ -86,6 +86,8 @@ pub struct Program {
     routes: Reconciler<RouteKey, Route>,
     nexthops: Reconciler<u32, Nexthop>,
     placed: BTreeMap<Cidr, Placed>,
+    /// Placed prefixes whose device is not there.
+    waiting: BTreeSet<Cidr>,
     uses: BTreeMap<u32, usize>,
     retiring: BTreeSet<u32>,
     held: BTreeMap<RouteKey, Hold>,
@@ -116,6 +118,7 @@ impl Program {
             routes,
             nexthops: Reconciler::new(|id, _| is_ours(*id)),
             placed: BTreeMap::new(),
+            waiting: BTreeSet::new(),
             uses: BTreeMap::new(),
             retiring: BTreeSet::new(),
             held: BTreeMap::new(),
@@ -227,6 +230,7 @@ impl Program {
     /// Sets or removes the route of a prefix.
     pub fn place(&mut self, prefix: Cidr, selected: Option<Selected>) {
         let before = self.placed.remove(&prefix);
+        self.waiting.remove(&prefix);
         let old_key = before
             .as_ref()
             .and_then(|placed| Some(placed.row.as_ref().ok()?.0));
@@ -257,6 +261,9 @@ impl Program {
                     rendered.nexthops.iter().map(|nexthop| nexthop.id).collect(),
                 )
             });
+            if row.is_err() {
+                self.waiting.insert(prefix);
+            }
             self.placed.insert(prefix, Placed { selected, row });
         }
         if let Some(old) = old_key
@@ -486,6 +493,14 @@ impl Program {
             || "being written".into(),
             |(_, failure)| failure.reason.clone(),
         ))
+    }
+
+    /// Selected routes that wait for their device, with the reason.
+    pub fn waiting(&self) -> impl Iterator<Item = (Cidr, String)> + '_ {
+        self.waiting.iter().filter_map(|prefix| {
+            let waiting = self.placed.get(prefix)?.row.as_ref().err()?;
+            Some((*prefix, waiting.to_string()))
+        })
     }
 
     /// Devices and gateways of the rows in the kernel: what must not be taken away from under them.

@@ -454,6 +454,7 @@ impl Task {
                 .collect(),
             held: self.program.held(),
             desired: self.program.routes().desired().len(),
+            waiting: self.program.waiting().collect(),
             quarantined: self
                 .program
                 .routes()

@@ -1,0 +1,587 @@
+//! The task: what comes in, in which order it reaches the kernel, and what is told.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cali_api::update::{SyncEvent, SyncStatus};
+use cali_api::v3::{Toggle, WorkloadEndpoint};
+use cali_api::{Key, NodeName};
+use cali_netlink::events::{Event, EventStream, Group, Notice};
+use cali_netlink::nft::{Nft, NftEvent};
+use cali_netlink::{Error, Netlink};
+use cali_routes::{Backend, Input as RouteInput, KernelSettings, Writer, WriterState};
+use ipip_vxlan::{GatewaysInUse, TunnelState, Tunnels, Wish};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{error, info, warn};
+
+use super::endpoints::{EndpointChanges, Endpoints};
+use super::host::{self, Connections, Interfaces};
+use super::resources::Resources;
+use super::ruleset::Ruleset;
+use super::state::{EndpointState, NotProgrammed, State, StatusSink};
+use crate::calc::{Batch, Delta, Direction, Graph, Input};
+use crate::compile::Compiler;
+
+/// Changes that come within this time become one step.
+const COALESCE: Duration = Duration::from_millis(10);
+/// Notifications that come within this time are taken in together.
+const BURST: Duration = Duration::from_millis(5);
+const BURST_LIMIT: usize = 1 << 16;
+/// Announcements that may wait.
+const QUEUE: usize = 256;
+
+/// What the dataplane is to be.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node's name in the datastore.
+    pub node: NodeName,
+    /// What carries routes between nodes.
+    pub backend: Backend,
+    /// How routes look in the kernel.
+    pub routes: KernelSettings,
+    /// How long a tunnel device outlives the last pool that asked for it.
+    pub tunnel_linger: Duration,
+}
+
+impl Config {
+    /// Calico's defaults.
+    #[must_use]
+    pub fn new(node: NodeName) -> Self {
+        Self {
+            node,
+            backend: Backend::default(),
+            routes: KernelSettings::default(),
+            tunnel_linger: Duration::from_secs(60),
+        }
+    }
+}
+
+/// The dataplane's task has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the dataplane has ended")]
+pub struct Stopped;
+
+struct Announcement {
+    key: Key,
+    endpoint: Option<Arc<WorkloadEndpoint>>,
+    done: oneshot::Sender<()>,
+}
+
+/// A running dataplane. Dropping it ends the task and leaves the kernel forwarding as it is.
+#[derive(Debug)]
+pub struct Dataplane {
+    handle: Handle,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Dataplane {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Access to a running dataplane.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    announcements: mpsc::Sender<Announcement>,
+    state: watch::Receiver<Arc<State>>,
+    routes: Writer,
+}
+
+impl Dataplane {
+    /// Starts in the namespace of `netlink`, with the stream of all objects that the node follows.
+    ///
+    /// # Errors
+    /// The kernel's state cannot be read: the error says what is missing.
+    pub fn start(
+        config: Config,
+        netlink: Netlink,
+        updates: mpsc::Receiver<SyncEvent>,
+        sink: Box<dyn StatusSink>,
+    ) -> Result<Self, Error> {
+        let nft = Nft::open(netlink.netns())?;
+        let nft_events = Nft::events(netlink.netns())?;
+        let link_events = netlink.events(&[Group::Link])?;
+        let routes = Writer::start(config.node.clone(), netlink.clone(), config.routes.clone())?;
+        let resources = Resources::new(config.node.clone(), config.backend);
+        let wish = Wish {
+            linger: config.tunnel_linger,
+            ..Wish::new(resources.resolver().clone())
+        };
+        let (wish, wish_out) = watch::channel(wish);
+        let (in_use, in_use_out) = watch::channel(GatewaysInUse::new());
+        let tunnels = Tunnels::start(netlink.clone(), wish_out, in_use_out)?;
+        let (announcements, inbox) = mpsc::channel(QUEUE);
+        let (state_out, state) = watch::channel(Arc::default());
+        let driver = Driver {
+            graph: Graph::new(config.node),
+            compiler: Compiler::default(),
+            ruleset: Ruleset::adopt(nft)?,
+            resources,
+            endpoints: Endpoints::default(),
+            interfaces: Interfaces::default(),
+            connections: Connections::open(&netlink),
+            netlink,
+            tunnel_state: tunnels.state(),
+            _tunnels: tunnels,
+            wish,
+            in_use,
+            routes: routes.clone(),
+            route_state: routes.state(),
+            route_inputs: Vec::new(),
+            waiting: Vec::new(),
+            in_sync: false,
+            step_at: None,
+            sink,
+            state: state_out,
+        };
+        let task = tokio::spawn(driver.run(updates, inbox, nft_events, link_events));
+        Ok(Self {
+            handle: Handle {
+                announcements,
+                state,
+                routes,
+            },
+            task,
+        })
+    }
+
+    /// Access that can be cloned and given away.
+    #[must_use]
+    pub const fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Handle {
+    /// Tells of a local endpoint that the datastore may not have yet (with `None`: takes that back), and waits until
+    /// the step that takes it in has been done. Whether it is programmed then, [`Self::programmed`] says.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub async fn announce(
+        &self,
+        key: Key,
+        endpoint: Option<Arc<WorkloadEndpoint>>,
+    ) -> Result<(), Stopped> {
+        let (done, answer) = oneshot::channel();
+        let announcement = Announcement {
+            key,
+            endpoint,
+            done,
+        };
+        self.announcements
+            .send(announcement)
+            .await
+            .map_err(|_| Stopped)?;
+        answer.await.map_err(|_| Stopped)
+    }
+
+    /// Waits until policy and routes of an endpoint are in the kernel.
+    ///
+    /// # Errors
+    /// [`NotProgrammed`] with the reason after `limit`.
+    pub async fn programmed(
+        &self,
+        key: &Key,
+        limit: Duration,
+    ) -> Result<EndpointState, NotProgrammed> {
+        let mut state = self.state.clone();
+        let stands = state.wait_for(|state| {
+            state
+                .endpoints
+                .get(key)
+                .is_some_and(EndpointState::is_programmed)
+        });
+        let waited = match tokio::time::timeout(limit, stands).await {
+            Ok(Ok(state)) => state.endpoints.get(key).cloned(),
+            Ok(Err(_)) => return Err(NotProgrammed::Stopped),
+            Err(_) => None,
+        };
+        if let Some(endpoint) = waited {
+            return Ok(endpoint);
+        }
+        let problem = self
+            .state
+            .borrow()
+            .endpoints
+            .get(key)
+            .map(|endpoint| endpoint.problem.clone());
+        match problem {
+            None => Err(NotProgrammed::Unknown(key.clone())),
+            Some(problem) => Err(NotProgrammed::Because {
+                endpoint: key.clone(),
+                reason: problem.unwrap_or_else(|| "no reason is known".to_owned()),
+            }),
+        }
+    }
+
+    /// The state as it changes.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<Arc<State>> {
+        self.state.clone()
+    }
+
+    /// The node's routes, for bgpd's best paths and for status.
+    #[must_use]
+    pub const fn routes(&self) -> &Writer {
+        &self.routes
+    }
+}
+
+struct Driver {
+    graph: Graph,
+    compiler: Compiler,
+    ruleset: Ruleset,
+    resources: Resources,
+    endpoints: Endpoints,
+    interfaces: Interfaces,
+    connections: Connections,
+    netlink: Netlink,
+    tunnel_state: watch::Receiver<TunnelState>,
+    _tunnels: Tunnels,
+    wish: watch::Sender<Wish>,
+    in_use: watch::Sender<GatewaysInUse>,
+    routes: Writer,
+    route_state: watch::Receiver<Arc<WriterState>>,
+    /// Changes of the table that have not been handed on.
+    route_inputs: Vec<RouteInput>,
+    /// Announcers that wait for the next step.
+    waiting: Vec<oneshot::Sender<()>>,
+    in_sync: bool,
+    step_at: Option<Instant>,
+    sink: Box<dyn StatusSink>,
+    state: watch::Sender<Arc<State>>,
+}
+
+impl Driver {
+    async fn run(
+        mut self,
+        mut updates: mpsc::Receiver<SyncEvent>,
+        mut inbox: mpsc::Receiver<Announcement>,
+        mut nft_events: EventStream,
+        mut link_events: EventStream,
+    ) {
+        let (mut updates_open, mut inbox_open) = (true, true);
+        loop {
+            let now = Instant::now();
+            let far = now + Duration::from_secs(3600);
+            let due = [self.step_at, self.ruleset_due(now)]
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(far);
+            tokio::select! {
+                event = updates.recv(), if updates_open => match event {
+                    Some(event) => {
+                        self.on_update(event);
+                        while let Ok(event) = updates.try_recv() {
+                            self.on_update(event);
+                        }
+                        self.step_at.get_or_insert(now + COALESCE);
+                    }
+                    None => {
+                        error!("the stream of updates has ended; the kernel keeps what it has");
+                        updates_open = false;
+                    }
+                },
+                announcement = inbox.recv(), if inbox_open => match announcement {
+                    Some(announcement) => {
+                        self.on_announcement(announcement);
+                        while let Ok(announcement) = inbox.try_recv() {
+                            self.on_announcement(announcement);
+                        }
+                        // A pod waits for this.
+                        self.step_at = Some(now);
+                    }
+                    None => inbox_open = false,
+                },
+                event = nft_events.next() => match burst(&mut nft_events, event).await {
+                    Ok(events) => self.on_nft(events),
+                    Err(error) => return error!(%error, "notifications of nf_tables have ended"),
+                },
+                event = link_events.next() => match burst(&mut link_events, event).await {
+                    Ok(events) => self.on_links(events),
+                    Err(error) => return error!(%error, "notifications of links have ended"),
+                },
+                _ = self.route_state.changed() => self.on_routes(),
+                _ = self.tunnel_state.changed() => self.publish(),
+                () = tokio::time::sleep_until(due.into()) => self.step().await,
+            }
+        }
+    }
+
+    fn on_update(&mut self, event: SyncEvent) {
+        match &event {
+            SyncEvent::Updates(updates) => {
+                for update in updates {
+                    self.resources.on_update(update, &mut self.route_inputs);
+                }
+            }
+            SyncEvent::Status(SyncStatus::InSync) if !self.in_sync => {
+                info!("the datastore is in sync");
+                self.in_sync = true;
+                self.route_inputs.push(RouteInput::InSync);
+            }
+            SyncEvent::Status(status) => info!(?status, "datastore"),
+        }
+        self.graph.handle(Input::Sync(event));
+    }
+
+    fn on_announcement(&mut self, announcement: Announcement) {
+        self.graph
+            .handle(Input::Announce(announcement.key, announcement.endpoint));
+        self.waiting.push(announcement.done);
+    }
+
+    fn on_nft(&mut self, events: Vec<Event>) {
+        let mut changes: Vec<NftEvent> = Vec::with_capacity(events.len());
+        for event in events {
+            match event {
+                Event::Nft(event) => changes.push(event),
+                Event::Overflow => self.ruleset.on_overflow(),
+                _ => {}
+            }
+        }
+        self.ruleset.on_events(changes);
+    }
+
+    /// Interfaces that came, or came up, are set up; the last word about each counts.
+    fn on_links(&mut self, events: Vec<Event>) {
+        let mut names: BTreeSet<String> = BTreeSet::new();
+        for event in events {
+            match event {
+                Event::Link(Notice::Present(link) | Notice::Gone(link)) => {
+                    names.insert(link.name);
+                }
+                Event::Overflow => names.extend(
+                    self.endpoints
+                        .all()
+                        .map(|(_, endpoint)| endpoint.interface.to_string()),
+                ),
+                _ => {}
+            }
+        }
+        let mut touched = false;
+        for name in names {
+            if let Some((_, endpoint)) = self.endpoints.of_interface(&name) {
+                self.interfaces.set_up(&self.netlink, endpoint);
+                touched = true;
+            }
+        }
+        if touched {
+            self.publish();
+        }
+    }
+
+    fn on_routes(&mut self) {
+        let gateways = self.route_state.borrow_and_update().gateways.clone();
+        self.in_use.send_if_modified(|current| {
+            let changed = *current != gateways;
+            if changed {
+                *current = gateways;
+            }
+            changed
+        });
+        self.publish();
+    }
+
+    fn ruleset_due(&self, now: Instant) -> Option<Instant> {
+        if self.in_sync {
+            self.ruleset.next_due(now)
+        } else {
+            None
+        }
+    }
+
+    /// One step: what has come in reaches the kernel. Rules come before the way to an endpoint, so that it is never
+    /// reached without its policy; what it leaves behind goes before anybody else can have its address.
+    async fn step(&mut self) {
+        self.step_at = None;
+        let mut changes = EndpointChanges::default();
+        if let Some(batch) = self.graph.flush() {
+            changes = self.on_batch(&batch);
+        }
+        if self.in_sync {
+            self.ruleset.apply(self.compiler.program(), Instant::now());
+        }
+        self.wish_tunnels();
+        let (gone, new): (VecDeque<_>, VecDeque<_>) = changes
+            .routes
+            .into_iter()
+            .partition(|input| matches!(input, RouteInput::Remove(..)));
+        if !gone.is_empty() && self.routes.apply(gone.into()).await.is_err() {
+            return;
+        }
+        self.connections.end(&changes.freed);
+        for interface in changes.interfaces {
+            match self.endpoints.of_interface(&interface) {
+                Some((_, endpoint)) => self.interfaces.set_up(&self.netlink, endpoint),
+                None => self.interfaces.forget(&interface),
+            }
+        }
+        // What the datastore says of pools and nodes first, then workloads, then that it was all.
+        let mut inputs = std::mem::take(&mut self.route_inputs);
+        let in_sync = inputs
+            .iter()
+            .position(|input| *input == RouteInput::InSync)
+            .map(|at| inputs.remove(at));
+        inputs.extend(new);
+        inputs.extend(in_sync);
+        if !inputs.is_empty() {
+            match self.routes.apply(inputs).await {
+                Ok(failed) => {
+                    for failed in failed {
+                        info!(prefix = %failed.prefix, reason = failed.reason, "route is not programmed");
+                    }
+                }
+                Err(error) => return error!(%error, "routes cannot be written"),
+            }
+        }
+        self.publish();
+        for done in self.waiting.drain(..) {
+            // Whoever asked may have gone.
+            let _ = done.send(());
+        }
+    }
+
+    fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
+        for delta in &batch.deltas {
+            if let Delta::Settings(spec) = delta {
+                self.resources.on_settings(spec, &mut self.route_inputs);
+                if spec.ip_forwarding != Some(Toggle::Disabled)
+                    && let Err(error) = host::enable_forwarding(&self.netlink)
+                {
+                    warn!(%error, "forwarding cannot be switched on");
+                }
+            }
+        }
+        self.compiler.apply(batch);
+        let touched = self.compiler.take_touched();
+        if batch.in_sync {
+            self.ruleset.touch_all(self.compiler.program());
+        }
+        self.ruleset.touch(touched);
+        self.endpoints.on_batch(batch)
+    }
+
+    fn wish_tunnels(&mut self) {
+        let (resolver, settings, in_sync) = (
+            self.resources.resolver(),
+            self.resources.tunnels(),
+            self.in_sync,
+        );
+        self.wish.send_if_modified(|wish| {
+            let same =
+                wish.in_sync == in_sync && wish.settings == *settings && wish.resolver == *resolver;
+            if !same {
+                wish.resolver = resolver.clone();
+                wish.settings = settings.clone();
+                wish.in_sync = in_sync;
+            }
+            !same
+        });
+    }
+
+    fn publish(&mut self) {
+        let routes = self.route_state.borrow().clone();
+        let endpoints = self.endpoints.all().map(|(key, endpoint)| {
+            let mut policies = Vec::new();
+            for direction in [Direction::Ingress, Direction::Egress] {
+                for policy in endpoint
+                    .tiers(direction)
+                    .iter()
+                    .flat_map(|tier| &tier.policies)
+                {
+                    if !policies.contains(policy) {
+                        policies.push(policy.clone());
+                    }
+                }
+            }
+            let state = EndpointState {
+                interface: endpoint.interface.clone(),
+                addresses: endpoint.addresses.clone(),
+                policies,
+                problem: self.problem_of(key, &routes),
+            };
+            (key.clone(), state)
+        });
+        let mut notices: Vec<String> = self.resources.notices().to_vec();
+        notices.extend(
+            self.ruleset
+                .problem()
+                .map(|problem| format!("nf_tables: {problem}")),
+        );
+        let state = State {
+            ready: self.in_sync && self.ruleset.is_settled(),
+            endpoints: endpoints.collect(),
+            refused: self.ruleset.refused(),
+            unusable: self.graph.problems(),
+            notices,
+            tunnels: self.tunnel_state.borrow_and_update().clone(),
+            routes,
+        };
+        let sink = &mut self.sink;
+        self.state.send_if_modified(|current| {
+            let changed = **current != state;
+            if changed {
+                *current = Arc::new(state);
+                sink.on_state(current);
+            }
+            changed
+        });
+    }
+
+    /// Why an endpoint is not programmed.
+    fn problem_of(&self, key: &Key, routes: &WriterState) -> Option<String> {
+        let endpoint = self.endpoints.get(key)?;
+        if !self.in_sync {
+            return Some("the datastore is not in sync yet".to_owned());
+        }
+        match self.endpoints.of_interface(&endpoint.interface) {
+            Some((owner, _)) if owner != key => {
+                return Some(format!(
+                    "interface {} belongs to {owner}",
+                    endpoint.interface
+                ));
+            }
+            _ => {}
+        }
+        if let Some(problem) = self.interfaces.problem(&endpoint.interface) {
+            return Some(problem.clone());
+        }
+        for chain in ["cali-tw-", "cali-fw-"] {
+            let chain = format!("{chain}{}", endpoint.interface);
+            if !self.ruleset.has_chain(&chain) {
+                return Some(format!("its rules (chain {chain}) are not in the kernel"));
+            }
+        }
+        if !self.ruleset.is_settled() {
+            return Some("its rules are being written".to_owned());
+        }
+        let waiting = routes
+            .waiting
+            .iter()
+            .find(|(prefix, _)| endpoint.addresses.contains(prefix));
+        if let Some((prefix, reason)) = waiting {
+            return Some(format!("route {prefix}: {reason}"));
+        }
+        let refused = |address: &cali_api::Cidr| {
+            let network = cali_routes::network(address).to_string();
+            routes
+                .quarantined
+                .iter()
+                .find(|(route, _)| route.split(' ').next() == Some(&network))
+        };
+        endpoint
+            .addresses
+            .iter()
+            .find_map(refused)
+            .map(|(route, reason)| format!("route {route}: {reason}"))
+    }
+}
+
+async fn burst(events: &mut EventStream, first: Result<Event, Error>) -> Result<Vec<Event>, Error> {
+    events.burst_after(first?, BURST, BURST_LIMIT).await
+}

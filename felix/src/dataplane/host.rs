@@ -1,0 +1,158 @@
+//! Settings of the host and of the workloads' interfaces, neighbours, and connections that must end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use cali_netlink::conntrack::Conntrack;
+use cali_netlink::{Change, Error, MacAddr, Neighbour, Netlink, sysctl};
+use tracing::{debug, warn};
+
+use super::endpoints::interface_settings;
+use crate::calc::Endpoint;
+
+/// Lets this host forward. IPv6 may be switched off in the kernel.
+pub(super) fn enable_forwarding(netlink: &Netlink) -> Result<(), Error> {
+    let settings = [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")];
+    for ((key, _), result) in settings
+        .iter()
+        .zip(sysctl::write_all(netlink.netns(), &settings))
+    {
+        match result {
+            Err(error) if key.starts_with("ipv6/") && error.is_not_found() => {}
+            Err(error) => return Err(error),
+            Ok(wrote) => debug!(key, wrote, "forwarding"),
+        }
+    }
+    Ok(())
+}
+
+/// Sets up the host's side of an endpoint's interface; the reason in words if it cannot be.
+pub(super) fn set_up_interface(netlink: &Netlink, endpoint: &Endpoint) -> Result<(), String> {
+    let interface = &endpoint.interface;
+    let link = match netlink.link_by_name(interface) {
+        Ok(Some(link)) => link,
+        Ok(None) => return Err(format!("interface {interface} is not there")),
+        Err(error) => return Err(error.to_string()),
+    };
+    let rp_filter = sysctl::read(netlink.netns(), "ipv4/conf/default/rp_filter")
+        .unwrap_or_else(|_| "0".to_owned());
+    let settings = interface_settings(interface, &rp_filter);
+    let borrowed: Vec<(&str, &str)> = settings
+        .iter()
+        .map(|(key, value)| (key.as_str(), value.as_str()))
+        .collect();
+    for ((key, _), result) in borrowed
+        .iter()
+        .zip(sysctl::write_all(netlink.netns(), &borrowed))
+    {
+        match result {
+            Ok(_) => {}
+            Err(error) if key.starts_with("ipv6/") && error.is_not_found() => {}
+            // Best effort, as in Calico: without it the first answer of a pod's gateway is late, no more.
+            Err(error) if key.ends_with("/proxy_delay") => {
+                debug!(%error, "proxy_delay cannot be set")
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    neighbours(netlink, endpoint, link.index)?;
+    if link.up {
+        Ok(())
+    } else {
+        Err(format!("interface {interface} is down"))
+    }
+}
+
+/// Where the datastore knows the endpoint's MAC, its IPv4 addresses need no resolution.
+fn neighbours(netlink: &Netlink, endpoint: &Endpoint, index: u32) -> Result<(), String> {
+    let Some(mac) = endpoint
+        .mac
+        .as_deref()
+        .and_then(|mac| mac.parse::<MacAddr>().ok())
+    else {
+        return Ok(());
+    };
+    let entries: Vec<_> = endpoint
+        .addresses
+        .iter()
+        .filter(|address| address.is_v4() && address.is_host())
+        .map(|address| Change::Replace(Neighbour::permanent(index, address.addr(), mac)))
+        .collect();
+    netlink
+        .apply_neighbours(&entries)
+        .into_iter()
+        .find_map(Result::err)
+        .map_or(Ok(()), |error| Err(error.to_string()))
+}
+
+/// Interfaces that could not be set up, with the reason.
+#[derive(Debug, Default)]
+pub(super) struct Interfaces {
+    problems: BTreeMap<Arc<str>, String>,
+}
+
+impl Interfaces {
+    /// Sets the interface of an endpoint up and remembers how that went.
+    pub(super) fn set_up(&mut self, netlink: &Netlink, endpoint: &Endpoint) {
+        match set_up_interface(netlink, endpoint) {
+            Ok(()) => {
+                self.problems.remove(&endpoint.interface);
+            }
+            Err(problem) => {
+                if self
+                    .problems
+                    .insert(endpoint.interface.clone(), problem.clone())
+                    .as_ref()
+                    != Some(&problem)
+                {
+                    warn!(interface = %endpoint.interface, problem, "interface is not set up");
+                }
+            }
+        }
+    }
+
+    /// The interface has no endpoint any more.
+    pub(super) fn forget(&mut self, interface: &str) {
+        self.problems.remove(interface);
+    }
+
+    /// Why the interface is not set up.
+    pub(super) fn problem(&self, interface: &str) -> Option<&String> {
+        self.problems.get(interface)
+    }
+}
+
+/// Ends the connections of addresses that have left their endpoint, before somebody else gets them.
+#[derive(Debug)]
+pub(super) struct Connections(Option<Conntrack>);
+
+impl Connections {
+    /// Without connection tracking there is nothing to end.
+    pub(super) fn open(netlink: &Netlink) -> Self {
+        match Conntrack::open(netlink.netns()) {
+            Ok(conntrack) => Self(Some(conntrack)),
+            Err(error) => {
+                warn!(%error, "connections of former endpoints cannot be ended");
+                Self(None)
+            }
+        }
+    }
+
+    /// Ends all connections from and to the addresses.
+    pub(super) fn end(&self, addresses: &BTreeSet<IpAddr>) {
+        let addresses: Vec<IpAddr> = addresses.iter().copied().collect();
+        let Some(conntrack) = self.0.as_ref().filter(|_| !addresses.is_empty()) else {
+            return;
+        };
+        match conntrack.delete_addresses(&addresses) {
+            Ok(ended) => debug!(
+                ?addresses,
+                ended, "ended the connections of former endpoints"
+            ),
+            Err(error) => {
+                warn!(?addresses, %error, "connections of former endpoints cannot be ended")
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! `felix`: policy only. It programs the endpoints whose interfaces somebody else made, in the network namespace that
+//! it is started in. All settings are environment variables.
+
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use cali_api::NodeName;
+use cali_netlink::Netlink;
+use cali_netlink::probe::{Capability, probe};
+use cali_routes::Backend;
+use clap::Parser;
+use felix::dataplane::{Config, Dataplane, State, StatusSink};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Policy enforcement for endpoints whose interfaces exist already.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Name of this node in the datastore; the host's name where nothing is said.
+    #[arg(long, env = "FELIX_FELIXHOSTNAME")]
+    node: Option<String>,
+    /// What carries routes between nodes: bird, vxlan or none.
+    #[arg(long, env = "CALICO_NETWORKING_BACKEND", default_value = "bird")]
+    backend: String,
+    /// Lowest severity that is logged.
+    #[arg(long, env = "FELIX_LOGSEVERITYSCREEN", default_value = "info")]
+    log: String,
+}
+
+/// Writes what an operator should know to the log, once.
+#[derive(Default)]
+struct Log {
+    last: Arc<State>,
+}
+
+impl StatusSink for Log {
+    fn on_state(&mut self, state: &Arc<State>) {
+        if state.ready != self.last.ready {
+            tracing::info!(
+                ready = state.ready,
+                endpoints = state.endpoints.len(),
+                "dataplane"
+            );
+        }
+        for refused in state
+            .refused
+            .iter()
+            .filter(|refused| !self.last.refused.contains(refused))
+        {
+            tracing::error!(
+                object = refused.object,
+                reason = refused.reason,
+                "the kernel refused an object"
+            );
+        }
+        for notice in state
+            .notices
+            .iter()
+            .filter(|notice| !self.last.notices.contains(notice))
+        {
+            tracing::warn!(notice, "notice");
+        }
+        for (object, problems) in &state.unusable {
+            if self.last.unusable.get(object) != Some(problems) {
+                tracing::error!(%object, ?problems, "an object cannot be used as it is");
+            }
+        }
+        self.last = state.clone();
+    }
+}
+
+fn backend(text: &str) -> anyhow::Result<Backend> {
+    Ok(match text {
+        "bird" => Backend::Bgp,
+        "vxlan" => Backend::Vxlan,
+        "none" => Backend::None,
+        other => bail!("CALICO_NETWORKING_BACKEND is '{other}'; it can be bird, vxlan or none"),
+    })
+}
+
+fn node_name(given: Option<String>) -> anyhow::Result<NodeName> {
+    let name = given
+        .or_else(|| std::env::var("NODENAME").ok())
+        .or_else(|| std::env::var("HOSTNAME").ok())
+        .or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok())
+        .map(|name| name.trim().to_lowercase())
+        .filter(|name| !name.is_empty());
+    Ok(NodeName::from(name.context(
+        "this host has no name; set FELIX_FELIXHOSTNAME",
+    )?))
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env()
+        .or_else(|_| EnvFilter::try_new(arguments.log.to_lowercase()))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+
+    let backend = backend(&arguments.backend)?;
+    let missing: Vec<String> = probe(&[Capability::Root, Capability::NfTables])
+        .await
+        .into_iter()
+        .filter_map(|(_, result)| result.err().map(|missing| missing.to_string()))
+        .collect();
+    if !missing.is_empty() {
+        bail!("felix cannot run here: {}", missing.join("; "));
+    }
+    let node = node_name(arguments.node)?;
+    let netlink = Netlink::current().context("cannot open netlink")?;
+    let updates = typha::source::from_env(&typha::source::all_kinds(), node.as_str())?;
+    tracing::info!(%node, version = env!("CARGO_PKG_VERSION"), "starting");
+    let config = Config {
+        backend,
+        ..Config::new(node)
+    };
+    let dataplane = Dataplane::start(config, netlink, updates, Box::<Log>::default())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("ending; the kernel keeps what it has");
+    drop(dataplane);
+    Ok(())
+}
