@@ -1,36 +1,44 @@
 //! The daemon `bgpd`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use bgpd::agent::Agent;
-use bgpd::config::{KINDS, Local};
-use bgpd::sink::node::Node;
+use bgpd::config::{KINDS, Local, standalone};
+use bgpd::sink::{Sink, kernel::Kernel, node::Node};
+use bgpd::speaker::settings::Settings;
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::tcp::Tcp;
 use bgpd::{control, reach};
 use cali_control::paths;
-use clap::Parser;
+use cali_netlink::Netlink;
+use clap::{Parser, Subcommand};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// How long End-of-RIB and the removal of stale routes wait for peers after a start.
 const DEFERRAL: Duration = Duration::from_secs(90);
 
-/// BGP speaker: of a Cali node (--node).
+/// BGP speaker: of a Cali node (--node), or alone (--config).
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Runs as the speaker of this node, configured by the cluster's resources.
     #[arg(long, env = "NODENAME", value_name = "NAME")]
-    node: String,
-    /// How the BGP identifier is chosen: "hash", an IPv4 address, or empty for the node's IPv4 address.
+    node: Option<String>,
+    /// Runs alone, configured by this file, and writes kernel routes itself.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How the BGP identifier of a node is chosen: "hash", an IPv4 address, or empty for the node's IPv4 address.
     #[arg(long, env = "CALICO_ROUTER_ID", default_value = "", value_name = "ID")]
     router_id: String,
-    /// Folder with passwords of peers, as FOLDER/SECRET/KEY.
+    /// Folder with passwords of a node's peers, as FOLDER/SECRET/KEY.
     #[arg(
         long,
         env = "CALI_BGP_SECRETS_DIR",
@@ -40,6 +48,15 @@ struct Arguments {
     secrets: PathBuf,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Says whether a configuration file can be used.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("CALI_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
@@ -47,7 +64,23 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    match run(arguments) {
+    let result = match &arguments {
+        Arguments {
+            command: Some(Command::Check { file }),
+            ..
+        } => check(file),
+        // A file on the command line counts more than a node's name in the environment.
+        Arguments {
+            config: Some(file), ..
+        } => run_alone(file),
+        Arguments {
+            node: Some(node), ..
+        } => run_on_node(node, &arguments),
+        _ => Err(anyhow::anyhow!(
+            "either --node NAME or --config FILE is needed"
+        )),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bgpd: {error:#}");
@@ -56,31 +89,56 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let netlink =
-        cali_netlink::Netlink::current().context("bgpd needs the kernel's route tables")?;
-    let environment = Environment {
+fn read_settings(file: &Path) -> anyhow::Result<Settings> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    standalone::parse(&text).with_context(|| file.display().to_string())
+}
+
+fn check(file: &Path) -> anyhow::Result<()> {
+    let settings = read_settings(file)?;
+    println!(
+        "{}: {} neighbors, {} routes",
+        file.display(),
+        settings.neighbours.len(),
+        settings.originated.len()
+    );
+    Ok(())
+}
+
+fn kernel() -> anyhow::Result<Netlink> {
+    Netlink::current().context("bgpd needs the kernel's route tables")
+}
+
+fn environment(netlink: Netlink, sink: Box<dyn Sink>) -> Environment {
+    Environment {
         transport: Arc::new(Tcp),
-        sink: Box::new(Node::start(paths::routes_socket())),
+        sink,
         reach: Box::new(reach::Kernel::new(netlink)),
         seed: seed(),
         deferral: DEFERRAL,
-    };
+    }
+}
+
+fn open_control() -> anyhow::Result<UnixListener> {
+    let socket = paths::bgpd_socket();
+    control::listen(&socket).with_context(|| format!("cannot open {}", socket.display()))
+}
+
+#[tokio::main]
+async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
+    let environment = environment(kernel()?, Box::new(Node::start(paths::routes_socket())));
     let local = Local {
         router_id: arguments.router_id.parse().map_err(anyhow::Error::msg)?,
-        node: arguments.node.clone(),
+        node: node.to_owned(),
         ..Local::default()
     };
-    let events =
-        typha::source::from_env(&KINDS, &arguments.node).context("cannot follow the resources")?;
-    let socket = paths::bgpd_socket();
-    let listener =
-        control::listen(&socket).with_context(|| format!("cannot open {}", socket.display()))?;
+    let events = typha::source::from_env(&KINDS, node).context("cannot follow the resources")?;
+    let listener = open_control()?;
     let serve = |speaker: &Speaker| {
         tokio::spawn(control::serve(listener, speaker.clone()));
     };
-    let agent = Agent::new(local, arguments.secrets).run(events, environment, serve);
+    let agent = Agent::new(local, arguments.secrets.clone()).run(events, environment, serve);
     tokio::select! {
         task = agent => match task {
             Some(task) => task.await.context("the speaker failed"),
@@ -90,6 +148,30 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             // Without a word to the peers: they keep our routes until we are back (graceful restart).
             tracing::info!(signal = signal?, "ending silently");
             Ok(())
+        }
+    }
+}
+
+#[tokio::main]
+async fn run_alone(file: &Path) -> anyhow::Result<()> {
+    let settings = read_settings(file)?;
+    let netlink = kernel()?;
+    let sink = Kernel::start(netlink.clone()).context("cannot start the writer of routes")?;
+    let listener = open_control()?;
+    let (speaker, mut task) = Speaker::start(environment(netlink, Box::new(sink)), settings);
+    tokio::spawn(control::serve(listener, speaker.clone()));
+    let mut reload = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            end = &mut task => return end.context("the speaker failed"),
+            _ = reload.recv() => match read_settings(file) {
+                Ok(settings) => speaker.configure(settings).await?,
+                Err(error) => tracing::error!(error = format!("{error:#}"), "the old configuration stays"),
+            },
+            signal = terminated() => {
+                tracing::info!(signal = signal?, "ending silently");
+                return Ok(());
+            }
         }
     }
 }

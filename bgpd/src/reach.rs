@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use cali_netlink::Netlink;
-use tracing::debug;
+use nix::errno::Errno;
+use tracing::{debug, warn};
 
 use crate::rib::{Gateway, NextHopState};
 
@@ -47,10 +48,26 @@ impl Reach for Kernel {
         }
         match self.netlink.lookup_route(gateway.addr) {
             Ok(_) => NextHopState::Reachable { metric: 0 },
+            // A lookup that fails for any other reason says nothing about the gateway.
+            Err(error) if !says_unreachable(&error) => {
+                warn!(gateway = %gateway.addr, %error, "cannot tell whether a next hop is reachable");
+                NextHopState::Reachable { metric: 0 }
+            }
             Err(error) => {
                 debug!(gateway = %gateway.addr, %error, "next hop is not reachable");
                 NextHopState::Unreachable
             }
         }
     }
+}
+
+/// What a lookup answers when there is no route, or one that refuses (`fib_props`, `net/ipv4/fib_semantics.c`;
+/// a blackhole answers EINVAL).
+fn says_unreachable(error: &cali_netlink::Error) -> bool {
+    matches!(
+        error.code(),
+        Some(
+            Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::EINVAL | Errno::ESRCH
+        )
+    )
 }

@@ -1,8 +1,9 @@
-//! From configuration to [`Settings`](crate::speaker::settings::Settings): Calico's resources ([`compile`]).
+//! From configuration to [`Settings`](crate::speaker::settings::Settings): Calico's resources ([`compile`]) or a file ([`standalone`]).
 //! Pure: nothing is read here, everything comes in as values.
 
 mod peers;
 mod policy;
+pub mod standalone;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -1,5 +1,6 @@
 //! Where best paths go: to the node's route table over its local socket, or straight into the kernel.
 
+pub mod kernel;
 pub mod memory;
 pub mod node;
 

@@ -100,6 +100,13 @@ impl State {
             warn!(%peer, "refused a connection: no such neighbour");
             return;
         };
+        let hops = running.config.session.protection.ttl_hops;
+        if let Some(hops) = hops
+            && let Err(error) = connection.stream.guard_ttl(hops)
+        {
+            warn!(%peer, %error, "refused a connection: its TTL cannot be guarded");
+            return;
+        }
         // A neighbour that does not keep up with its commands can do without one more connection.
         if running
             .commands

@@ -122,6 +122,8 @@ struct State {
     slots: BTreeMap<PeerSlot, IpAddr>,
     listening: Vec<Listening>,
     restarter: Restarter<IpAddr>,
+    /// Families whose restart ends with this batch.
+    converging: FamilySet,
     deferral_ends: Option<Instant>,
     restarting: watch::Sender<bool>,
     reports: (mpsc::Sender<PeerReport>, mpsc::Receiver<PeerReport>),
@@ -153,6 +155,7 @@ impl State {
         Self {
             rib: Rib::new(settings.rib()),
             restarter: Restarter::new(awaited),
+            converging: FamilySet::EMPTY,
             deferral_ends: Some(Instant::now() + environment.deferral),
             environment,
             settings,
@@ -241,8 +244,18 @@ impl State {
         self.helper_timers(now);
     }
 
-    /// Everything that peers can tell about these families is known.
+    /// Everything that peers can tell about these families has been taken in. What follows from it waits until
+    /// the batch is committed: paths must reach the kernel's side before the end of its synchronisation.
     fn on_converged(&mut self, families: FamilySet) {
+        self.converging = self.converging.union(families);
+    }
+
+    /// Ends the restart for the families that converged in this batch.
+    fn end_restart(&mut self) {
+        let families = std::mem::replace(&mut self.converging, FamilySet::EMPTY);
+        if families.is_empty() {
+            return;
+        }
         for family in families.iter() {
             self.environment.sink.end_of_sync(family);
         }

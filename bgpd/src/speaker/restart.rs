@@ -59,6 +59,11 @@ impl EndOfRib {
             .collect()
     }
 
+    /// Whether a marker that was kept back may go now.
+    pub(super) fn is_due(&self, converged: FamilySet) -> bool {
+        !self.held.intersection(converged).is_empty()
+    }
+
     /// The markers that may go now.
     pub(super) fn release(&mut self, converged: FamilySet, codec: &Codec) -> Vec<Bytes> {
         let due = self.held.intersection(converged);
@@ -147,19 +152,13 @@ impl State {
 
     /// Our own restart is over for some families: neighbours may learn that they have heard everything.
     pub(super) fn release_end_of_rib(&mut self) {
-        let converged = self.restarter.converged();
-        for running in self.neighbours.values_mut() {
-            let Some(live) = &running.live else { continue };
-            // Routes that are still queued in the table come first; feeding then finds nothing to hold back.
-            if running.full {
-                continue;
-            }
-            let messages = running
-                .end_of_rib
-                .release(converged, &live.negotiated.codec);
-            if !messages.is_empty() && live.routes.try_send(messages).is_err() {
-                running.full = true;
-            }
+        let live = self
+            .neighbours
+            .iter()
+            .filter(|(_, n)| n.live.is_some() && !n.full);
+        let due: Vec<(IpAddr, u32)> = live.map(|(address, n)| (*address, n.epoch)).collect();
+        for (address, epoch) in due {
+            self.feed(address, epoch);
         }
     }
 

@@ -99,7 +99,7 @@ impl State {
                 self.watched.remove(&gateway);
             }
             if changes.watch.is_empty() {
-                return;
+                return self.end_restart();
             }
             for gateway in changes.watch {
                 let state = self.environment.reach.state(gateway);
@@ -172,7 +172,20 @@ impl State {
             running.shown.updates_out += messages.len() as u64;
             permit.send(messages);
         }
-        if !more || live.routes.is_closed() {
+        // End-of-RIB that was kept back comes after all routes.
+        let mut due = running.end_of_rib.is_due(converged);
+        if !more
+            && due
+            && let Ok(permit) = live.routes.try_reserve()
+        {
+            permit.send(
+                running
+                    .end_of_rib
+                    .release(converged, &live.negotiated.codec),
+            );
+            due = false;
+        }
+        if !(more || due) || live.routes.is_closed() {
             return;
         }
         running.full = true;

@@ -13,9 +13,16 @@ use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// A byte stream between two speakers.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// From now on, takes only what comes from at most this many hops away (RFC 5082).
+    fn guard_ttl(&self, hops: u8) -> io::Result<()>;
+}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+impl Stream for tokio::io::DuplexStream {
+    fn guard_ttl(&self, _hops: u8) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// An open connection and its ends.
 pub struct Connection {

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 
 use async_trait::async_trait;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-use super::{Connection, Listener, Target, Transport};
+use super::{Connection, Listener, Stream, Target, Transport};
 
 /// Pending connections that the kernel keeps: hundreds of nodes may come back at once.
 const BACKLOG: i32 = 4096;
@@ -26,6 +27,7 @@ fn new_socket(peer: &SocketAddr) -> io::Result<Socket> {
     )?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
+    set_ttl(&socket, peer.is_ipv4())?;
     if peer.is_ipv4() {
         socket.set_tos_v4(TOS_NETWORK_CONTROL)?;
     } else {
@@ -35,17 +37,24 @@ fn new_socket(peer: &SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// RFC 5082: send with 255, so that the peer can tell how far we are. What arrives is checked with
-/// `IP_MINTTL` / `IPV6_MINHOPCOUNT`.
-fn set_ttl(socket: &Socket, v4: bool, hops: Option<u8>) -> io::Result<()> {
-    let Some(hops) = hops else { return Ok(()) };
-    let minimum = 255 - hops.saturating_sub(1);
+/// All packets leave with 255, so that any peer can tell how far we are (RFC 5082).
+fn set_ttl(socket: &Socket, v4: bool) -> io::Result<()> {
     if v4 {
-        socket.set_ttl_v4(255)?;
+        socket.set_ttl_v4(255)
     } else {
-        socket.set_unicast_hops_v6(255)?;
+        socket.set_unicast_hops_v6(255)
     }
+}
+
+fn guard_ttl(socket: impl AsFd, v4: bool, hops: u8) -> io::Result<()> {
+    let minimum = 255 - hops.saturating_sub(1);
     cali_netlink::tcp::set_minimum_ttl(socket, v4, minimum).map_err(io::Error::other)
+}
+
+impl Stream for TcpStream {
+    fn guard_ttl(&self, hops: u8) -> io::Result<()> {
+        guard_ttl(self, self.peer_addr()?.is_ipv4(), hops)
+    }
 }
 
 #[async_trait]
@@ -55,7 +64,9 @@ impl Transport for Tcp {
         if let Some(source) = target.source {
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
-        set_ttl(&socket, target.remote.is_ipv4(), target.protection.ttl_hops)?;
+        if let Some(hops) = target.protection.ttl_hops {
+            guard_ttl(&socket, target.remote.is_ipv4(), hops)?;
+        }
         if let Some(password) = &target.protection.password {
             cali_netlink::tcp::set_md5_key(&socket, target.remote.ip(), Some(password.as_bytes()))
                 .map_err(io::Error::other)?;
@@ -76,7 +87,7 @@ impl Transport for Tcp {
     }
 }
 
-fn connection(stream: tokio::net::TcpStream) -> io::Result<Connection> {
+fn connection(stream: TcpStream) -> io::Result<Connection> {
     let (local, remote) = (stream.local_addr()?, stream.peer_addr()?);
     Ok(Connection {
         stream: Box::new(stream),

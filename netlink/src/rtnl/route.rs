@@ -214,6 +214,9 @@ pub(crate) fn write_lookup(
     writer.raw(&[family(destination.is_ipv6()), len, 0, 0, 0, 0, 0, 0]);
     let flags = if fib_match {
         RTM_F_FIB_MATCH
+    } else if destination.is_ipv6() {
+        // The IPv6 side reports the table anyway, and refuses the flag (`inet6_rtm_valid_getroute_req`).
+        0
     } else {
         RTM_F_LOOKUP_TABLE
     };

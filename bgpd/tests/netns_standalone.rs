@@ -1,0 +1,292 @@
+//! The daemon alone, in real network namespaces with real TCP and kernel routes. Needs root.
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(40);
+
+fn ip(arguments: &str) -> String {
+    let out = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+/// Two namespaces joined by a veth pair; removed again in any case.
+struct Pair {
+    names: [String; 2],
+    folder: tempfile::TempDir,
+    daemons: [Option<Child>; 2],
+}
+
+impl Pair {
+    fn new(label: &str) -> Self {
+        let names = [1, 2].map(|n| format!("bgpd-{label}{n}-{}", std::process::id()));
+        for name in &names {
+            ip(&format!("netns add {name}"));
+        }
+        let pair = Self {
+            names,
+            folder: tempfile::tempdir().unwrap(),
+            daemons: [None, None],
+        };
+        let [a, b] = &pair.names;
+        ip(&format!(
+            "-n {a} link add eth0 type veth peer name eth0 netns {b}"
+        ));
+        for (n, name) in pair.names.iter().enumerate() {
+            let n = n + 1;
+            ip(&format!("-n {name} address add 10.99.0.{n}/24 dev eth0"));
+            ip(&format!(
+                "-n {name} address add fd99::{n}/64 dev eth0 nodad"
+            ));
+            ip(&format!("-n {name} link set lo up"));
+            ip(&format!("-n {name} link set eth0 up"));
+        }
+        pair
+    }
+
+    fn file(&self, end: usize) -> PathBuf {
+        self.folder.path().join(format!("bgpd{end}.toml"))
+    }
+
+    fn configure(&self, end: usize, asn: [u32; 2], extra: &str, announced: &[&str]) {
+        let (own, other) = (end + 1, 2 - end);
+        let mut text = format!("router-id = \"10.99.0.{own}\"\nas = {}\n", asn[end]);
+        for address in [format!("10.99.0.{other}"), format!("fd99::{other}")] {
+            text += &format!(
+                "[[neighbor]]\naddress = \"{address}\"\nas = {}\n{extra}\n",
+                asn[1 - end]
+            );
+        }
+        for prefix in announced {
+            text += &format!("[[announce]]\nprefix = \"{prefix}\"\n");
+        }
+        std::fs::write(self.file(end), text).unwrap();
+    }
+
+    fn start(&mut self, end: usize) {
+        let run = self.folder.path().join(format!("run{end}"));
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join(format!("log{end}")))
+            .unwrap();
+        let child = Command::new("ip")
+            .args([
+                "netns",
+                "exec",
+                &self.names[end],
+                env!("CARGO_BIN_EXE_bgpd"),
+                "--config",
+            ])
+            .arg(self.file(end))
+            .env("CALI_RUN_DIR", run)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.daemons[end] = Some(child);
+    }
+
+    /// `ip netns exec` becomes the program, so the child is the daemon itself.
+    fn signal(&self, end: usize, signal: &str) {
+        let pid = self.daemons[end].as_ref().unwrap().id().to_string();
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    fn kill(&mut self, end: usize) {
+        let mut child = self.daemons[end].take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn routes(&self, end: usize) -> String {
+        let name = &self.names[end];
+        ip(&format!("-n {name} route show proto bgp"))
+            + &ip(&format!("-n {name} -6 route show proto bgp"))
+    }
+
+    fn log(&self, end: usize) -> String {
+        std::fs::read_to_string(self.folder.path().join(format!("log{end}"))).unwrap_or_default()
+    }
+
+    fn wait(&self, what: &str, condition: impl Fn() -> bool) {
+        let end = Instant::now() + LIMIT;
+        while !condition() {
+            if Instant::now() > end {
+                for n in 0..2 {
+                    println!(
+                        "--- end {n}: routes\n{}--- log\n{}",
+                        self.routes(n),
+                        self.log(n)
+                    );
+                }
+                panic!("{what}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn wait_routes(&self, end: usize, wanted: &[&str], unwanted: &[&str]) {
+        self.wait(
+            &format!("end {end}: waiting for {wanted:?} without {unwanted:?}"),
+            || {
+                let seen = self.routes(end);
+                wanted.iter().all(|w| seen.contains(w))
+                    && !unwanted.iter().any(|u| seen.contains(u))
+            },
+        );
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        for child in self.daemons.iter_mut().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for name in &self.names {
+            let _ = Command::new("ip").args(["netns", "delete", name]).status();
+        }
+    }
+}
+
+#[test]
+fn both_families_reach_the_kernel_and_are_withdrawn() {
+    let mut pair = Pair::new("x");
+    pair.configure(
+        0,
+        [65001, 65002],
+        "",
+        &["10.1.0.0/26", "10.1.1.0/26", "fd01::/122"],
+    );
+    pair.configure(1, [65001, 65002], "", &["10.2.0.0/26", "fd02::/122"]);
+    pair.start(0);
+    pair.start(1);
+    pair.wait_routes(
+        1,
+        &[
+            "10.1.0.0/26 via 10.99.0.1",
+            "10.1.1.0/26",
+            "fd01::/122 via fd99::1",
+        ],
+        &[],
+    );
+    pair.wait_routes(
+        0,
+        &["10.2.0.0/26 via 10.99.0.2", "fd02::/122 via fd99::2"],
+        &[],
+    );
+
+    pair.configure(0, [65001, 65002], "", &["10.1.1.0/26", "fd01::/122"]);
+    pair.signal(0, "-HUP");
+    pair.wait_routes(1, &["10.1.1.0/26", "fd01::/122"], &["10.1.0.0/26"]);
+
+    // What somebody else removes comes back.
+    ip(&format!(
+        "-n {} route del 10.1.1.0/26 proto bgp",
+        pair.names[1]
+    ));
+    pair.wait_routes(1, &["10.1.1.0/26"], &[]);
+}
+
+#[test]
+fn a_killed_daemon_costs_no_route_on_either_side() {
+    let mut pair = Pair::new("k");
+    pair.configure(0, [65001, 65001], "", &["10.1.0.0/26", "fd01::/122"]);
+    pair.configure(
+        1,
+        [65001, 65001],
+        "",
+        &["10.2.0.0/26", "10.2.1.0/26", "fd02::/122"],
+    );
+    pair.start(0);
+    pair.start(1);
+    let of_one = ["10.2.0.0/26", "fd02::/122"];
+    let of_two = ["10.1.0.0/26", "fd01::/122"];
+    pair.wait_routes(0, &of_one, &[]);
+    pair.wait_routes(1, &of_two, &[]);
+    pair.wait("both restarts over", || {
+        (0..2).all(|n| pair.log(n).matches("session up").count() == 2)
+    });
+
+    // A monitor sees every deletion in either kernel, however short.
+    let monitor = |pair: &Pair, end: usize| {
+        let out = std::fs::File::create(pair.folder.path().join(format!("monitor{end}"))).unwrap();
+        let name = &pair.names[end];
+        Command::new("ip")
+            .args(["-n", name, "monitor", "route"])
+            .stdout(out)
+            .spawn()
+            .unwrap()
+    };
+    let mut monitors = [monitor(&pair, 0), monitor(&pair, 1)];
+    pair.kill(1);
+    pair.wait("the loss is noticed", || {
+        pair.log(0)
+            .matches("keeping the neighbour's routes")
+            .count()
+            == 2
+    });
+    pair.configure(1, [65001, 65001], "", &["10.2.0.0/26", "fd02::/122"]);
+    pair.start(1);
+    pair.wait("sessions back", || {
+        pair.log(1).matches("session up").count() == 4
+    });
+    // The route that the restarted daemon no longer announces goes, and only that one.
+    pair.wait_routes(0, &of_one, &["10.2.1.0/26"]);
+    pair.wait_routes(1, &of_two, &[]);
+    for (end, monitor) in monitors.iter_mut().enumerate() {
+        monitor.kill().unwrap();
+        monitor.wait().unwrap();
+        let seen =
+            std::fs::read_to_string(pair.folder.path().join(format!("monitor{end}"))).unwrap();
+        let lost: Vec<&str> = seen
+            .lines()
+            .filter(|l| l.starts_with("Deleted") && !l.contains("10.2.1.0/26"))
+            .collect();
+        assert!(lost.is_empty(), "end {end} lost routes: {lost:?}");
+    }
+}
+
+#[test]
+fn passwords_must_agree() {
+    let mut pair = Pair::new("m");
+    pair.configure(0, [65001, 65002], "password = \"secret\"", &["10.1.0.0/26"]);
+    pair.configure(1, [65001, 65002], "password = \"other\"", &["10.2.0.0/26"]);
+    pair.start(0);
+    pair.start(1);
+    pair.wait("dials fail", || pair.log(0).contains("listening"));
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(pair.routes(0), "", "a session with the wrong password");
+    pair.configure(1, [65001, 65002], "password = \"secret\"", &["10.2.0.0/26"]);
+    pair.signal(1, "-HUP");
+    pair.wait_routes(0, &["10.2.0.0/26"], &[]);
+    pair.wait_routes(1, &["10.1.0.0/26"], &[]);
+}
+
+#[test]
+fn ttl_security_of_a_direct_neighbour_lets_the_session_up() {
+    let mut pair = Pair::new("t");
+    pair.configure(0, [65001, 65002], "ttl-security = 1", &["10.1.0.0/26"]);
+    pair.configure(1, [65001, 65002], "ttl-security = 1", &["10.2.0.0/26"]);
+    pair.start(0);
+    pair.start(1);
+    pair.wait_routes(0, &["10.2.0.0/26"], &[]);
+}
