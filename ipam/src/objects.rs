@@ -8,7 +8,7 @@ use cali_api::v3::{
     IPAMConfigurationSpec, IPAMHandleSpec,
 };
 use cali_api::{AnyResource, Cidr, Key, Kind, Net, ObjectMeta, Resource, Revision, Spec};
-use cali_datastore::{Datastore, Error as StoreError, Versioned};
+use cali_datastore::{Datastore, Error as StoreError, Versioned, WatchStream};
 
 use crate::block::Block;
 use crate::error::Error;
@@ -111,6 +111,21 @@ impl Objects {
             ));
         }
         Ok(spec)
+    }
+
+    /// Tells every change of what decides about pools.
+    pub(crate) async fn watch_settings(&self) -> Result<WatchStream, Error> {
+        let from = self
+            .store
+            .list(Kind::IPPool, None)
+            .await
+            .map_err(Error::datastore("list ippools"))?
+            .revision;
+        let kinds = [Kind::IPPool, Kind::IPAMConfiguration, Kind::IPReservation];
+        self.store
+            .watch(&kinds, &from)
+            .await
+            .map_err(Error::datastore("watch ippools"))
     }
 
     pub(crate) async fn pools(&self) -> Result<Vec<Pool>, Error> {

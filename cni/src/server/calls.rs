@@ -3,13 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use cali_api::{Cidr, Key, Kind};
+use cali_api::Cidr;
 use cali_control::cni::{Command, Failure, Plugin, Request};
-use cali_datastore::{Datastore, timestamp};
-use cali_ipam::reserve::{Ask, Keeper};
-use cali_ipam::{Error as IpamError, Owner};
+use cali_datastore::Datastore;
+use cali_ipam::reserve::Keeper;
 use cali_netlink::{NetNs, Netlink};
 use serde_json::Value;
 
@@ -18,7 +17,6 @@ use super::pods::{self, Known, Standing, Who};
 use super::publish::{News, Publisher};
 use super::sink::{Endpoint, EndpointSink, Leaving};
 use crate::config::Config;
-use crate::request::{Addresses, addresses};
 use crate::result::{Added, Interface, render};
 use crate::spec::{code, failure, failure_of};
 use crate::wiring::{self, HOST_MAC, Wired, Wish};
@@ -30,21 +28,21 @@ const DEFAULT_MTU: u32 = 1500;
 
 /// Serves calls.
 pub(super) struct Calls {
-    settings: Settings,
-    store: Arc<dyn Datastore>,
-    keeper: Keeper,
-    host: Netlink,
-    sink: Arc<dyn EndpointSink>,
-    publisher: Publisher,
+    pub(super) settings: Settings,
+    pub(super) store: Arc<dyn Datastore>,
+    pub(super) keeper: Keeper,
+    pub(super) host: Netlink,
+    pub(super) sink: Arc<dyn EndpointSink>,
+    pub(super) publisher: Publisher,
     turns: Mutex<HashMap<Who, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 /// An `ADD` or `DEL` with what was read of its configuration.
-struct Job<'a> {
-    request: &'a Request,
-    config: Config,
-    who: Who,
-    handle: String,
+pub(super) struct Job<'a> {
+    pub(super) request: &'a Request,
+    pub(super) config: Config,
+    pub(super) who: Who,
+    pub(super) handle: String,
 }
 
 impl Job<'_> {
@@ -53,7 +51,7 @@ impl Job<'_> {
     }
 }
 
-fn kernel(doing: &str, error: &cali_netlink::Error) -> Failure {
+pub(super) fn kernel(doing: &str, error: &cali_netlink::Error) -> Failure {
     failure_of(code::KERNEL, format!("cannot {doing}"), error)
 }
 
@@ -111,12 +109,12 @@ impl Calls {
         result
     }
 
-    fn turn(&self, who: &Who) -> Arc<tokio::sync::Mutex<()>> {
+    pub(super) fn turn(&self, who: &Who) -> Arc<tokio::sync::Mutex<()>> {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(turns.entry(who.clone()).or_default())
     }
 
-    fn end_turn(&self, who: &Who, turn: Arc<tokio::sync::Mutex<()>>) {
+    pub(super) fn end_turn(&self, who: &Who, turn: Arc<tokio::sync::Mutex<()>>) {
         let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         // Ours and the table's: nobody else waits.
         if Arc::strong_count(&turn) == 2 {
@@ -268,72 +266,6 @@ impl Calls {
         }
     }
 
-    fn owner(&self, job: &Job<'_>) -> Owner {
-        let owner = Owner::new(&job.handle)
-            .with("node", &self.settings.node)
-            .with("timestamp", timestamp::format(SystemTime::now()));
-        match &job.who {
-            Who::Pod { namespace, name } => owner.with("namespace", namespace).with("pod", name),
-            Who::Container { .. } => owner,
-        }
-    }
-
-    async fn acquire(&self, job: &Job<'_>, known: &Known) -> Result<Vec<IpAddr>, Failure> {
-        if let Some(attachment) = self.keeper.attachment(&job.handle).await {
-            return Ok(attachment.addresses.iter().map(|h| h.address).collect());
-        }
-        let owner = self.owner(job);
-        let held = match addresses(
-            &job.config,
-            &known.namespace_annotations,
-            &known.annotations(),
-        )? {
-            Addresses::Unmanaged(addresses) => return Ok(addresses),
-            Addresses::Exact(addresses) => self.keeper.acquire_exact(&owner, &addresses).await,
-            Addresses::Pools {
-                v4,
-                v6,
-                pools_v4,
-                pools_v6,
-            } => {
-                let ask = Ask {
-                    owner,
-                    v4,
-                    v6,
-                    pools_v4,
-                    pools_v6,
-                    namespace_labels: known.pod.is_some().then(|| known.namespace_labels.clone()),
-                };
-                self.keeper.acquire(&ask).await
-            }
-        };
-        held.map(|held| held.iter().map(|h| h.address).collect())
-            .map_err(|e| no_address(&e))
-    }
-
-    async fn add_addresses(&self, job: &Job<'_>) -> Result<Value, Failure> {
-        let known = pods::known(
-            &self.store,
-            &self.settings.node,
-            &job.who,
-            self.settings.wait_for_pod,
-        )
-        .await?;
-        let added = Added {
-            interfaces: Vec::new(),
-            addresses: self.acquire(job, &known).await?,
-            gateways: Vec::new(),
-        };
-        Ok(render(&added, &job.config.cni_version))
-    }
-
-    async fn check_addresses(&self, job: &Job<'_>) -> Result<Value, Failure> {
-        match self.keeper.attachment(&job.handle).await {
-            Some(_) => Ok(Value::Null),
-            None => Err(failure(code::CHECK, "the container has no address")),
-        }
-    }
-
     async fn check(&self, job: &Job<'_>, netns: NetNs) -> Result<Value, Failure> {
         if job.config.prev_result.is_none() {
             return Err(failure(code::CONFIGURATION, "CHECK needs prevResult"));
@@ -428,17 +360,6 @@ impl Calls {
         }
     }
 
-    async fn release(&self, handle: &str) -> Result<(), Failure> {
-        match self.keeper.release(handle).await {
-            Ok(_) => Ok(()),
-            Err(e) => Err(failure_of(
-                code::TRY_AGAIN,
-                "cannot return the container's addresses",
-                &e,
-            )),
-        }
-    }
-
     fn status(&self) -> Result<Value, Failure> {
         match self.sink.ready() {
             Ok(()) => Ok(Value::Null),
@@ -449,181 +370,6 @@ impl Calls {
             )),
         }
     }
-
-    /// Frees what belongs to none of the valid attachments; never the address of an interface that still exists.
-    async fn collect(&self, config: &Config) -> Result<Value, Failure> {
-        let Some(valid) = &config.valid_attachments else {
-            return Err(failure(
-                code::CONFIGURATION,
-                "GC needs cni.dev/valid-attachments",
-            ));
-        };
-        let keep: BTreeSet<String> = valid
-            .iter()
-            .map(|a| config.handle(&a.container_id, &a.ifname).to_lowercase())
-            .collect();
-        let prefix = format!("{}.", config.name.to_lowercase());
-        let links = self
-            .host
-            .dump_links()
-            .map_err(|e| kernel("list the interfaces", &e))?;
-        let standing: BTreeSet<String> = links
-            .into_iter()
-            .filter_map(|l| l.alias)
-            .filter_map(|alias| {
-                alias
-                    .split_once('/')
-                    .map(|(id, ifname)| config.handle(id, ifname).to_lowercase())
-            })
-            .collect();
-        let mut failures = Vec::new();
-        for (handle, attachment) in self.keeper.attachments().await {
-            let Some(container) = handle.strip_prefix(&prefix) else {
-                continue;
-            };
-            if keep.contains(&handle) || standing.contains(&handle) {
-                continue;
-            }
-            let (namespace, name) = (
-                attachment.owner.attribute("namespace"),
-                attachment.owner.attribute("pod"),
-            );
-            let who = match (namespace, name) {
-                (Some(namespace), Some(name)) => Who::Pod {
-                    namespace: namespace.to_owned(),
-                    name: name.to_owned(),
-                },
-                _ => Who::Container {
-                    id: container.to_owned(),
-                },
-            };
-            tracing::info!(handle, addresses = ?attachment.addresses, "frees addresses of a container that no longer exists");
-            self.publisher.tell(
-                who,
-                News::Down {
-                    container_id: container.to_owned(),
-                },
-            );
-            if let Err(e) = self.release(&handle).await {
-                failures.push(format!("{handle}: {}", e.details));
-            }
-        }
-        if failures.is_empty() {
-            return Ok(Value::Null);
-        }
-        let mut failure = failure(code::TRY_AGAIN, "some addresses could not be freed");
-        failure.details = failures.join("; ");
-        Err(failure)
-    }
-
-    /// After a start: endpoints that were answered and not published before the daemon ended are published now.
-    pub(super) async fn resume(self: Arc<Self>) {
-        for (handle, attachment) in self.keeper.attachments().await {
-            let (Some(namespace), Some(name)) = (
-                attachment.owner.attribute("namespace"),
-                attachment.owner.attribute("pod"),
-            ) else {
-                continue;
-            };
-            let who = Who::Pod {
-                namespace: namespace.to_owned(),
-                name: name.to_owned(),
-            };
-            let turn = self.turn(&who);
-            let guard = turn.lock().await;
-            if let Err(e) = self.resume_one(&who, &handle).await {
-                tracing::warn!(
-                    ?who,
-                    error = e.msg,
-                    details = e.details,
-                    "cannot take up a pod of an earlier run"
-                );
-            }
-            drop(guard);
-            self.end_turn(&who, turn);
-        }
-    }
-
-    async fn resume_one(&self, who: &Who, handle: &str) -> Result<(), Failure> {
-        let Who::Pod { namespace, name } = who else {
-            return Ok(());
-        };
-        let failed = |e: &cali_netlink::Error| kernel("look at the pod's interface", e);
-        let Some(link) = self
-            .host
-            .link_by_name(&who.interface())
-            .map_err(|e| failed(&e))?
-        else {
-            return Ok(());
-        };
-        let alias = link.alias.unwrap_or_default();
-        let Some((container_id, ifname)) = alias.split_once('/') else {
-            return Ok(());
-        };
-        // The handle ends in the container's id: it is this sandbox's and not an earlier one's.
-        if !handle.ends_with(&format!(".{}", container_id.to_lowercase())) {
-            return Ok(());
-        }
-        let key = Key::namespaced(Kind::K8sPod, namespace.as_str(), name.as_str());
-        match self.store.get(&key).await {
-            Err(cali_datastore::Error::NotFound { .. }) => return Ok(()),
-            Err(e) => return Err(failure_of(code::TRY_AGAIN, "cannot read the pod", &e)),
-            Ok(_) => {}
-        }
-        let known = pods::known(
-            &self.store,
-            &self.settings.node,
-            who,
-            self.settings.wait_for_pod,
-        )
-        .await?;
-        let Some(attachment) = self.keeper.attachment(handle).await else {
-            return Ok(());
-        };
-        let cidrs: Vec<Cidr> = attachment
-            .addresses
-            .iter()
-            .map(|h| Cidr::host(h.address))
-            .collect();
-        let annotations = cali_api::kubernetes::address_annotations(&cidrs, container_id);
-        if known
-            .pod
-            .as_ref()
-            .is_some_and(|pod| pods::shows(pod, &annotations))
-        {
-            return Ok(());
-        }
-        let workload = pods::endpoint(
-            &known,
-            &Standing {
-                node: &self.settings.node,
-                who,
-                network: "",
-                container_id,
-                ifname,
-                addresses: &cidrs,
-                mac: cali_api::MacAddr([0; 6]),
-            },
-        )
-        .map(|mut workload| {
-            workload.spec.mac = None;
-            workload
-        })?;
-        let endpoint = Endpoint {
-            workload: workload.clone(),
-            host_index: link.index,
-        };
-        self.publisher
-            .tell(who.clone(), News::Up(Box::new(workload)));
-        let programmed = self.sink.endpoint_up(endpoint).await;
-        programmed.map_err(|e| {
-            failure_of(
-                code::TRY_AGAIN,
-                "route and policy could not be programmed",
-                &e,
-            )
-        })
-    }
 }
 
 fn need(netns: Option<NetNs>) -> Result<NetNs, Failure> {
@@ -633,15 +379,6 @@ fn need(netns: Option<NetNs>) -> Result<NetNs, Failure> {
             "the call came without the pod's namespace",
         )
     })
-}
-
-fn no_address(error: &IpamError) -> Failure {
-    let code = if error.is_transient() {
-        code::TRY_AGAIN
-    } else {
-        code::NO_ADDRESS
-    };
-    failure_of(code, "no address for the pod", error)
 }
 
 /// The addresses of a previous result.

@@ -3,8 +3,10 @@
 //! A unix socket with mode 0600; the peer must be root (or the server's own user). One connection is one call. Calls of
 //! one pod are served one after the other; calls of different pods at the same time.
 
+mod addresses;
 mod calls;
 mod connection;
+mod leftovers;
 mod pods;
 mod publish;
 mod sink;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use cali_api::Cidr;
+use cali_datastore::WatchStream;
 use tokio::time::Instant;
 
 use super::keeper::Inner;
@@ -24,12 +25,25 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 pub(super) async fn run(keeper: Weak<Inner>) {
     let mut wait = RETRY.0;
     let mut audited: Option<Instant> = None;
+    let mut settings: Option<WatchStream> = None;
     loop {
         let Some(inner) = keeper.upgrade() else {
             return;
         };
         let due = audited.is_none_or(|at| at.elapsed() >= inner.settings.audit);
-        match once(&inner, due).await {
+        // Watched before they are read, so that no change is missed in between.
+        let watched = match settings.take() {
+            Some(watch) => Ok(watch),
+            None => inner.allocator.objects.watch_settings().await,
+        };
+        let done = match watched {
+            Ok(watch) => {
+                settings = Some(watch);
+                once(&inner, due).await
+            }
+            Err(error) => Err(error),
+        };
+        match done {
             Ok(()) => {
                 wait = RETRY.0;
                 if due {
@@ -37,14 +51,9 @@ pub(super) async fn run(keeper: Weak<Inner>) {
                 }
                 let settled = inner.read(State::is_settled).await;
                 inner.settled.send_replace(settled);
-                if !settled {
-                    continue;
+                if settled {
+                    sleep(&inner, &mut settings).await;
                 }
-                let audit = inner.settings.audit;
-                let woken = async {
-                    let _ = tokio::time::timeout(audit, inner.wake.notified()).await;
-                };
-                woken.await;
             }
             Err(error) => {
                 tracing::warn!(error = %error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "the datastore does not show the node's addresses yet");
@@ -53,6 +62,24 @@ pub(super) async fn run(keeper: Weak<Inner>) {
                 wait = (wait * 2).min(RETRY.1);
             }
         }
+    }
+}
+
+/// Until somebody asks, a pool changes, or the next comparison is due.
+async fn sleep(inner: &Inner, settings: &mut Option<WatchStream>) {
+    let changed = async {
+        match settings.as_mut() {
+            Some(watch) => watch.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    let broken = tokio::select! {
+        () = inner.wake.notified() => false,
+        () = tokio::time::sleep(inner.settings.audit) => false,
+        event = changed => !matches!(event, Some(Ok(_))),
+    };
+    if broken {
+        *settings = None;
     }
 }
 
