@@ -9,18 +9,18 @@ use cali_netlink::nft::{
 };
 use foldhash::HashMap;
 
+use super::desired::Desired;
 use super::expr::{self, Side, counter};
+use super::known_sets::KnownSets;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
-use super::rule::{Rendered, Sets, address_type, network_elems, network_set};
+use super::rule::Rendered;
 use super::settings::Settings;
 use super::stack::{Endings, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
-    Action, Batch, Delta, Direction, Endpoint, IpSetId, IpSetKind, IpVersion, Member, PoolNat,
-    PortRange, Rules, TierDefault,
+    Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, PortRange, Rules, TierDefault,
 };
 
-const VERSIONS: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Whose content a chain holds: what must be rendered again when something below changes.
@@ -30,24 +30,6 @@ enum Unit {
     Stack(Arc<str>),
     Policy(ObjectKey, Direction),
     Profile(Arc<str>, Direction),
-}
-
-/// An IP set's shape: how many networks of each family it has.
-#[derive(Debug)]
-struct KnownSet {
-    origin: Arc<str>,
-    networks: [usize; 2],
-}
-
-#[derive(Debug, Default)]
-struct KnownSets(HashMap<IpSetId, KnownSet>);
-
-impl Sets for KnownSets {
-    fn has_networks(&self, id: &IpSetId, version: IpVersion) -> bool {
-        self.0
-            .get(id)
-            .is_some_and(|set| set.networks[version as usize] > 0)
-    }
 }
 
 #[derive(Debug)]
@@ -74,8 +56,7 @@ struct KnownEndpoint {
 /// The desired state of table `inet calico`.
 pub struct Compiler {
     settings: Settings,
-    program: Program,
-    touched: Touched,
+    desired: Desired,
     sets: KnownSets,
     policies: HashMap<ObjectKey, Arc<Rules>>,
     profiles: HashMap<Arc<str>, Arc<Rules>>,
@@ -96,11 +77,13 @@ impl Default for Compiler {
     fn default() -> Self {
         let mut compiler = Self {
             settings: Settings::default(),
-            program: Program {
-                exists: true,
-                ..Program::absent()
+            desired: Desired {
+                program: Program {
+                    exists: true,
+                    ..Program::absent()
+                },
+                touched: Touched::default(),
             },
-            touched: Touched::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
             profiles: HashMap::default(),
@@ -114,7 +97,7 @@ impl Default for Compiler {
             dirty: BTreeSet::new(),
         };
         for map in [names::FROM_WORKLOAD, names::TO_WORKLOAD] {
-            compiler.put_set(SetProgram::new(Set::verdict_map(
+            compiler.desired.put_set(SetProgram::new(Set::verdict_map(
                 map,
                 KeyType::one(DataType::IfName),
             )));
@@ -138,12 +121,12 @@ impl Compiler {
 
     /// The desired program.
     pub fn program(&self) -> &Program {
-        &self.program
+        &self.desired.program
     }
 
     /// What changed since the last call.
     pub fn take_touched(&mut self) -> Touched {
-        std::mem::take(&mut self.touched)
+        std::mem::take(&mut self.desired.touched)
     }
 
     fn apply_delta(&mut self, delta: &Delta) {
@@ -166,9 +149,16 @@ impl Compiler {
                 kind,
                 origin,
                 members,
-            } => self.create_ip_set(id, *kind, origin, members),
-            Delta::IpSetChange { id, added, removed } => self.change_ip_set(id, added, removed),
-            Delta::IpSetRemove { id } => self.remove_ip_set(id),
+            } => self
+                .sets
+                .create(&mut self.desired, id, *kind, origin, members),
+            Delta::IpSetChange { id, added, removed } => {
+                if self.sets.change(&mut self.desired, id, added, removed) {
+                    self.dirty
+                        .extend(self.set_users.get(id).into_iter().flatten().cloned());
+                }
+            }
+            Delta::IpSetRemove { id } => self.sets.remove(&mut self.desired, id),
             Delta::Policy { id, rules } => {
                 let former = self.policies.insert(id.clone(), rules.clone());
                 for direction in DIRECTIONS {
@@ -203,13 +193,13 @@ impl Compiler {
 
     fn put_base_chains(&mut self) {
         for chain in base::chains(&self.settings) {
-            self.put_chain(chain);
+            self.desired.put_chain(chain);
         }
     }
 
     fn put_pools(&mut self, pools: &[PoolNat]) {
         for set in base::pool_sets(pools) {
-            self.put_set(set);
+            self.desired.put_set(set);
         }
     }
 
@@ -285,12 +275,13 @@ impl Compiler {
                 Some((id, known)) => {
                     let stack = known.stacks[direction as usize].clone();
                     let chain = self.endpoint_chain(&name, id, direction, stack);
-                    self.put_chain(chain);
-                    self.put_element(map, Elem::new(key).verdict(Verdict::Goto(name)));
+                    self.desired.put_chain(chain);
+                    self.desired
+                        .put_element(map, Elem::new(key).verdict(Verdict::Goto(name)));
                 }
                 None => {
-                    self.remove_chain(&name);
-                    self.remove_element(map, &key);
+                    self.desired.remove_chain(&name);
+                    self.desired.remove_element(map, &key);
                 }
             }
         }
@@ -534,7 +525,7 @@ impl Compiler {
                     let users = self.literal_users.entry(name.clone()).or_default();
                     *users += 1;
                     if *users == 1 {
-                        self.put_set(literal);
+                        self.desired.put_set(literal);
                     }
                     needs.literals.insert(name);
                 }
@@ -542,9 +533,10 @@ impl Compiler {
                     comment: Some(about),
                     ..Chain::regular(chain.clone())
                 };
-                self.put_chain(ChainProgram::new(chain, rendered.rules));
+                self.desired
+                    .put_chain(ChainProgram::new(chain, rendered.rules));
             }
-            None => self.remove_chain(chain),
+            None => self.desired.remove_chain(chain),
         }
         for id in &needs.sets {
             self.set_users
@@ -566,146 +558,15 @@ impl Compiler {
                 *users -= 1;
                 if *users == 0 {
                     self.literal_users.remove(&name);
-                    self.remove_set(&name);
+                    self.desired.remove_set(&name);
                 }
             }
         }
         if !(needs.sets.is_empty()
             && needs.literals.is_empty()
-            && !self.program.chains.contains_key(chain))
+            && !self.desired.program.chains.contains_key(chain))
         {
             self.needs.insert(unit.clone(), needs);
-        }
-    }
-
-    // ---- IP sets
-
-    fn create_ip_set(
-        &mut self,
-        id: &IpSetId,
-        kind: IpSetKind,
-        origin: &Arc<str>,
-        members: &[Member],
-    ) {
-        self.sets.0.insert(
-            id.clone(),
-            KnownSet {
-                origin: origin.clone(),
-                networks: [0; 2],
-            },
-        );
-        for version in VERSIONS {
-            let address = address_type(version);
-            let key = match kind {
-                IpSetKind::Net => KeyType::one(address),
-                IpSetKind::Port => {
-                    KeyType::concat(&[address, DataType::InetProto, DataType::InetService])
-                }
-            };
-            let mut set = Set::exact(names::exact_set(id, version), key);
-            set.comment = Some(comment(origin));
-            self.put_set(SetProgram::new(set));
-        }
-        self.change_ip_set(id, members, &[]);
-    }
-
-    fn change_ip_set(&mut self, id: &IpSetId, added: &[Member], removed: &[Member]) {
-        let Some(set) = self.sets.0.get_mut(id) else {
-            return;
-        };
-        let before = set.networks;
-        for (members, step) in [(added, 1_isize), (removed, -1)] {
-            for net in members.iter().filter_map(wide) {
-                let count = &mut set.networks[IpVersion::of(net.addr()) as usize];
-                *count = count.saturating_add_signed(step);
-            }
-        }
-        let after = set.networks;
-        let origin = set.origin.clone();
-        for version in VERSIONS {
-            let name = names::wide_set(id, version);
-            match (before[version as usize] > 0, after[version as usize] > 0) {
-                (false, true) => {
-                    let mut interval = network_set(name, version);
-                    interval.set.comment = Some(comment(&origin));
-                    self.put_set(interval);
-                }
-                (true, false) => self.remove_set(&name),
-                _ => continue,
-            }
-            self.dirty
-                .extend(self.set_users.get(id).into_iter().flatten().cloned());
-        }
-        for member in removed {
-            let (name, elem) = element(id, member);
-            self.remove_element(&name, &elem.key);
-        }
-        for member in added {
-            let (name, elem) = element(id, member);
-            self.put_element(&name, elem);
-        }
-    }
-
-    fn remove_ip_set(&mut self, id: &IpSetId) {
-        self.sets.0.remove(id);
-        for version in VERSIONS {
-            self.remove_set(&names::exact_set(id, version));
-            self.remove_set(&names::wide_set(id, version));
-        }
-    }
-
-    // ---- the program
-
-    fn put_chain(&mut self, chain: ChainProgram) {
-        let name = chain.chain.name.clone();
-        let same = self.program.chains.get(&name).is_some_and(|old| {
-            old.chain == chain.chain
-                && old.rules.len() == chain.rules.len()
-                && old.tags().eq(chain.tags())
-        });
-        if !same {
-            self.touched.chains.insert(name.clone());
-            self.program.chains.insert(name, chain);
-        }
-    }
-
-    fn remove_chain(&mut self, name: &Arc<str>) {
-        if self.program.chains.remove(name).is_some() {
-            self.touched.chains.insert(name.clone());
-        }
-    }
-
-    fn put_set(&mut self, set: SetProgram) {
-        let name = set.set.name.clone();
-        if self.program.sets.get(&name) != Some(&set) {
-            self.touched.sets.insert(name.clone());
-            self.program.sets.insert(name, set);
-        }
-    }
-
-    fn remove_set(&mut self, name: &Arc<str>) {
-        if self.program.sets.remove(name).is_some() {
-            self.touched.elements.remove(name);
-            self.touched.sets.insert(name.clone());
-        }
-    }
-
-    fn put_element(&mut self, set: &str, elem: Elem) {
-        let Some(program) = self.program.sets.get_mut(set) else {
-            return;
-        };
-        if program.elements.get(&elem.key) != Some(&elem) {
-            self.touched.element(&program.set.name, &elem.key);
-            program.elements.insert(elem.key.clone(), elem);
-        }
-    }
-
-    fn remove_element(&mut self, set: &str, key: &Key) {
-        let Some(program) = self.program.sets.get_mut(set) else {
-            return;
-        };
-        if program.elements.remove(key).is_some() {
-            self.touched.element(&program.set.name, key);
         }
     }
 }
@@ -725,39 +586,4 @@ fn askees(stack: &Stack) -> impl Iterator<Item = Unit> {
     policies
         .map(move |id| Unit::Policy(id.clone(), direction))
         .chain(profiles.map(move |name| Unit::Profile(name.clone(), direction)))
-}
-
-/// A member that belongs into an interval set.
-fn wide(member: &Member) -> Option<cali_api::Cidr> {
-    match member {
-        Member::Net(net) if !net.is_host() => Some(*net),
-        _ => None,
-    }
-}
-
-/// Where a member lives, and as what.
-fn element(id: &IpSetId, member: &Member) -> (Arc<str>, Elem) {
-    match member {
-        Member::Net(net) => {
-            let version = IpVersion::of(net.addr());
-            match network_elems(&[*net]).next().filter(|_| !net.is_host()) {
-                Some(elem) => (names::wide_set(id, version), elem),
-                None => (
-                    names::exact_set(id, version),
-                    Elem::new(Key::ip(net.addr())),
-                ),
-            }
-        }
-        Member::Port {
-            addr,
-            protocol,
-            port,
-        } => {
-            let fields = [Key::ip(*addr), Key::byte(*protocol), Key::port(*port)];
-            (
-                names::exact_set(id, IpVersion::of(*addr)),
-                Elem::new(Key::concat(&fields)),
-            )
-        }
-    }
 }

@@ -18,7 +18,9 @@
 
 mod base;
 mod compiler;
+mod desired;
 mod expr;
+mod known_sets;
 mod names;
 mod plan;
 mod program;
