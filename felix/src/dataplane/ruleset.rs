@@ -102,8 +102,12 @@ impl Ruleset {
         self.open.merge(Touched::all(&self.current, desired));
     }
 
-    /// These objects of the wish changed.
+    /// These objects of the wish changed. A changed wish is tried at once, whatever the kernel said of the last one.
     pub fn touch(&mut self, touched: Touched) {
+        self.refused.retain(|(kind, name), _| match kind {
+            Kind::Chain => !touched.chains.contains(name),
+            Kind::Set => !touched.sets.contains(name),
+        });
         self.open.merge(touched);
     }
 
