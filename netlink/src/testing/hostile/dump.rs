@@ -149,7 +149,7 @@ pub fn dump(ns: &TestNs, ours: &Ours) -> Foreign {
         ("ip route", "-d route show table all"),
         ("ip -6 route", "-d -6 route show table all"),
     ] {
-        let mut routes: Vec<_> = lines(&ns.ip(args))
+        let mut routes: Vec<_> = rows(&ns.ip(args))
             .iter()
             .filter_map(|line| route(line, ours))
             .collect();
@@ -210,6 +210,20 @@ fn lines(text: &str) -> Vec<String> {
         .map(|line| line.trim_end().to_owned())
         .filter(|line| !line.is_empty())
         .collect()
+}
+
+/// `ip -d route`: one line for each row, with the hops of a multipath route behind it; what it tells of nexthop objects
+/// is left out, they are listed on their own.
+fn rows(text: &str) -> Vec<String> {
+    let mut rows: Vec<String> = Vec::new();
+    for line in lines(text) {
+        match (line.strip_prefix('\t'), rows.last_mut()) {
+            (Some(more), _) if more.starts_with("nh_info") => {}
+            (Some(more), Some(row)) => row.push_str(&format!(" {}", more.trim())),
+            _ => rows.push(line),
+        }
+    }
+    rows
 }
 
 /// `iptables-save` without its dates and counters (`:INPUT ACCEPT [12:3456]`). Nothing where the kernel lacks it.
