@@ -4,6 +4,8 @@
 mod peers;
 mod policy;
 pub mod standalone;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
