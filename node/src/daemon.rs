@@ -3,10 +3,11 @@
 //! | part | reads | writes |
 //! |---|---|---|
 //! | fan-out | typha or the datastore | the streams of the parts |
-//! | routes | datastore, `bgpd` | kernel routes |
-//! | tunnels | pools, nodes, routes in use | kernel devices, FDB, neighbours |
+//! | dataplane (`felix`) | everything, `bgpd`'s best paths, pods from the CNI server | kernel: rules, routes, tunnels, interfaces |
+//! | CNI server | calls of the plugin, pods | interfaces of pods, their addresses |
 //! | tunnel addresses | pools, own node | IPAM, Node resource |
-//! | sockets | | status, and best paths of `bgpd` |
+//! | MTU | pools, settings, devices | a file for the CNI server |
+//! | sockets | | status; best paths of `bgpd` |
 //! | supervisor | | the process `bgpd` |
 //!
 //! **Fail static**: nothing in the kernel is taken back when the daemon ends, for whatever reason. An orderly stop ends `bgpd` as well (its
@@ -17,25 +18,29 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use cali_api::update::{SyncEvent, SyncStatus};
+use cali_api::update::SyncEvent;
 use cali_api::v3::IPPool;
 use cali_api::{AnyResource, Kind, NodeName};
+use cali_cni::server::{Server, Settings as CniSettings};
 use cali_control::paths;
 use cali_datastore::Datastore;
 use cali_ipam::Allocator;
+use cali_ipam::reserve::{Keeper, Settings as KeeperSettings};
 use cali_netlink::Netlink;
-use cali_routes::{Backend, Input, KernelSettings, Writer, WriterGone};
-use ipip_vxlan::{GatewaysInUse, Tunnels, Wish};
+use cali_netlink::events::Group;
+use cali_routes::{Backend, Input};
+use felix::dataplane::{Config, Dataplane, Handle, State, StatusSink};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::capabilities::{Lacking, check_pools};
+use crate::endpoints::Endpoints;
 use crate::fan_out::FanOut;
-use crate::route_feed::{self, RouteFeed};
+use crate::mtu::{self, MtuFile};
 use crate::routes_socket;
 use crate::startup::settings::Settings;
 use crate::startup::{self, StartError};
-use crate::status_socket::{self, Identity, NodeView, Sources};
+use crate::status_socket::{self, Identity, NodeAddresses, Sources};
 use crate::supervisor::{Program, Supervisor};
 use crate::tunnel_addresses::TunnelAddresses;
 
@@ -62,6 +67,12 @@ pub enum DaemonError {
         /// Why.
         source: cali_netlink::Error,
     },
+    /// The reserve of addresses.
+    #[error("cannot open the reserve of addresses")]
+    Reserve(#[source] cali_ipam::Error),
+    /// The CNI server.
+    #[error(transparent)]
+    Cni(#[from] cali_cni::server::StartError),
     /// A socket.
     #[error("cannot listen on {path}")]
     Socket {
@@ -95,7 +106,7 @@ pub async fn run(
     )
     .await?;
     let mut parts = Parts::default();
-    let supervisor = start(&settings, datastore, netlink, &mut parts)?;
+    let running = start(&settings, datastore, netlink, &mut parts).await?;
     let result = tokio::select! {
         ended = parts.first_end() => Err(ended),
         () = stop => Ok(()),
@@ -104,7 +115,7 @@ pub async fn run(
         // Orderly: the speaker goes too, silently.
         Ok(()) => {
             tracing::info!("stopping; the kernel stays as it is");
-            if let Some(supervisor) = supervisor {
+            if let Some(supervisor) = running.supervisor {
                 supervisor.stop().await;
             }
         }
@@ -162,53 +173,71 @@ async fn read_pools(datastore: &dyn Datastore) -> Result<Vec<IPPool>, cali_datas
         .collect())
 }
 
-fn start(
+/// What must live as long as the daemon and has no end of its own.
+struct Running {
+    supervisor: Option<Supervisor>,
+    _cni: Server,
+    _dataplane: Dataplane,
+}
+
+async fn start(
     settings: &Settings,
     datastore: Arc<dyn Datastore>,
     netlink: Netlink,
     parts: &mut Parts,
-) -> Result<Option<Supervisor>, DaemonError> {
-    let local = NodeName::from(settings.node_name.as_str());
+) -> Result<Running, DaemonError> {
+    let kernel = |part| move |source| DaemonError::Kernel { part, source };
     let mut fan_out = FanOut::default();
 
-    let kernel = |part| move |source| DaemonError::Kernel { part, source };
-    let writer = Writer::start(local.clone(), netlink.clone(), KernelSettings::default())
-        .map_err(kernel("routes"))?;
-    let feed = RouteFeed::new(local.clone(), settings.backend);
-    let (wish_out, wish) = watch::channel(Wish::new(feed.resolver().clone()));
-    let (in_use_out, in_use) = watch::channel(GatewaysInUse::new());
-    let tunnels = Tunnels::start(netlink, wish, in_use).map_err(kernel("tunnels"))?;
-    let tunnel_state = tunnels.state();
-    let (view_out, view) = watch::channel(NodeView::default());
-    parts.run(
-        "gateways in use",
-        follow_gateways(writer.clone(), in_use_out),
-    );
-    let events = fan_out.part("routes", route_feed::KINDS);
-    parts.run(
-        "routes",
-        feed_routes(feed, events, writer.clone(), wish_out, view_out, tunnels),
-    );
+    let updates = fan_out.part("dataplane", &typha::source::all_kinds());
+    let config = Config {
+        backend: settings.backend,
+        ..Config::new(NodeName::from(settings.node_name.as_str()))
+    };
+    let dataplane = Dataplane::start(config, netlink.clone(), updates, Box::<StateLog>::default());
+    let dataplane = dataplane.map_err(kernel("rules, routes and tunnels"))?;
+    let handle = dataplane.handle().clone();
 
     let events = fan_out.part("tunnel addresses", &[Kind::IPPool, Kind::Node]);
     let allocator = Allocator::with_system_time(datastore.clone(), &settings.node_name);
     let addresses = TunnelAddresses {
-        datastore,
-        allocator,
+        datastore: datastore.clone(),
+        allocator: allocator.clone(),
     };
     parts.run_forever("tunnel addresses", addresses.run(events));
+
+    let events = fan_out.part("MTU", mtu::KINDS);
+    let links = netlink.events(&[Group::Link]).map_err(kernel("devices"))?;
+    let path = paths::state_dir().join("mtu");
+    let file = MtuFile {
+        path,
+        netlink: netlink.clone(),
+        node: settings.node_name.clone(),
+    };
+    parts.run("MTU", file.run(events, links));
+
+    let keeper = KeeperSettings::new(paths::state_dir().join("ipam.journal"));
+    let keeper = Keeper::open(allocator, keeper)
+        .await
+        .map_err(DaemonError::Reserve)?;
+    let sink = Endpoints::new(handle.clone(), &netlink).map_err(kernel("connection tracking"))?;
+    let cni = CniSettings::new(settings.node_name.clone());
+    let cni = Server::start(cni, datastore, keeper, netlink, Arc::new(sink))?;
 
     let routes_socket = listen(paths::routes_socket(), 0o600)?;
     parts.run_forever(
         "routes socket",
-        routes_socket::serve(routes_socket, writer.clone()),
+        routes_socket::serve(routes_socket, handle.routes().clone()),
     );
-
     let bgp = settings.backend == Backend::Bgp;
+    if !bgp {
+        parts.run("BGP routes", forget_bgp(handle.clone()));
+    }
     let supervisor = bgp.then(|| Supervisor::start(bgpd(settings)));
     let bgpd = supervisor
         .as_ref()
         .map_or_else(|| watch::channel(None).1, Supervisor::pid);
+
     // Readable by all, as Calico's status is not a secret: `calictl node status` works without root.
     let status_socket = listen(paths::node_socket(), 0o666)?;
     let started_at = SystemTime::now()
@@ -219,11 +248,16 @@ fn start(
         started_at,
         bgp,
     };
+    let (address, addresses) = watch::channel(NodeAddresses::default());
+    let events = fan_out.part("own node", &[Kind::Node]);
+    parts.run(
+        "own node",
+        follow_addresses(settings.node_name.clone(), events, address),
+    );
     let sources = Sources {
         identity,
-        view,
-        writer,
-        tunnels: tunnel_state,
+        addresses,
+        dataplane: handle,
         bgpd,
     };
     parts.run_forever(
@@ -233,7 +267,11 @@ fn start(
 
     let source = typha::source::from_env(&fan_out.kinds(), &settings.node_name)?;
     parts.run("changes", fan_out.run(source));
-    Ok(supervisor)
+    Ok(Running {
+        supervisor,
+        _cni: cni,
+        _dataplane: dataplane,
+    })
 }
 
 fn listen(path: PathBuf, mode: u32) -> Result<tokio::net::UnixListener, DaemonError> {
@@ -255,63 +293,82 @@ fn bgpd(settings: &Settings) -> Program {
     }
 }
 
-/// Tells the tunnels what routes still need.
-async fn follow_gateways(writer: Writer, in_use: watch::Sender<GatewaysInUse>) -> WriterGone {
-    let mut state = writer.state();
-    loop {
-        let gateways = state.borrow_and_update().gateways.clone();
-        in_use.send_if_modified(|current| {
-            let changed = *current != gateways;
-            *current = gateways;
-            changed
-        });
-        if state.changed().await.is_err() {
-            return WriterGone;
-        }
+/// Nobody else will say that what an earlier `bgpd` left is no longer wanted. Said once the other routes stand.
+async fn forget_bgp(dataplane: Handle) -> String {
+    let mut state = dataplane.state();
+    let ready = state.wait_for(|state| state.ready).await.is_ok();
+    let ends = [true, false].map(|v4| Input::BgpEndOfSync { v4 });
+    if !ready || dataplane.routes().send(ends.to_vec()).await.is_err() {
+        return "the dataplane has ended".to_owned();
     }
+    std::future::pending().await
 }
 
-/// Feeds the route table and the tunnels from the datastore. Owns the tunnels: they end with it.
-async fn feed_routes(
-    mut feed: RouteFeed,
+/// The addresses of the own node, for status.
+async fn follow_addresses(
+    node: String,
     mut events: mpsc::Receiver<SyncEvent>,
-    writer: Writer,
-    wish: watch::Sender<Wish>,
-    view: watch::Sender<NodeView>,
-    _tunnels: Tunnels,
+    addresses: watch::Sender<NodeAddresses>,
 ) -> String {
     while let Some(event) = events.recv().await {
-        let in_sync = event == SyncEvent::Status(SyncStatus::InSync);
-        let inputs = feed.on_event(&event);
-        // Devices before routes: what a route leads to should be there first.
-        wish.send_modify(|wish| {
-            wish.resolver = feed.resolver().clone();
-            wish.settings = feed.tunnel_settings();
-            wish.in_sync |= in_sync;
-        });
-        view.send_if_modified(|view| {
-            let before = view.clone();
-            let local = feed.resolver().local();
-            view.ipv4 = local
-                .and_then(|node| node.v4)
-                .map(|address| address.to_string());
-            view.ipv6 = local
-                .and_then(|node| node.v6)
-                .map(|address| address.to_string());
-            view.notices = feed.notices().to_vec();
-            view.in_sync |= in_sync;
-            *view != before
-        });
-        if let Err(error) = writer.send(inputs).await {
-            return error.to_string();
-        }
-        if in_sync && !feed.uses_bgp() {
-            // Nobody else will say that what an earlier bgpd left is no longer wanted.
-            let ends = [true, false].map(|v4| Input::BgpEndOfSync { v4 });
-            if let Err(error) = writer.send(ends.to_vec()).await {
-                return error.to_string();
+        let SyncEvent::Updates(updates) = event else {
+            continue;
+        };
+        for update in updates {
+            if let Some(AnyResource::Node(own)) = update.value.as_deref()
+                && own.metadata.name == node
+            {
+                let show = |address: Option<ipnetwork::IpNetwork>| {
+                    address.map(|address| address.to_string())
+                };
+                addresses.send_replace(NodeAddresses {
+                    ipv4: show(own.spec.ipv4()),
+                    ipv6: show(own.spec.ipv6()),
+                });
             }
         }
     }
     "the stream of changes ended".to_owned()
+}
+
+/// Writes to the log what an operator should know, each thing once.
+#[derive(Default)]
+struct StateLog {
+    last: Arc<State>,
+}
+
+impl StatusSink for StateLog {
+    fn on_state(&mut self, state: &Arc<State>) {
+        if state.ready != self.last.ready {
+            tracing::info!(
+                ready = state.ready,
+                endpoints = state.endpoints.len(),
+                "dataplane"
+            );
+        }
+        for refused in state
+            .refused
+            .iter()
+            .filter(|refused| !self.last.refused.contains(refused))
+        {
+            tracing::error!(
+                object = refused.object,
+                reason = refused.reason,
+                "the kernel refused an object"
+            );
+        }
+        for notice in state
+            .notices
+            .iter()
+            .filter(|notice| !self.last.notices.contains(notice))
+        {
+            tracing::warn!(notice, "notice");
+        }
+        for (object, problems) in &state.unusable {
+            if self.last.unusable.get(object) != Some(problems) {
+                tracing::error!(%object, ?problems, "an object cannot be used as it is");
+            }
+        }
+        self.last = state.clone();
+    }
 }

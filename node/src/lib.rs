@@ -7,8 +7,9 @@
 
 pub mod capabilities;
 pub mod daemon;
+pub mod endpoints;
 pub mod fan_out;
-pub mod route_feed;
+pub mod mtu;
 pub mod routes_socket;
 pub mod startup;
 pub mod status_socket;

@@ -4,13 +4,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use cali_api::Key;
 use cali_control::status::{
-    NODE_PROTOCOL, NodeRequest, NodeResponse, NodeStatus, OwnedRoute, Quarantined, Readiness,
-    VERSION,
+    EndpointStatus, NODE_PROTOCOL, NodeRequest, NodeResponse, NodeStatus, OwnedRoute, Quarantined,
+    Readiness, VERSION,
 };
 use cali_control::{Error, FrameReader, FrameWriter};
-use cali_routes::{RouteStatus, Writer, WriterState};
-use ipip_vxlan::TunnelState;
+use cali_routes::RouteStatus;
+use felix::dataplane::{EndpointState, Handle, State};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -31,17 +32,13 @@ pub struct Identity {
     pub bgp: bool,
 }
 
-/// Addresses and notices, as they change.
+/// Addresses of the node with their prefix lengths, as they change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeView {
-    /// With prefix length.
+pub struct NodeAddresses {
+    /// The IPv4 address.
     pub ipv4: Option<String>,
-    /// With prefix length.
+    /// The IPv6 address.
     pub ipv6: Option<String>,
-    /// The datastore has told everything.
-    pub in_sync: bool,
-    /// Things an operator should know.
-    pub notices: Vec<String>,
 }
 
 /// Where the answers come from.
@@ -50,11 +47,9 @@ pub struct Sources {
     /// Fixed facts.
     pub identity: Identity,
     /// The node itself.
-    pub view: watch::Receiver<NodeView>,
-    /// The route table.
-    pub writer: Writer,
-    /// The tunnels.
-    pub tunnels: watch::Receiver<TunnelState>,
+    pub addresses: watch::Receiver<NodeAddresses>,
+    /// Rules, routes, tunnels and endpoints.
+    pub dataplane: Handle,
     /// The speaker's process.
     pub bgpd: watch::Receiver<Option<u32>>,
 }
@@ -110,17 +105,23 @@ async fn answer(request: NodeRequest, sources: &Sources) -> NodeResponse {
     match request {
         NodeRequest::Status => NodeResponse::Status(status(
             &sources.identity,
-            &sources.view.borrow().clone(),
-            &sources.writer.state().borrow().clone(),
-            &sources.tunnels.borrow().clone(),
+            &sources.addresses.borrow().clone(),
+            &sources.dataplane.state().borrow().clone(),
             *sources.bgpd.borrow(),
         )),
-        NodeRequest::Routes => match sources.writer.view().await {
+        NodeRequest::Routes => match sources.dataplane.routes().view().await {
             Ok(routes) => NodeResponse::Routes(routes.into_iter().map(owned).collect()),
             Err(error) => NodeResponse::Error(error.to_string()),
         },
         NodeRequest::Endpoints => {
-            NodeResponse::Error("this node does not report endpoints".to_owned())
+            let state = sources.dataplane.state().borrow().clone();
+            NodeResponse::Endpoints(
+                state
+                    .endpoints
+                    .iter()
+                    .map(|(key, state)| endpoint(key, state))
+                    .collect(),
+            )
         }
     }
 }
@@ -128,9 +129,8 @@ async fn answer(request: NodeRequest, sources: &Sources) -> NodeResponse {
 /// Puts the parts' states together. Pure.
 fn status(
     identity: &Identity,
-    view: &NodeView,
-    routes: &WriterState,
-    tunnels: &TunnelState,
+    addresses: &NodeAddresses,
+    state: &State,
     bgpd: Option<u32>,
 ) -> NodeStatus {
     let part = |part: &str, reason: Option<String>| Readiness {
@@ -138,23 +138,29 @@ fn status(
         ready: reason.is_none(),
         reason,
     };
+    let held = state.routes.held;
+    let waiting = state
+        .endpoints
+        .values()
+        .filter(|endpoint| !endpoint.is_programmed())
+        .count();
     let mut readiness = vec![
         part(
-            "datastore",
-            (!view.in_sync).then(|| "not everything has been received yet".to_owned()),
+            "policy",
+            (!state.ready).then(|| "not everything has been received and written yet".to_owned()),
+        ),
+        part(
+            "endpoints",
+            (waiting > 0)
+                .then(|| format!("{waiting} of {} are not programmed", state.endpoints.len())),
         ),
         part(
             "routes",
-            (routes.held > 0).then(|| {
-                format!(
-                    "{} routes of an earlier run are kept until confirmed",
-                    routes.held
-                )
-            }),
+            (held > 0).then(|| format!("{held} routes of an earlier run are kept until confirmed")),
         ),
         part(
             "tunnels",
-            (!tunnels.problems.is_empty()).then(|| tunnels.problems.join("; ")),
+            (!state.tunnels.problems.is_empty()).then(|| state.tunnels.problems.join("; ")),
         ),
     ];
     if identity.bgp {
@@ -163,7 +169,26 @@ fn status(
             bgpd.is_none().then(|| "not running".to_owned()),
         ));
     }
-    let fights = routes
+    let quarantined = |object: String, reason: &str| Quarantined {
+        object,
+        reason: reason.to_owned(),
+        caused_by: Vec::new(),
+    };
+    let routes = state
+        .routes
+        .quarantined
+        .iter()
+        .map(|(route, reason)| quarantined(format!("route {route}"), reason));
+    let rules = state
+        .refused
+        .iter()
+        .map(|refused| quarantined(refused.object.clone(), &refused.reason));
+    let unusable = state
+        .unusable
+        .iter()
+        .map(|(key, reasons)| quarantined(key.to_string(), &reasons.join("; ")));
+    let fights = state
+        .routes
         .fights
         .iter()
         .map(|route| format!("somebody else keeps changing {route}"));
@@ -172,20 +197,28 @@ fn status(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         started_at: identity.started_at,
-        ipv4: view.ipv4.clone(),
-        ipv6: view.ipv6.clone(),
+        ipv4: addresses.ipv4.clone(),
+        ipv6: addresses.ipv6.clone(),
         readiness,
-        quarantined: routes
-            .quarantined
-            .iter()
-            .map(|(route, reason)| Quarantined {
-                object: format!("route {route}"),
-                reason: reason.clone(),
-                caused_by: Vec::new(),
-            })
-            .collect(),
-        notices: view.notices.iter().cloned().chain(fights).collect(),
+        quarantined: routes.chain(rules).chain(unusable).collect(),
+        notices: state.notices.iter().cloned().chain(fights).collect(),
         bgpd_pid: bgpd,
+    }
+}
+
+fn endpoint(key: &Key, state: &EndpointState) -> EndpointStatus {
+    let namespace = key.namespace.as_deref().unwrap_or_default();
+    EndpointStatus {
+        endpoint: format!("{namespace}/{}", key.name),
+        interface: state.interface.to_string(),
+        addresses: state
+            .addresses
+            .iter()
+            .map(|address| address.addr())
+            .collect(),
+        policies: state.policies.iter().map(ToString::to_string).collect(),
+        programmed: state.is_programmed(),
+        problem: state.problem.clone(),
     }
 }
 
@@ -202,6 +235,9 @@ fn owned(route: RouteStatus) -> OwnedRoute {
 
 #[cfg(test)]
 mod tests {
+    use cali_routes::WriterState;
+    use ipip_vxlan::TunnelState;
+
     use super::*;
 
     #[test]
@@ -211,40 +247,48 @@ mod tests {
             started_at: 1,
             bgp: true,
         };
-        let routes = WriterState {
-            held: 2,
-            quarantined: vec![("10.0.0.0/26".into(), "EINVAL".into())],
+        let state = |held, ready, tunnels: &[&str], problem: Option<&str>| State {
+            ready,
+            routes: Arc::new(WriterState {
+                held,
+                quarantined: vec![("10.0.0.0/26".into(), "EINVAL".into())],
+                ..Default::default()
+            }),
+            tunnels: TunnelState {
+                problems: tunnels.iter().map(|t| (*t).to_owned()).collect(),
+                ..Default::default()
+            },
+            endpoints: std::collections::BTreeMap::from([(
+                Key::namespaced(cali_api::Kind::WorkloadEndpoint, "ns", "pod"),
+                EndpointState {
+                    interface: "cali1".into(),
+                    addresses: Vec::new(),
+                    policies: Vec::new(),
+                    problem: problem.map(str::to_owned),
+                },
+            )]),
             ..Default::default()
         };
-        let tunnels = TunnelState {
-            problems: vec!["vxlan.calico is somebody else's".into()],
-            ..Default::default()
-        };
-        let status = status(&identity, &NodeView::default(), &routes, &tunnels, None);
+        let addresses = NodeAddresses::default();
+        let bad = status(
+            &identity,
+            &addresses,
+            &state(2, false, &["vxlan.calico is somebody else's"], Some("down")),
+            None,
+        );
         assert!(
-            status
-                .readiness
+            bad.readiness
                 .iter()
                 .all(|part| !part.ready && part.reason.is_some()),
             "{:?}",
-            status.readiness
+            bad.readiness
         );
-        assert_eq!(status.quarantined[0].object, "route 10.0.0.0/26");
-        let quiet = NodeView {
-            in_sync: true,
-            ..Default::default()
-        };
-        let status = super::status(
-            &identity,
-            &quiet,
-            &WriterState::default(),
-            &TunnelState::default(),
-            Some(7),
-        );
+        assert_eq!(bad.quarantined[0].object, "route 10.0.0.0/26");
+        let good = status(&identity, &addresses, &state(0, true, &[], None), Some(7));
         assert!(
-            status.readiness.iter().all(|part| part.ready),
+            good.readiness.iter().all(|part| part.ready),
             "{:?}",
-            status.readiness
+            good.readiness
         );
     }
 }

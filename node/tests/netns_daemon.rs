@@ -128,7 +128,15 @@ impl Host {
             "-o link show type vxlan",
         ];
         let mut dump: Vec<String> = commands.iter().map(|args| self.ns.ip(args)).collect();
-        dump.push(self.ns.run("bridge", &["fdb", "show"]));
+        // The kernel itself keeps multicast addresses of every device here.
+        let fdb = self.ns.run("bridge", &["fdb", "show"]);
+        let unicast = |line: &&str| !line.starts_with("33:33:") && !line.starts_with("01:00:5e:");
+        dump.extend(fdb.lines().filter(unicast).map(str::to_owned));
+        // Counters and handles left out, as they change by themselves.
+        dump.push(
+            self.ns
+                .run("nft", &["--stateless", "list", "table", "inet", "calico"]),
+        );
         dump
     }
 }

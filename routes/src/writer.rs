@@ -247,6 +247,8 @@ impl Task {
                                 .map(|pool| pool.cidr)
                                 .collect(),
                         );
+                        // What was not ours before may be now.
+                        self.audit.all = true;
                     }
                     if let Some(done) = done {
                         waiting.push((done, asked));
