@@ -11,6 +11,7 @@ use cali_netlink::{
     nft::{
         BaseHook, Chain, ChainType, Expr, Family, Hook, Nft, Policy, Rule, TableName, Transaction,
         Verdict,
+        foreign::{Drops, legacy_droppers},
     },
     testing::{
         TestNs, eventually,
@@ -155,4 +156,65 @@ fn the_remover_spares_what_it_was_told_to() {
     );
     assert!(ns.ip("rule").contains("31000:"), "{}", ns.ip("rule"));
     assert!(ns.ip("nexthop").contains("id 77"), "{}", ns.ip("nexthop"));
+}
+
+#[test]
+fn whoever_drops_the_rest_is_named() {
+    let expected: [(Fixture, &[&str]); 4] = [
+        (
+            Fixture::Firewalld,
+            &[
+                "inet firewalld filter_FORWARD (priority filter+10, drops the rest by a rule, of firewalld) can drop what Cali allows",
+                "inet firewalld filter_INPUT (priority filter+10, drops the rest by a rule, of firewalld) can drop what Cali needs to receive on this host",
+            ],
+        ),
+        (
+            Fixture::Ufw,
+            &[
+                "ip filter FORWARD (priority filter, drops by policy, of ufw) can drop what Cali allows",
+                "ip filter INPUT (priority filter, drops by policy, of ufw) can drop what Cali needs to receive on this host",
+                "ip6 filter FORWARD (priority filter, drops by policy, of ufw) can drop what Cali allows",
+                "ip6 filter INPUT (priority filter, drops by policy, of ufw) can drop what Cali needs to receive on this host",
+            ],
+        ),
+        (
+            Fixture::Docker,
+            &[
+                "ip filter FORWARD (priority filter, drops by policy, of Docker) can drop what Cali allows",
+            ],
+        ),
+        (Fixture::KubeProxyNftables, &[]),
+    ];
+    for (fixture, expected) in expected {
+        let ns = TestNs::new("hdrop");
+        fixture.apply(&ns);
+        let nft = Nft::open(ns.netns()).unwrap();
+        let all = nft.droppers(&[table()]).unwrap();
+        let mut seen: Vec<_> = all
+            .iter()
+            .filter(|dropper| dropper.drops > Drops::Some)
+            .map(ToString::to_string)
+            .collect();
+        seen.sort_unstable();
+        assert_eq!(seen, expected, "{fixture}: {all:#?}");
+    }
+}
+
+#[test]
+fn the_legacy_tables_are_read_from_what_their_tool_prints() {
+    let ns = TestNs::new("hdropleg");
+    Fixture::KubeProxyLegacy.apply(&ns);
+    let saved = ns.run("iptables-legacy-save", &[]);
+    let seen = legacy_droppers(Family::Ip, &saved);
+    assert!(
+        seen.iter()
+            .any(|seen| seen.hook == Hook::Forward && seen.programs.contains("kube-proxy")),
+        "{seen:#?}"
+    );
+    let nft = Nft::open(ns.netns()).unwrap();
+    assert_eq!(
+        nft.droppers(&[table()]).unwrap(),
+        [],
+        "nf_tables does not show them"
+    );
 }

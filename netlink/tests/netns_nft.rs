@@ -949,20 +949,3 @@ async fn foreign_changes_are_told_apart_from_our_own() {
     );
     assert_eq!(nft.generation(), Ok(generation.unwrap().id));
 }
-
-#[test]
-fn what_others_hook_into_is_listed() {
-    let (ns, nft) = open("foreign");
-    ns.run("nft", &["add table inet firewalld; add chain inet firewalld filter_FORWARD { type filter hook forward priority 10; policy drop; }"]);
-    nft.commit(begin()).unwrap();
-    let foreign = nft.foreign_base_chains(&[table()]).unwrap();
-    assert_eq!(foreign.len(), 1);
-    assert_eq!(
-        (foreign[0].table.to_string(), &*foreign[0].chain.name),
-        ("inet firewalld".into(), "filter_FORWARD")
-    );
-    assert_eq!(
-        foreign[0].chain.base.map(|base| base.policy),
-        Some(Policy::Drop)
-    );
-}

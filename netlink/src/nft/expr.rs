@@ -516,6 +516,7 @@ pub enum Expr {
         /// From.
         sreg: Reg,
     },
-    /// An expression that this crate does not know, from somebody else's table.
+    /// An expression that this crate does not know, from somebody else's table, by its name; `target NAME` and
+    /// `match NAME` are extensions of xtables.
     Other(String),
 }

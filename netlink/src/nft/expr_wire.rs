@@ -433,7 +433,14 @@ pub(crate) fn read_expr(attrs: Attrs<'_>) -> Expr {
         "nat" | "masq" | "redir" => read_nat(&name, fields),
         _ => read_statement(&name, fields),
     };
-    known.unwrap_or(Expr::Other(name))
+    known.unwrap_or_else(|| match name.as_str() {
+        // `NFTA_TARGET_NAME`, `NFTA_MATCH_NAME`: an extension of xtables, in a rule of iptables-nft.
+        "target" | "match" => Expr::Other(match fields.text(1) {
+            Some(extension) => format!("{name} {extension}"),
+            None => name,
+        }),
+        _ => Expr::Other(name),
+    })
 }
 
 fn read_load(name: &str, f: Fields<'_>) -> Option<Expr> {

@@ -1,6 +1,7 @@
 //! [`Nft`]: the handle to the nf_tables of one namespace.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -11,8 +12,9 @@ use nix::{
 };
 
 use super::{
-    Committed, Elem, Family, ListedChain, ListedRule, ListedSet, Rejected, Set, Table, TableName,
+    Committed, Elem, ListedChain, ListedRule, ListedSet, Rejected, Set, Table, TableName,
     Transaction,
+    foreign::{self, Dropper},
     message::{self, NFGENMSG, RawElem},
     transaction::{Failure, Object},
 };
@@ -265,15 +267,19 @@ impl Nft {
             .map_err(|cause| Error::new("get", "nf_tables generation", cause))
     }
 
-    /// Base chains of other tables on the packet's way that may drop what ours accepts.
-    pub fn foreign_base_chains(&self, ours: &[TableName]) -> Result<Vec<ListedChain>> {
-        let mut all = self.chains(None)?;
-        all.retain(|chain| {
-            chain.chain.base.is_some()
-                && !ours.contains(&chain.table)
-                && matches!(chain.table.family, Family::Inet | Family::Ip | Family::Ip6)
-        });
-        Ok(all)
+    /// Base chains of other tables that can drop what ours accept; see [`foreign`].
+    ///
+    /// Reads every chain and rule that is not ours, so it is not for every notification.
+    pub fn droppers(&self, ours: &[TableName]) -> Result<Vec<Dropper>> {
+        let chains = self.chains(None)?;
+        let tables: BTreeSet<&TableName> = chains.iter().map(|chain| &chain.table).collect();
+        let mut rules = Vec::new();
+        for table in tables {
+            if !ours.contains(table) {
+                rules.extend(self.rules(table, None)?);
+            }
+        }
+        Ok(foreign::droppers(&chains, &rules, ours))
     }
 }
 

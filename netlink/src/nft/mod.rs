@@ -7,6 +7,7 @@
 mod event;
 mod expr;
 mod expr_wire;
+pub mod foreign;
 mod handle;
 mod message;
 mod model;
