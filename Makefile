@@ -4,7 +4,7 @@ LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab
+.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab test-interop
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -21,7 +21,7 @@ lab: build ## bring up three nodes on this machine and show what runs there
 lab-down: ## take the lab away again
 	$(SUDO) $(BIN)/calictl lab down $(LAB)
 
-test: setup lint test-unit test-netns test-lab ## every test of the repository
+test: setup lint test-unit test-netns test-lab test-interop ## every test of the repository
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check
@@ -35,3 +35,6 @@ test-netns: build ## kernel tests in network namespaces (root)
 
 test-lab: build ## the three-node lab, end to end (root)
 	scripts/test-as-root 'lab_*'
+
+test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked from Debian's packages (root)
+	scripts/test-as-root 'interop_*'

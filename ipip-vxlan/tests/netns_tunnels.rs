@@ -1,6 +1,9 @@
 //! The tunnel applier against the real kernel, in namespaces of its own.
 
-#![allow(clippy::unwrap_used, reason = "a failed step of a test's set-up is to end the test")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failed step of a test's set-up is to end the test"
+)]
 
 use std::collections::BTreeSet;
 use std::future::Future;

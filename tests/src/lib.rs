@@ -4,6 +4,7 @@
 //! [`kernel`] reads and compares a node's kernel state; [`traffic`] counts lost packets by sequence number.
 
 mod arrows;
+pub mod bgp;
 pub mod kernel;
 pub mod lab;
 pub mod traffic;

@@ -61,7 +61,7 @@ impl Drop for Ping {
 }
 
 /// `120 packets transmitted, 118 received, ...`; the last one may still be on its way when ping is ended.
-fn count(summary: &str) -> Option<Count> {
+pub(crate) fn count(summary: &str) -> Option<Count> {
     let line = summary
         .lines()
         .find(|line| line.contains("packets transmitted"))?;

@@ -14,7 +14,9 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cali_api::{Asn, Cidr};
 use cali_control::status::PeerKind as Origin;
@@ -24,7 +26,7 @@ use crate::policy::{LocalKind, Policy};
 use crate::rib::{LocalRoute, NextHopMode};
 use crate::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
 use crate::transport::Protection;
-use crate::wire::{Attributes, FamilySet, NextHop};
+use crate::wire::{AnyCommunity, Attributes, CommunityParseError, FamilySet, NextHop};
 
 /// The file as it is written.
 #[derive(Debug, Clone, Deserialize)]
@@ -64,6 +66,8 @@ struct Neighbor {
     hold_time: Option<u16>,
     keepalive: Option<u16>,
     restart_time: Option<u16>,
+    /// Seconds between dials.
+    connect_retry: Option<NonZeroU16>,
     #[serde(default)]
     families: Vec<FamilyName>,
     #[serde(default)]
@@ -102,6 +106,22 @@ struct Announce {
     prefix: Cidr,
     local_pref: Option<u32>,
     med: Option<u32>,
+    /// Of any kind: `A:B`, `A:B:C`, `rt:A:B`.
+    #[serde(default)]
+    communities: Vec<CommunityText>,
+}
+
+/// A community as text.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+struct CommunityText(AnyCommunity);
+
+impl TryFrom<String> for CommunityText {
+    type Error = CommunityParseError;
+
+    fn try_from(text: String) -> Result<Self, CommunityParseError> {
+        text.parse().map(Self)
+    }
 }
 
 const fn default_port() -> u16 {
@@ -155,11 +175,18 @@ pub fn parse(text: &str) -> Result<Settings, FileError> {
     };
     let routes = file.announce.iter().filter_map(|a| {
         let prefix = super::prefix(&a.prefix)?;
-        let attributes = Attributes {
+        let mut attributes = Attributes {
             local_pref: Some(a.local_pref.unwrap_or(100)),
             med: a.med,
             ..Attributes::default()
         };
+        for community in &a.communities {
+            match community.0 {
+                AnyCommunity::Standard(community) => attributes.add_community(community),
+                AnyCommunity::Large(community) => attributes.add_large_community(community),
+                AnyCommunity::Extended(community) => attributes.add_ext_community(community),
+            }
+        }
         Some((
             prefix,
             LocalRoute {
@@ -223,6 +250,9 @@ fn neighbour(file: &File, from: &Neighbor) -> Neighbour {
     session.hold_time = from.hold_time.unwrap_or(session.hold_time);
     session.keepalive = from.keepalive;
     session.restart_time = from.restart_time.unwrap_or(session.restart_time);
+    if let Some(seconds) = from.connect_retry {
+        session.connect_retry = Duration::from_secs(seconds.get().into());
+    }
     let own = if from.address.is_ipv4() {
         FamilySet::IPV4
     } else {
@@ -307,6 +337,12 @@ mod tests {
             (
                 &format!("{head}[[announce]]\nprefix = \"10.0.0.1/24\"\n"),
                 "bits set after its prefix",
+            ),
+            (
+                &format!(
+                    "{head}[[announce]]\nprefix = \"10.0.0.0/24\"\ncommunities = [\"1:70000\"]\n"
+                ),
+                "\"1:70000\" is no community",
             ),
         ];
         for (text, expected) in cases {

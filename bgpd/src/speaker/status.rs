@@ -67,8 +67,11 @@ fn as_path(attributes: &Attributes) -> String {
 
 fn communities(attributes: &Attributes) -> Vec<String> {
     let standard = attributes.communities.iter().map(ToString::to_string);
+    let large = attributes.large_communities.iter();
+    let extended = attributes.ext_communities.iter();
     standard
-        .chain(attributes.large_communities.iter().map(ToString::to_string))
+        .chain(large.map(ToString::to_string))
+        .chain(extended.map(ToString::to_string))
         .collect()
 }
 

@@ -1,9 +1,9 @@
 //! Path attributes as values.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::as_path::AsPath;
+use super::community::{Community, ExtendedCommunity, LargeCommunity};
 
 /// Attribute type codes (IANA "BGP Path Attributes").
 pub mod attr {
@@ -72,65 +72,6 @@ pub struct Aggregator {
     pub router_id: Ipv4Addr,
 }
 
-/// A community (RFC 1997), shown as `high:low`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Community(pub u32);
-
-impl Community {
-    /// Not to be sent outside the AS (RFC 1997).
-    pub const NO_EXPORT: Self = Self(0xffff_ff01);
-    /// Not to be sent to any peer (RFC 1997).
-    pub const NO_ADVERTISE: Self = Self(0xffff_ff02);
-    /// Not to be sent outside the member AS (RFC 1997).
-    pub const NO_EXPORT_SUBCONFED: Self = Self(0xffff_ff03);
-    /// Kept past its session by long-lived graceful restart; least preferred (RFC 9494).
-    pub const LLGR_STALE: Self = Self(0xffff_0006);
-    /// Must not be kept by long-lived graceful restart (RFC 9494).
-    pub const NO_LLGR: Self = Self(0xffff_0007);
-    /// The sender is about to go (RFC 8326).
-    pub const GRACEFUL_SHUTDOWN: Self = Self(0xffff_0000);
-}
-
-impl fmt::Display for Community {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.0 >> 16, self.0 & 0xffff)
-    }
-}
-
-impl fmt::Debug for Community {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// A large community (RFC 8092).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct LargeCommunity {
-    /// AS that gives the rest its meaning.
-    pub global: u32,
-    /// First local part.
-    pub local1: u32,
-    /// Second local part.
-    pub local2: u32,
-}
-
-impl fmt::Display for LargeCommunity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.global, self.local1, self.local2)
-    }
-}
-
-/// An extended community (RFC 4360), passed through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ExtendedCommunity(pub [u8; 8]);
-
-impl ExtendedCommunity {
-    /// Whether it may cross an AS border (RFC 4360 §2, T bit is "non-transitive").
-    pub const fn is_transitive(self) -> bool {
-        self.0[0] & 0x40 == 0
-    }
-}
-
 /// An attribute that we do not interpret (or not here), as received.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct UnknownAttribute {
@@ -181,6 +122,11 @@ impl Attributes {
     /// Attaches `community` (no effect when it is there).
     pub fn add_community(&mut self, community: Community) {
         insert_sorted(&mut self.communities, community);
+    }
+
+    /// Attaches `community` (no effect when it is there).
+    pub fn add_ext_community(&mut self, community: ExtendedCommunity) {
+        insert_sorted(&mut self.ext_communities, community);
     }
 
     /// Attaches `community` (no effect when it is there).

@@ -8,10 +8,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use bytes::Bytes;
 
 use super::as_path::AsPath;
-use super::attribute::{
-    Aggregator, Attributes, Community, ExtendedCommunity, LargeCommunity, NextHop, Origin,
-    UnknownAttribute, attr,
-};
+use super::attribute::{Aggregator, Attributes, NextHop, Origin, UnknownAttribute, attr};
+use super::community::{Community, ExtendedCommunity, LargeCommunity};
 use super::family::Family;
 use super::notification::{ErrorCode, Notification, update_error};
 use super::open::{AS_TRANS, Codec, PeerKind};

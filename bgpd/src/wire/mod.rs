@@ -17,6 +17,7 @@ mod attribute;
 mod attribute_decode;
 mod attribute_encode;
 mod capability;
+mod community;
 mod family;
 mod frame;
 mod message;
@@ -27,12 +28,12 @@ mod prefix;
 mod update;
 
 pub use as_path::{AsPath, Segment, SegmentKind};
-pub use attribute::{
-    Aggregator, Attributes, Community, ExtendedCommunity, LargeCommunity, NextHop, Origin,
-    UnknownAttribute, attr,
-};
+pub use attribute::{Aggregator, Attributes, NextHop, Origin, UnknownAttribute, attr};
 pub use capability::{
     AddPathMode, Capability, GracefulRestart, GracefulRestartFamily, LongLivedFamily,
+};
+pub use community::{
+    AnyCommunity, Community, CommunityParseError, ExtendedCommunity, LargeCommunity,
 };
 pub use family::{Family, FamilySet};
 pub use frame::{Frame, Framer, HEADER_LEN, MAX_EXTENDED_LEN, MAX_LEN, MessageType};

@@ -1,0 +1,135 @@
+//! Notices a kernel route that was gone, be it for a moment.
+//!
+//! Two witnesses: what the kernel reports (`ip monitor route`), and packets, because routes can go without a report
+//! (with their next hop object or their device).
+
+use crate::bgp::segment::Host;
+use anyhow::{Context, Result, ensure};
+use cali_api::Cidr;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// `ip monitor route` of a namespace, written to a file.
+#[derive(Debug)]
+pub struct Watch {
+    child: Child,
+    report: PathBuf,
+}
+
+impl Watch {
+    /// Starts to watch; returns when the watcher is known to hear.
+    pub fn start(host: &Host, folder: &Path) -> Result<Self> {
+        let report = folder.join(format!("routes-of-{}", host.ns.name()));
+        let child = host
+            .ns
+            .command("ip")
+            .args(["-o", "monitor", "route"])
+            .stdin(Stdio::null())
+            .stdout(File::create(&report)?)
+            .spawn()
+            .context("cannot start ip monitor")?;
+        let watch = Self { child, report };
+        // A route of documentation (RFC 5737) comes and goes until the report shows it.
+        let probe: Cidr = "198.51.100.77/32".parse()?;
+        crate::eventually(Duration::from_secs(5), || {
+            host.ns.ip(&format!("route replace unreachable {probe}"));
+            host.ns.ip(&format!("route del unreachable {probe}"));
+            if watch.lost(&probe).map_err(|error| error.to_string())? {
+                Ok(())
+            } else {
+                Err("the monitor does not hear".to_owned())
+            }
+        })
+        .map_err(anyhow::Error::msg)?;
+        Ok(watch)
+    }
+
+    /// Whether a route to this prefix was deleted since the start.
+    pub fn lost(&self, prefix: &Cidr) -> Result<bool> {
+        // `ip` prints host routes without their length.
+        let short = prefix.addr().to_string();
+        let long = prefix.to_string();
+        let text = std::fs::read_to_string(&self.report)?;
+        Ok(text.lines().any(|line| {
+            let mut words = line.split_whitespace();
+            words.next() == Some("Deleted")
+                && words.any(|word| word == long || (word == short && prefix.is_host()))
+        }))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A ping every 10 ms that counts.
+#[derive(Debug)]
+pub struct Pings {
+    child: Child,
+    what: String,
+}
+
+impl Pings {
+    /// Starts; an answer to the first one is awaited, so that what is lost later was reachable.
+    pub fn start(host: &Host, to: IpAddr) -> Result<Self> {
+        let what = format!("{} -> {to}", host.ns.name());
+        let address = to.to_string();
+        crate::eventually(Duration::from_secs(5), || {
+            let output = host.ns.output("ping", &["-n", "-c1", "-W1", &address]);
+            if output.status.success() {
+                Ok(())
+            } else {
+                Err(format!("{what} has no answer"))
+            }
+        })
+        .map_err(anyhow::Error::msg)?;
+        let child = Command::new("ip")
+            .args(["netns", "exec", host.ns.name()])
+            .args(["ping", "-n", "-q", "-i", "0.01", "-w", "120", &address])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start ping")?;
+        Ok(Self { child, what })
+    }
+
+    /// Ends, and fails if an answer is missing. The last one may still be on its way.
+    pub fn stop(mut self) -> Result<u64> {
+        kill(
+            Pid::from_raw(i32::try_from(self.child.id())?),
+            Signal::SIGINT,
+        )
+        .context("ping has ended early")?;
+        let mut text = String::new();
+        if let Some(mut stdout) = self.child.stdout.take() {
+            std::io::Read::read_to_string(&mut stdout, &mut text)?;
+        }
+        self.child.wait()?;
+        let count = crate::traffic::count(&text)
+            .with_context(|| format!("{}: no summary in {text:?}", self.what))?;
+        ensure!(
+            count.sent > 1 && count.lost() <= 1,
+            "{}: {} of {} packets lost",
+            self.what,
+            count.lost(),
+            count.sent
+        );
+        Ok(count.sent)
+    }
+}
+
+impl Drop for Pings {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
