@@ -15,6 +15,10 @@ use crate::policy::{
 };
 use crate::wire::{Community, LargeCommunity, PeerKind, Prefix};
 
+/// MULTI_EXIT_DISC (RFC 4271 §5.1.4) of routes that this node did not originate, towards external peers: worse than the
+/// absent one of the node that did.
+const TRANSIT_MED: u32 = 100;
+
 /// The rules that end every import and export of this node, shared by all its peers.
 pub(super) struct Policies<'a> {
     filters: &'a BTreeMap<String, BGPFilterSpec>,
@@ -104,6 +108,18 @@ impl<'a> Policies<'a> {
                 Action::Accept,
             ));
         }
+        // Calico offers every pool's routes to external peers, another node's too. Without a metric such a router sees the
+        // block's own node and all the others as equal, and may send packets in a circle between itself and one of them.
+        export_tail.push(rule(
+            "another node's route inside an IPPool",
+            vec![
+                Condition::PeerType(PeerKind::Ebgp),
+                Condition::Source(SourceMatch::RemotePeers),
+                Condition::CoveredBy(pools(resources, true)),
+            ],
+            vec![Edit::SetMed(TRANSIT_MED)],
+            Action::Accept,
+        ));
         export_tail.push(rule(
             "inside an IPPool",
             vec![Condition::CoveredBy(pools(resources, true))],
