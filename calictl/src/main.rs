@@ -7,6 +7,7 @@ use std::process::ExitCode;
 mod bgp_table;
 mod columns;
 mod lab;
+mod manifests;
 mod node;
 mod output;
 mod resources;

@@ -1,14 +1,12 @@
 //! `apply`, `create`, `replace`, `delete`, `get`: resources in files and in the datastore.
 
-use crate::columns;
-use crate::output;
+use crate::{columns, manifests, output};
 use anyhow::{Context, Result, anyhow, bail};
-use cali_api::{AnyResource, Key, Kind, manifest};
-use cali_datastore::{Datastore, Error, Versioned, preflight};
+use cali_api::{AnyResource, Key, Kind};
+use cali_datastore::{Datastore, Error, Versioned};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Attempts of an update that meets another writer.
 const ATTEMPTS: usize = 5;
@@ -91,52 +89,32 @@ impl Verb {
     }
 }
 
-/// A resource and where it was read.
-struct Document {
-    object: AnyResource,
-    place: String,
-}
-
 /// `apply`, `create`, `replace`, `validate`: everything is checked before the first write.
 pub(crate) async fn write(verb: Verb, files: &Files) -> Result<()> {
-    let read = read_all(&files.filename, files.recursive, files.namespace.as_deref())?;
-    if read.is_empty() {
+    let documents = manifests::read(&files.filename, files.recursive, files.namespace.as_deref())?;
+    if documents.is_empty() {
         bail!("No resources specified");
     }
     let (infinitive, participle) = verb.words();
     if !matches!(verb, Verb::Validate) {
         let store = cali_datastore::open_from_env()?;
-        let objects: Vec<AnyResource> = read.iter().map(|read| read.object.clone()).collect();
-        let refused = preflight::check(store.as_ref(), &objects).await?;
-        if !refused.is_empty() {
-            let reasons: Vec<String> = refused
-                .iter()
-                .map(|refused| format!("{}: {}", read[refused.position].place, refused.source))
-                .collect();
-            bail!(
-                "{}\nfailed to {infinitive} any resources: 0 of {} were {participle}",
-                reasons.join("\n"),
-                read.len()
-            );
-        }
-        for (done, read) in read.iter().enumerate() {
-            if let Err(error) = write_one(store.as_ref(), verb, read.object.clone()).await {
-                let total = objects.len();
-                return Err(anyhow!(error).context(format!(
-                    "{}: failed to {infinitive} {}; {done} of {total} were {participle}",
-                    read.place,
-                    read.object.key()
-                )));
-            }
+        manifests::check(store.as_ref(), &documents).await?;
+        for (done, document) in documents.iter().enumerate() {
+            let written = write_one(store.as_ref(), verb, document.value.clone()).await;
+            written
+                .map_err(|error| document.error(error))
+                .with_context(|| {
+                    let total = documents.len();
+                    let key = document.value.key();
+                    format!("failed to {infinitive} {key}; {done} of {total} were {participle}")
+                })?;
         }
     }
-    output::line(success(
-        participle,
-        &read
-            .iter()
-            .map(|read| read.object.kind())
-            .collect::<Vec<_>>(),
-    ));
+    let kinds: Vec<Kind> = documents
+        .iter()
+        .map(|document| document.value.kind())
+        .collect();
+    output::line(success(participle, &kinds));
     Ok(())
 }
 
@@ -186,14 +164,14 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
                 .map(|name| key(kind, delete.namespace.as_deref(), name))
                 .collect()
         }
-        None => read_all(
-            &delete.filename,
-            delete.recursive,
-            delete.namespace.as_deref(),
-        )?
-        .iter()
-        .map(|read| read.object.key())
-        .collect(),
+        None => {
+            let namespace = delete.namespace.as_deref();
+            let documents = manifests::read(&delete.filename, delete.recursive, namespace)?;
+            documents
+                .iter()
+                .map(|document| document.value.key())
+                .collect()
+        }
     };
     let store = cali_datastore::open_from_env()?;
     let mut deleted = Vec::new();
@@ -322,67 +300,6 @@ fn key(kind: Kind, namespace: Option<&str>, name: &str) -> Key {
     } else {
         Key::cluster(kind, name)
     }
-}
-
-/// Reads every document of every file; all mistakes of all files are reported at once.
-fn read_all(files: &[PathBuf], recursive: bool, namespace: Option<&str>) -> Result<Vec<Document>> {
-    let mut read = Vec::new();
-    let mut mistakes = Vec::new();
-    for file in files {
-        for (name, text) in texts(file, recursive)? {
-            match manifest::parse(&name, &text) {
-                Ok(located) => read.extend(located.into_iter().map(|located| {
-                    let place = format!("{name}:{}:{}", located.line, located.column);
-                    let mut object = located.value;
-                    if object.kind().is_namespaced() && object.metadata().namespace.is_none() {
-                        object.metadata_mut().namespace =
-                            Some(namespace.unwrap_or("default").to_owned());
-                    }
-                    Document { object, place }
-                })),
-                Err(errors) => mistakes.extend(errors.iter().map(ToString::to_string)),
-            }
-        }
-    }
-    if mistakes.is_empty() {
-        return Ok(read);
-    }
-    bail!(
-        "{}\nnothing was done: mend {} and run the command again",
-        mistakes.join("\n"),
-        if mistakes.len() == 1 { "this" } else { "these" }
-    );
-}
-
-fn texts(file: &Path, recursive: bool) -> Result<Vec<(String, String)>> {
-    if file == Path::new("-") {
-        let mut text = String::new();
-        std::io::stdin()
-            .read_to_string(&mut text)
-            .context("cannot read standard input")?;
-        return Ok(vec![("<stdin>".to_owned(), text)]);
-    }
-    if !file.is_dir() {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}", file.display()))?;
-        return Ok(vec![(file.display().to_string(), text)]);
-    }
-    let entries =
-        std::fs::read_dir(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    paths.sort();
-    let mut all = Vec::new();
-    for path in paths {
-        let is_manifest = path.extension().is_some_and(|extension| {
-            ["yaml", "yml", "json"]
-                .iter()
-                .any(|known| extension == *known)
-        });
-        if is_manifest || (recursive && path.is_dir()) {
-            all.extend(texts(&path, recursive)?);
-        }
-    }
-    Ok(all)
 }
 
 #[cfg(test)]

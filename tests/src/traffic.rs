@@ -4,36 +4,97 @@ use crate::lab::Lab;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::process::Child;
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-/// A running `ping -i 0.01`.
+/// A running `ping -i 0.01`, whose answers are noted by sequence number.
 #[derive(Debug)]
 pub struct Ping {
     child: Child,
     what: String,
+    answered: Arc<Mutex<BTreeSet<u64>>>,
+    reader: Option<JoinHandle<String>>,
 }
 
 /// What a ping counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Count {
     pub sent: u64,
-    pub received: u64,
-}
-
-impl Count {
-    pub fn lost(self) -> u64 {
-        self.sent - self.received
-    }
+    /// Sequence numbers without an answer. The very last one may still be on its way when ping is ended and is not counted.
+    pub lost: u64,
 }
 
 impl Ping {
     /// Starts a ping every 10 ms from a pod to an address; it ends by itself after two minutes.
     pub fn start(lab: &Lab, from: &str, to: &str) -> Result<Self> {
-        let child = lab.spawn(from, &["ping", "-n", "-q", "-i", "0.01", "-w", "120", to])?;
-        Ok(Self {
+        Self::in_namespace(&lab.netns(from), to)
+    }
+
+    /// The same from a network namespace.
+    pub fn in_namespace(namespace: &str, to: &str) -> Result<Self> {
+        let mut child = Command::new("ip")
+            .args(["netns", "exec", namespace])
+            .args(["ping", "-n", "-i", "0.01", "-w", "120", to])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start ping")?;
+        let stdout = child.stdout.take().context("ping has no output")?;
+        let answered = Arc::new(Mutex::new(BTreeSet::new()));
+        let noted = Arc::clone(&answered);
+        let reader = std::thread::spawn(move || {
+            let mut last = String::new();
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                match sequence(&line) {
+                    Some(number) => {
+                        noted
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .insert(number);
+                    }
+                    None if line.contains("packets transmitted") => last = line,
+                    None => {}
+                }
+            }
+            last
+        });
+        let ping = Self {
             child,
-            what: format!("{from} -> {to}"),
+            what: format!("{namespace} -> {to}"),
+            answered,
+            reader: Some(reader),
+        };
+        ping.flow(1)?;
+        Ok(ping)
+    }
+
+    /// Waits until so many more have been answered: traffic flows now.
+    pub fn flow(&self, more: usize) -> Result<()> {
+        let answered = || {
+            self.answered
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .len()
+        };
+        let enough = answered() + more;
+        crate::eventually(Duration::from_secs(20), || {
+            let now = answered();
+            if now >= enough {
+                Ok(())
+            } else {
+                Err(format!(
+                    "{}: {now} pings answered, waiting for {enough}",
+                    self.what
+                ))
+            }
         })
+        .map(drop)
+        .map_err(anyhow::Error::msg)
     }
 
     /// Ends the ping and reads its summary.
@@ -44,12 +105,18 @@ impl Ping {
             Signal::SIGINT,
         )
         .context("ping has ended early")?;
-        let mut text = String::new();
-        if let Some(mut stdout) = self.child.stdout.take() {
-            std::io::Read::read_to_string(&mut stdout, &mut text)?;
-        }
         self.child.wait()?;
-        count(&text).with_context(|| format!("{}: no summary in {text:?}", self.what))
+        let reader = self.reader.take().context("ping was stopped before")?;
+        let summary = reader
+            .join()
+            .map_err(|_| anyhow::anyhow!("the reader of ping panicked"))?;
+        let sent =
+            sent(&summary).with_context(|| format!("{}: no summary in {summary:?}", self.what))?;
+        let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Count {
+            sent,
+            lost: lost(sent, &answered),
+        })
     }
 }
 
@@ -60,20 +127,29 @@ impl Drop for Ping {
     }
 }
 
-/// `120 packets transmitted, 118 received, ...`; the last one may still be on its way when ping is ended.
-pub(crate) fn count(summary: &str) -> Option<Count> {
-    let line = summary
-        .lines()
-        .find(|line| line.contains("packets transmitted"))?;
-    let mut numbers = line
-        .split(|character: char| !character.is_ascii_digit())
-        .filter(|word| !word.is_empty());
-    let sent = numbers.next()?.parse().ok()?;
-    let received: u64 = numbers.next()?.parse().ok()?;
-    Some(Count {
-        sent,
-        received: received.min(sent),
-    })
+/// `64 bytes from 10.0.0.1: icmp_seq=7 ttl=62 time=0.05 ms`; errors name a sequence number, too, but no time.
+fn sequence(line: &str) -> Option<u64> {
+    let rest = line.split_once("icmp_seq=")?.1;
+    let answered = line.contains(" time=");
+    answered
+        .then(|| rest.split(' ').next()?.parse().ok())
+        .flatten()
+}
+
+/// `120 packets transmitted, 118 received, ...`
+fn sent(summary: &str) -> Option<u64> {
+    summary.split(' ').next()?.parse().ok()
+}
+
+fn lost(sent: u64, answered: &BTreeSet<u64>) -> u64 {
+    let settled = if answered.contains(&sent) {
+        sent
+    } else {
+        sent.saturating_sub(1)
+    };
+    (1..=settled)
+        .filter(|number| !answered.contains(number))
+        .count() as u64
 }
 
 /// A TCP transfer that sends numbered blocks and checks that they arrive, over `socat` in two pods.
@@ -87,7 +163,7 @@ impl Transfer {
     /// Starts a stream that lasts until [`Transfer::check`].
     pub fn start(lab: &Lab, from: &str, to: &str, address: &str, port: u16) -> Result<Self> {
         let server = lab.spawn(to, &["nc", "-l", "-p", &port.to_string()])?;
-        crate::eventually(std::time::Duration::from_secs(5), || {
+        crate::eventually(Duration::from_secs(5), || {
             let listening = lab
                 .exec(to, &["ss", "-Hltn", &format!("sport = :{port}")])
                 .map_err(|error| error.to_string())?;
@@ -152,15 +228,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_summary_of_ping_is_read() {
-        let text = "PING 10.0.0.1\n\n--- 10.0.0.1 ping statistics ---\n120 packets transmitted, 118 received, 1.66667% packet loss, time 1208ms\n";
+    fn losses_are_counted_by_sequence_number() {
         assert_eq!(
-            count(text),
-            Some(Count {
-                sent: 120,
-                received: 118
-            })
+            sequence("64 bytes from 10.0.0.1: icmp_seq=7 ttl=62 time=0.05 ms"),
+            Some(7)
         );
-        assert_eq!(count("nothing"), None);
+        assert_eq!(
+            sequence("From 10.0.1.254 icmp_seq=2 Time to live exceeded"),
+            None
+        );
+        assert_eq!(
+            sent("120 packets transmitted, 118 received, 1.66667% packet loss, time 1208ms"),
+            Some(120)
+        );
+        assert_eq!(
+            lost(4, &BTreeSet::from([1, 2, 3])),
+            0,
+            "the last one is on its way"
+        );
+        assert_eq!(lost(5, &BTreeSet::from([1, 3])), 2);
+        assert_eq!(lost(3, &BTreeSet::from([1, 3])), 1);
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! A thread of its own owns the kernel's side: it sets what the table says, finds out once a second what is there
 //! (which also sees what the kernel removes without a notification), and puts right what others changed. Routes that an
-//! earlier process left stay until end-of-sync. At the end nothing is removed: the kernel goes on forwarding.
+//! earlier process left stay as they are until end-of-sync, also where a first peer has offered another way by then: what
+//! the whole table said is better than what a part of it says (RFC 4724 §4.1 defers the selection). New prefixes are
+//! installed at once. At the end nothing is removed: the kernel goes on forwarding.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -100,6 +102,8 @@ struct Writer {
     wanted: Arc<Mutex<Wanted>>,
     routes: Reconciler<Key, route::Route>,
     synced: Arc<Mutex<Synced>>,
+    /// What an earlier process left, as it was found.
+    left: Option<BTreeMap<Key, route::Route>>,
     audit_at: Instant,
 }
 
@@ -121,6 +125,7 @@ impl Writer {
             wanted,
             routes: Reconciler::new(ours),
             synced,
+            left: None,
             audit_at: Instant::now(),
         }
     }
@@ -148,10 +153,13 @@ impl Writer {
         };
         match self.netlink.dump_routes(&filter) {
             Ok(dump) => {
-                let rows = dump
+                let rows: Vec<_> = dump
                     .into_iter()
                     .map(route::Route::normalised)
-                    .map(|r| (r.key(), r));
+                    .map(|r| (r.key(), r))
+                    .collect();
+                self.left
+                    .get_or_insert_with(|| rows.iter().cloned().collect());
                 for drift in self.routes.on_dump(rows, now) {
                     info!(?drift, "found a route that somebody else changed");
                 }
@@ -162,7 +170,7 @@ impl Writer {
         let mut resolved = BTreeMap::new();
         let rows = paths
             .iter()
-            .filter_map(|(p, path)| self.render(*p, path, &mut resolved));
+            .filter_map(|(p, path)| self.row(*p, path, &mut resolved));
         let rows: Vec<_> = rows.map(|r| (r.key(), r)).collect();
         self.routes.set_desired(rows);
         self.audit_at = now + AUDIT.max(now.elapsed() * AUDIT_SHARE);
@@ -184,7 +192,7 @@ impl Writer {
         });
         let mut resolved = BTreeMap::new();
         for (prefix, path) in changed {
-            let row = path.and_then(|p| self.render(prefix, &p, &mut resolved));
+            let row = path.and_then(|p| self.row(prefix, &p, &mut resolved));
             match (row, key(prefix)) {
                 (Some(row), _) => self.routes.desire(row.key(), row),
                 (None, Some(key)) => drop(self.routes.undesire(&key)),
@@ -212,6 +220,26 @@ impl Writer {
                 warn!(route = %op.key(), %error, "the kernel refused a route");
             }
             self.routes.on_result(op, result, now);
+        }
+    }
+
+    /// The row of a prefix: what an earlier process left as long as the family is not in sync, then what the path says.
+    fn row(
+        &self,
+        prefix: Prefix,
+        path: &Path,
+        resolved: &mut BTreeMap<Gateway, Option<route::Hop>>,
+    ) -> Option<route::Route> {
+        let synced = *self.synced.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_sync = if prefix.addr().is_ipv4() {
+            synced.v4
+        } else {
+            synced.v6
+        };
+        let left = self.left.as_ref().filter(|_| !in_sync);
+        match left.and_then(|left| left.get(&key(prefix)?)) {
+            Some(left) => Some(left.clone()),
+            None => self.render(prefix, path, resolved),
         }
     }
 

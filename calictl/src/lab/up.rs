@@ -1,9 +1,10 @@
 //! `calictl lab up`: from a topology file to pods that talk, a line for each step.
 
 use super::{places, root, show};
+use crate::manifests::{self, Document};
 use crate::output::{self, Style};
 use anyhow::{Context, Result, bail};
-use cali_api::{AnyResource, Kind, manifest};
+use cali_api::{AnyResource, Kind};
 use cali_control::status::{BgpStatus, NodeRequest, NodeResponse, NodeStatus, SessionState};
 use cali_datastore::Datastore;
 use cali_lab::plan::{Plan, plan};
@@ -47,7 +48,7 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
     let plan = plan(&topology, &places).with_context(|| format!("{}", file.display()))?;
     bring_up::require_root()?;
     // All manifests are read before anything is made: a bad one leaves nothing behind.
-    let manifests = read_manifests(&plan)?;
+    let documents = manifests::read(&plan.manifests, false, None)?;
     steps.done(
         "topology",
         format_args!(
@@ -55,7 +56,7 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
             plan.lab,
             plan.nodes.len(),
             plan.cables.len(),
-            manifests.len()
+            documents.len()
         ),
     );
 
@@ -75,12 +76,13 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
         );
 
         let store = open_store(&plan)?;
-        let (created, changed) = apply(store.as_ref(), &manifests).await?;
+        manifests::check(store.as_ref(), &documents).await?;
+        let (created, changed) = apply(store.as_ref(), &documents).await?;
         steps.done(
             "datastore",
             format_args!(
                 "{created} objects created, {changed} changed, {} as they were",
-                manifests.len() - created - changed
+                documents.len() - created - changed
             ),
         );
 
@@ -123,35 +125,6 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
     Ok(())
 }
 
-/// All objects of the plan's manifest folders, files in the order of their names.
-fn read_manifests(plan: &Plan) -> Result<Vec<AnyResource>> {
-    let mut objects = Vec::new();
-    let mut mistakes = Vec::new();
-    for folder in &plan.manifests {
-        let entries = std::fs::read_dir(folder)
-            .with_context(|| format!("cannot read the folder of manifests {}", folder.display()))?;
-        let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-        files.retain(|path| {
-            path.extension().is_some_and(|extension| {
-                extension == "yaml" || extension == "yml" || extension == "json"
-            })
-        });
-        files.sort();
-        for file in files {
-            let text = std::fs::read_to_string(&file)
-                .with_context(|| format!("cannot read {}", file.display()))?;
-            match manifest::parse(&file.display().to_string(), &text) {
-                Ok(located) => objects.extend(located.into_iter().map(|located| located.value)),
-                Err(errors) => mistakes.extend(errors.iter().map(ToString::to_string)),
-            }
-        }
-    }
-    if mistakes.is_empty() {
-        return Ok(objects);
-    }
-    bail!("{}\nnothing was applied", mistakes.join("\n"))
-}
-
 /// The lab's datastore, as its nodes have it.
 pub(super) fn open_store(plan: &Plan) -> Result<Arc<dyn Datastore>> {
     let path = plan
@@ -163,9 +136,9 @@ pub(super) fn open_store(plan: &Plan) -> Result<Arc<dyn Datastore>> {
     Ok(Arc::new(store))
 }
 
-async fn apply(store: &dyn Datastore, objects: &[AnyResource]) -> Result<(usize, usize)> {
+async fn apply(store: &dyn Datastore, documents: &[Document]) -> Result<(usize, usize)> {
     let (mut created, mut changed) = (0, 0);
-    for object in objects {
+    for Document { value: object, .. } in documents {
         let applied = store
             .apply(object.clone())
             .await

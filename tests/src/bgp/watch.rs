@@ -4,14 +4,13 @@
 //! (with their next hop object or their device).
 
 use crate::bgp::segment::Host;
+use crate::traffic::Ping;
 use anyhow::{Context, Result, ensure};
 use cali_api::Cidr;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 /// `ip monitor route` of a namespace, written to a file.
@@ -73,7 +72,7 @@ impl Drop for Watch {
 /// A ping every 10 ms that counts.
 #[derive(Debug)]
 pub struct Pings {
-    child: Child,
+    ping: Ping,
     what: String,
 }
 
@@ -91,45 +90,20 @@ impl Pings {
             }
         })
         .map_err(anyhow::Error::msg)?;
-        let child = Command::new("ip")
-            .args(["netns", "exec", host.ns.name()])
-            .args(["ping", "-n", "-q", "-i", "0.01", "-w", "120", &address])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot start ping")?;
-        Ok(Self { child, what })
+        let ping = Ping::in_namespace(host.ns.name(), &address)?;
+        Ok(Self { ping, what })
     }
 
-    /// Ends, and fails if an answer is missing. The last one may still be on its way.
-    pub fn stop(mut self) -> Result<u64> {
-        kill(
-            Pid::from_raw(i32::try_from(self.child.id())?),
-            Signal::SIGINT,
-        )
-        .context("ping has ended early")?;
-        let mut text = String::new();
-        if let Some(mut stdout) = self.child.stdout.take() {
-            std::io::Read::read_to_string(&mut stdout, &mut text)?;
-        }
-        self.child.wait()?;
-        let count = crate::traffic::count(&text)
-            .with_context(|| format!("{}: no summary in {text:?}", self.what))?;
+    /// Ends, and fails if an answer is missing.
+    pub fn stop(self) -> Result<u64> {
+        let count = self.ping.stop()?;
         ensure!(
-            count.sent > 1 && count.lost() <= 1,
+            count.sent > 1 && count.lost == 0,
             "{}: {} of {} packets lost",
             self.what,
-            count.lost(),
+            count.lost,
             count.sent
         );
         Ok(count.sent)
-    }
-}
-
-impl Drop for Pings {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

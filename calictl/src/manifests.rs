@@ -1,0 +1,103 @@
+//! Manifests from files, checked as far as that is possible without the datastore.
+
+use anyhow::{Context, Result, bail};
+use cali_api::manifest::{self, Located};
+use cali_api::{AnyResource, defaults, validate};
+use cali_datastore::{Datastore, Error, preflight};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// An object with the place it was read from.
+pub(crate) type Document = Located<AnyResource>;
+
+/// Reads every document of every file; all mistakes of all files are reported at once, each with its place.
+pub(crate) fn read(
+    files: &[PathBuf],
+    recursive: bool,
+    namespace: Option<&str>,
+) -> Result<Vec<Document>> {
+    let mut documents = Vec::new();
+    let mut mistakes = Vec::new();
+    for file in files {
+        for (name, text) in texts(file, recursive)? {
+            match manifest::parse(&name, &text) {
+                Ok(parsed) => documents.extend(parsed),
+                Err(errors) => mistakes.extend(errors),
+            }
+        }
+    }
+    for document in &mut documents {
+        let object = &mut document.value;
+        if object.kind().is_namespaced() && object.metadata().namespace.is_none() {
+            object.metadata_mut().namespace = Some(namespace.unwrap_or("default").to_owned());
+        }
+        let mut complete = object.clone();
+        defaults(&mut complete);
+        if let Err(fields) = validate(&complete) {
+            mistakes.extend(fields.iter().map(|field| document.field_error(field)));
+        }
+    }
+    refuse(&mistakes)?;
+    Ok(documents)
+}
+
+/// Asks the datastore whether it would take all of them, before the first is written.
+pub(crate) async fn check(store: &dyn Datastore, documents: &[Document]) -> Result<()> {
+    let objects: Vec<AnyResource> = documents
+        .iter()
+        .map(|document| document.value.clone())
+        .collect();
+    let mut mistakes = Vec::new();
+    for refused in preflight::check(store, &objects).await? {
+        let document = &documents[refused.position];
+        match &refused.source {
+            Error::Invalid { fields, .. } => {
+                mistakes.extend(fields.iter().map(|field| document.field_error(field)));
+            }
+            other => mistakes.push(document.error(other)),
+        }
+    }
+    refuse(&mistakes)
+}
+
+fn refuse(mistakes: &[manifest::ManifestError]) -> Result<()> {
+    if mistakes.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+    let these = if mistakes.len() == 1 { "this" } else { "these" };
+    bail!(
+        "{}\nnothing was done: mend {these} and run the command again",
+        lines.join("\n")
+    )
+}
+
+/// Name and text of a file, of standard input, or of the manifests of a folder in the order of their names.
+fn texts(file: &Path, recursive: bool) -> Result<Vec<(String, String)>> {
+    if file == Path::new("-") {
+        let mut text = String::new();
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .context("cannot read standard input")?;
+        return Ok(vec![("<stdin>".to_owned(), text)]);
+    }
+    if !file.is_dir() {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read {}", file.display()))?;
+        return Ok(vec![(file.display().to_string(), text)]);
+    }
+    let entries =
+        std::fs::read_dir(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    let mut all = Vec::new();
+    for path in paths {
+        let is_manifest = path
+            .extension()
+            .is_some_and(|found| ["yaml", "yml", "json"].iter().any(|known| found == *known));
+        if is_manifest || (recursive && path.is_dir()) {
+            all.extend(texts(&path, recursive)?);
+        }
+    }
+    Ok(all)
+}
