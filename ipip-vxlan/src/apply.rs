@@ -214,7 +214,9 @@ impl Applier {
                 Event::Neighbour(notice) => {
                     neighbours.insert(notice.object().key(), notice);
                 }
-                Event::Fdb(notice) => {
+                // Older kernels (seen: 6.1) follow every notification of the driver by a general one that does not tell
+                // the destination (`rtnl_fdb_notify`, net/core/rtnetlink.c); it must not hide the first.
+                Event::Fdb(notice) if notice.object().dst.is_some() => {
                     fdb.insert((notice.object().ifindex, notice.object().mac), notice);
                 }
                 Event::Overflow => {

@@ -196,7 +196,6 @@ fn repair_is_as_quick_while_iptables_churns() {
 fn a_remover_is_fought_then_named_and_what_it_spares_stays() {
     run(async {
         let node = Node::new("hremove").await;
-        // networkd without its `ManageForeignNextHops`, once more with it below.
         let host = Host::apply(&node.ns, &[Fixture::StrictReversePath], Ours::default());
         let writer = node.start();
         writer.apply(everything()).await.unwrap();
@@ -219,10 +218,7 @@ fn a_remover_is_fought_then_named_and_what_it_spares_stays() {
         let removed = remover.removed();
         assert!(named.is_ok(), "{removed:?}, {:?}", state.borrow().fights);
         // It gives in instead of fighting on: each row was put back a few times only.
-        assert!(
-            (15..=40).contains(&removed.routes),
-            "{removed:?} until it was named"
-        );
+        assert!(removed.routes <= 40, "{removed:?} until it was named");
         drop(remover);
         // The remover is gone; the rows are taken up again after the pause.
         node.until_complete(Duration::from_secs(60), "after the fight")
