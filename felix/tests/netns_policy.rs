@@ -16,11 +16,11 @@ use std::sync::Arc;
 use std::thread;
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
-use cali_api::{AnyResource, Key, Revision};
-use felix::calc::{Direction, Graph, Input};
+use cali_api::{AnyResource, Revision};
+use felix::calc::{Graph, Input};
 use felix::compile::{Compiler, Program, plan_transaction};
-use felix::verdict::{Model, Outcome, Packet};
-use policy_lab::{Lab, Listener, Place, Probe, listen, probe};
+use felix::verdict::{Model, Packet};
+use policy_lab::{Lab, Listener, Place, Probe, expected, listen, probe};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -91,20 +91,8 @@ impl ProbeText {
     }
 
     fn packet(&self, from: &Place, to: &Place, v4: bool) -> Packet {
-        let (protocol, destination_port, icmp) = match (self.what(), v4) {
-            (Probe::Tcp(port), _) => (6, port, None),
-            (Probe::Udp(port), _) => (17, port, None),
-            (Probe::Ping, true) => (1, 0, Some((8, 0))),
-            (Probe::Ping, false) => (58, 0, Some((128, 0))),
-        };
-        Packet {
-            source: from.address(v4),
-            destination: to.address(v4),
-            protocol,
-            source_port: self.source_port,
-            destination_port,
-            icmp,
-        }
+        self.what()
+            .packet(from.address(v4), to.address(v4), self.source_port)
     }
 }
 
@@ -179,30 +167,6 @@ fn compile(objects: &[Arc<AnyResource>]) -> Program {
     let mut compiler = Compiler::default();
     compiler.apply(&graph.flush().expect("a first batch"));
     compiler.program().clone()
-}
-
-/// What the model says: out of the sender's endpoint and into the receiver's.
-fn expected(model: &Model, packet: &Packet) -> (bool, String) {
-    let ends = [
-        (packet.source, Direction::Egress),
-        (packet.destination, Direction::Ingress),
-    ];
-    let known: Vec<(Key, Direction)> = ends
-        .into_iter()
-        .filter_map(|(addr, direction)| Some((model.endpoint_of(addr)?, direction)))
-        .collect();
-    let mut reasons = Vec::new();
-    for (endpoint, direction) in known {
-        let verdict = model.verdict(&endpoint, packet, direction);
-        reasons.push(format!(
-            "{direction} {:?} by {}",
-            verdict.outcome, verdict.reason
-        ));
-        if verdict.outcome == Outcome::Deny {
-            return (false, reasons.join(", "));
-        }
-    }
-    (true, reasons.join(", "))
 }
 
 /// Runs a case; returns what did not agree.

@@ -11,10 +11,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, U
 use std::thread;
 use std::time::Duration;
 
+use cali_api::Key;
 use cali_netlink::NetNs;
 use cali_netlink::nft::{Family, Nft, TableName};
 use cali_netlink::testing::TestNs;
+use felix::calc::Direction;
 use felix::compile::{Program, Touched, plan_transaction};
+use felix::verdict::{Model, Outcome, Packet};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// How long a probe may take. It only ends a test that fails anyway.
@@ -27,6 +30,26 @@ pub(crate) enum Probe {
     Tcp(u16),
     Udp(u16),
     Ping,
+}
+
+impl Probe {
+    /// The first packet of the probe.
+    pub(crate) fn packet(self, source: IpAddr, destination: IpAddr, source_port: u16) -> Packet {
+        let (protocol, destination_port, icmp) = match (self, source.is_ipv4()) {
+            (Self::Tcp(port), _) => (6, port, None),
+            (Self::Udp(port), _) => (17, port, None),
+            (Self::Ping, true) => (1, 0, Some((8, 0))),
+            (Self::Ping, false) => (58, 0, Some((128, 0))),
+        };
+        Packet {
+            source,
+            destination,
+            protocol,
+            source_port,
+            destination_port,
+            icmp,
+        }
+    }
 }
 
 /// A place that packets come from and go to: a pod, or somebody outside (the last one).
@@ -199,11 +222,45 @@ fn world(node: &TestNs) -> Place {
     }
 }
 
+/// What the model says: out of the sender's endpoint and into the receiver's.
+pub(crate) fn expected(model: &Model, packet: &Packet) -> (bool, String) {
+    let ends = [
+        (packet.source, Direction::Egress),
+        (packet.destination, Direction::Ingress),
+    ];
+    let known: Vec<(Key, Direction)> = ends
+        .into_iter()
+        .filter_map(|(addr, direction)| Some((model.endpoint_of(addr)?, direction)))
+        .collect();
+    let mut reasons = Vec::new();
+    for (endpoint, direction) in known {
+        let verdict = model.verdict(&endpoint, packet, direction);
+        reasons.push(format!(
+            "{direction} {:?} by {}",
+            verdict.outcome, verdict.reason
+        ));
+        if verdict.outcome == Outcome::Deny {
+            return (false, reasons.join(", "));
+        }
+    }
+    (true, reasons.join(", "))
+}
+
 /// Somebody who answers; ends with the value.
 pub(crate) enum Listener {
-    Tcp(#[allow(dead_code)] TcpListener),
+    Tcp(TcpListener),
     Udp(UdpSocket),
     None,
+}
+
+impl Listener {
+    /// Takes the connections that wait, so that a listener of many probes has room for more.
+    pub(crate) fn drain(&self) {
+        if let Self::Tcp(listener) = self {
+            listener.set_nonblocking(true).expect("a listener");
+            while listener.accept().is_ok() {}
+        }
+    }
 }
 
 impl Drop for Listener {
