@@ -98,6 +98,7 @@ async fn main() -> anyhow::Result<()> {
         .or_else(|_| EnvFilter::try_new(arguments.log.to_lowercase()))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
         .init();
 

@@ -10,7 +10,7 @@
 //!
 //! # Invariants
 //! - Receivers are prepared for every encapsulation that any pool names, whether or not a route of
-//!   this node uses it yet (DESIGN §4.4, the barrier for pool edits).
+//!   this node uses it yet (docs/architecture.md §6, the barrier for pool edits).
 //! - Nothing that a route still uses is removed: [`Tunnels`] is told which gateways are in use.
 //! - A device of our name but of another kind belongs to somebody else. It is reported, never changed.
 

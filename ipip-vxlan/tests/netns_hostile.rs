@@ -1,6 +1,11 @@
 //! The tunnel applier on a host that others use as well: what is theirs stays as it is, and a place that is taken is
 //! reported and waited for.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failed step of a test's set-up is to end the test"
+)]
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};

@@ -30,8 +30,8 @@ pub enum Error {
         command: String,
         output: String,
     },
-    #[error("a lab makes network namespaces, which only root can: run it with sudo")]
-    NotRoot,
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Host(Vec<cali_netlink::probe::Missing>),
     #[error("the supervisor of lab {lab} did not start; see {log}")]
     Supervisor { lab: String, log: String },
 }
@@ -41,12 +41,14 @@ fn io_error(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { operation, source }
 }
 
-/// A lab needs root; said before anything is tried.
-pub fn require_root() -> Result<(), Error> {
-    if nix::unistd::geteuid().is_root() {
+/// Whether this host can run a lab; said before anything is tried, everything that is missing at once.
+pub fn check_host() -> Result<(), Error> {
+    let needs = cali_netlink::probe::lab_needs();
+    let missing: Vec<_> = needs.into_iter().filter_map(Result::err).collect();
+    if missing.is_empty() {
         Ok(())
     } else {
-        Err(Error::NotRoot)
+        Err(Error::Host(missing))
     }
 }
 

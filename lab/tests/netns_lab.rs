@@ -92,6 +92,7 @@ struct Guard(Folder);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        bring_up::down(&self.0).unwrap();
+        let ended = bring_up::down(&self.0);
+        assert!(ended.is_ok(), "{ended:?}");
     }
 }

@@ -143,7 +143,7 @@ pub async fn probe(wanted: &[Capability]) -> Vec<(Capability, Result<(), Missing
         let result = match (capability, &sandbox) {
             (Capability::Root, _) => root(),
             // Without privileges nothing else can be tried; one clear message is enough.
-            (_, Err(_)) if root().is_err() => continue,
+            _ if root().is_err() => continue,
             (Capability::Namespaces, Err(cause)) => Err(Some(cause.clone())),
             (Capability::Namespaces, Ok(_)) => Ok(()),
             // Without namespaces nothing can be tried where it does no harm; that is reported on its own.

@@ -1,7 +1,7 @@
 //! The one route table of a node, and the only writer of routes.
 //!
 //! [`RouteTable`] is pure: workloads, IPAM blocks, block affinities and BGP propose routes ([`Candidate`]), the kernel
-//! contract (DESIGN §5) admits exactly one supplier per pool mode, `ipip-vxlan` says through which device, and one
+//! contract (docs/architecture.md §5) admits exactly one supplier per pool mode, `ipip-vxlan` says through which device, and one
 //! route per prefix is selected. [`Program`], pure as well, turns the selection into rows and nexthop objects and
 //! plans the steps from what the kernel holds.
 //!

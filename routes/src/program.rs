@@ -57,7 +57,7 @@ struct Ours {
 }
 
 impl Ours {
-    /// DESIGN §5: protocol AND (nexthop id in our range, or prefix within a pool, block or announced set).
+    /// docs/architecture.md §5: protocol AND (nexthop id in our range, or prefix within a pool, block or announced set).
     fn claims(&self, key: &RouteKey, route: &Route) -> bool {
         let object = matches!(route.target, Target::Nexthop(id) if is_ours(id));
         let within = || {

@@ -48,7 +48,7 @@ pub enum Supplier {
     OnLinkBlockAffinity,
 }
 
-/// The table of DESIGN §5, after the settings have been applied.
+/// The table of docs/architecture.md §5, after the settings have been applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suppliers {
     ipip: Supplier,

@@ -451,7 +451,7 @@ impl RouteTable {
         }
         let waiting = match &choice.problem {
             Some(Problem::Resolving(_)) => true,
-            // The peer has not said yet that it receives this encapsulation (DESIGN §4.4, the barrier). A peer that
+            // The peer has not said yet that it receives this encapsulation (docs/architecture.md §6, the barrier). A peer that
             // takes back what it had said is no longer tunnelled to.
             Some(Problem::Encapsulation(Unresolved::NoVtep { .. })) => {
                 !former.way.uses(VXLAN_DEVICES)

@@ -1,6 +1,11 @@
 //! The writer on a host that others use as well: what is theirs stays as it is, ours converges, and a program that
 //! keeps deleting routes is fought, then named.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a failed step of a test's set-up is to end the test"
+)]
+
 use std::time::{Duration, Instant};
 
 use cali_api::{Cidr, NodeName};

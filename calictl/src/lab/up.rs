@@ -46,7 +46,7 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
     let topology = topology::read(file)?;
     let places = places()?;
     let plan = plan(&topology, &places).with_context(|| format!("{}", file.display()))?;
-    bring_up::require_root()?;
+    bring_up::check_host()?;
     // All manifests are read before anything is made: a bad one leaves nothing behind.
     let documents = manifests::read(&plan.manifests, false, None)?;
     steps.done(

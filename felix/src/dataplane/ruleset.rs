@@ -25,7 +25,7 @@ const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_LIMIT: Duration = Duration::from_secs(30);
 /// What is refused is tried again after this time, even if nothing changed.
 const RETRY: Duration = Duration::from_secs(60);
-/// Foreign changes within [`FIGHT_WINDOW`] that make a fight (DESIGN §5).
+/// Foreign changes within [`FIGHT_WINDOW`] that make a fight (docs/architecture.md §5).
 const FIGHT_CHANGES: usize = 5;
 const FIGHT_WINDOW: Duration = Duration::from_secs(60);
 /// Time between two corrections during a fight.
