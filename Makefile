@@ -4,7 +4,7 @@ LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab test-interop
+.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -38,3 +38,7 @@ test-lab: build ## the three-node lab, end to end (root)
 
 test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked from Debian's packages (root)
 	scripts/test-as-root 'interop_*'
+
+test-vm: ## kernel tests on Debian's kernels, in a virtual machine (KVM=1: with hardware support)
+	@scripts/setup vm
+	scripts/vm/test
