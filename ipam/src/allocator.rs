@@ -15,7 +15,7 @@ use cali_datastore::Datastore;
 
 use crate::block::{Block, Clock, Release};
 use crate::error::{Error, family};
-use crate::objects::{self, Objects, Swap};
+use crate::objects::{self, Objects, Stored, Swap};
 use crate::owner::Owner;
 use crate::pools::{self, Demand, Pool};
 
@@ -442,29 +442,7 @@ impl Allocator {
             if block == stored.value {
                 return Ok(Some(result));
             }
-            let (gained, lost) = difference(&stored.value, &block);
-            for (handle, count) in &gained {
-                self.count_handle(handle, cidr, i64::from(*count)).await?;
-            }
-            let abandoned = block.affinity().is_none() && block.is_unused();
-            let written = if abandoned {
-                self.objects
-                    .remove(&crate::names::block(cidr), &stored.revision)
-                    .await?
-            } else {
-                self.objects.update_block(&stored, block).await?
-            };
-            let (undo, done) = match written {
-                Swap::Raced => (gained, false),
-                Swap::Done(_) => (lost, true),
-            };
-            for (handle, count) in &undo {
-                // A count that stays too high costs a look into one block at release, nothing else.
-                if let Err(e) = self.count_handle(handle, cidr, -i64::from(*count)).await {
-                    tracing::warn!(error = %e, handle, "count of a handle stays too high");
-                }
-            }
-            if done {
+            if self.swap_block(&stored, block).await? {
                 return Ok(Some(result));
             }
         }
@@ -472,6 +450,38 @@ impl Allocator {
             operation: format!("write block {cidr}"),
             attempts: ATTEMPTS,
         })
+    }
+
+    /// Writes a changed block if it is still as it was read, and keeps the handles' counts. False: somebody else wrote.
+    pub(crate) async fn swap_block(
+        &self,
+        stored: &Stored<Block>,
+        block: Block,
+    ) -> Result<bool, Error> {
+        let cidr = block.cidr();
+        let (gained, lost) = difference(&stored.value, &block);
+        for (handle, count) in &gained {
+            self.count_handle(handle, &cidr, i64::from(*count)).await?;
+        }
+        let abandoned = block.affinity().is_none() && block.is_unused();
+        let written = if abandoned {
+            self.objects
+                .remove(&crate::names::block(&cidr), &stored.revision)
+                .await?
+        } else {
+            self.objects.update_block(stored, block).await?
+        };
+        let (undo, done) = match written {
+            Swap::Raced => (gained, false),
+            Swap::Done(_) => (lost, true),
+        };
+        for (handle, count) in &undo {
+            // A count that stays too high costs a look into one block at release, nothing else.
+            if let Err(e) = self.count_handle(handle, &cidr, -i64::from(*count)).await {
+                tracing::warn!(error = %e, handle, "count of a handle stays too high");
+            }
+        }
+        Ok(done)
     }
 }
 

@@ -111,6 +111,11 @@ impl Block {
         timestamp::parse(self.spec.affinity_claim_time.as_deref()?)
     }
 
+    /// Counts the writes; a number never comes again, not even in a block that was deleted and made anew.
+    pub fn sequence(&self) -> u64 {
+        self.spec.sequence_number
+    }
+
     fn ordinal(&self, address: IpAddr) -> Option<usize> {
         if !self.spec.cidr.contains(address) {
             return None;
@@ -178,6 +183,11 @@ impl Block {
     /// Whether every address is free, none even resting: such a block can be deleted.
     pub fn is_unused(&self) -> bool {
         self.spec.unallocated.len() == self.spec.allocations.len()
+    }
+
+    /// Number of addresses in the block.
+    pub fn capacity(&self) -> usize {
+        self.spec.allocations.len()
     }
 
     /// Number of addresses that can be given out now.
@@ -302,7 +312,7 @@ impl Block {
     }
 
     /// Frees the addresses whose rest is over, in the order of their numbers.
-    fn end_rests(&mut self, clock: Clock) {
+    pub fn end_rests(&mut self, clock: Clock) {
         for ordinal in 0..self.spec.allocations.len() {
             let over = self
                 .attribute(ordinal)

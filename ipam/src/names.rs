@@ -5,6 +5,10 @@ use cali_api::{Cidr, Key, Kind};
 /// Kubernetes limits object names to 253 characters.
 const MAX_NAME: usize = 253;
 
+/// On a Node: its daemon keeps a journal of its addresses, so that the datastore alone does not say which are in use.
+/// Nobody else may take them back while the Node exists.
+pub const JOURNAL_ANNOTATION: &str = "projectcalico.org/address-journal";
+
 /// `10.0.0.0/26` as `10-0-0-0-26`.
 pub fn dashed(cidr: &Cidr) -> String {
     cidr.to_string().replace(['.', ':', '/'], "-")

@@ -73,7 +73,7 @@ impl Objects {
         }
     }
 
-    async fn all(&self, kind: Kind) -> Result<Vec<Versioned>, Error> {
+    pub(crate) async fn all(&self, kind: Kind) -> Result<Vec<Versioned>, Error> {
         let list = self.store.list(kind, None).await;
         Ok(list
             .map_err(Error::datastore(format!("list {}", kind.plural())))?
@@ -181,16 +181,22 @@ impl Objects {
     }
 
     pub(crate) async fn blocks(&self) -> Result<Vec<Block>, Error> {
-        let found = self.all(Kind::IPAMBlock).await?;
-        Ok(found
-            .iter()
-            .filter_map(|v| match v.object.as_ref() {
-                AnyResource::IPAMBlock(b) if !b.spec.deleted => {
-                    Some(Block::from_spec(b.spec.clone()))
-                }
-                _ => None,
-            })
-            .collect())
+        Ok(self.blocks_and_unreadable().await?.0)
+    }
+
+    /// The blocks, and the names of block objects that exist and cannot be read.
+    pub(crate) async fn blocks_and_unreadable(&self) -> Result<(Vec<Block>, Vec<String>), Error> {
+        let list = self
+            .store
+            .list(Kind::IPAMBlock, None)
+            .await
+            .map_err(Error::datastore("list ipamblocks"))?;
+        let blocks = list.items.iter().filter_map(|v| match v.object.as_ref() {
+            AnyResource::IPAMBlock(b) if !b.spec.deleted => Some(Block::from_spec(b.spec.clone())),
+            _ => None,
+        });
+        let unreadable = list.undecodable.iter().map(|u| u.key.name.to_string());
+        Ok((blocks.collect(), unreadable.collect()))
     }
 
     pub(crate) async fn create_block(&self, block: Block) -> Result<Swap, Error> {

@@ -62,6 +62,10 @@ pub fn plan_node(
             NodeSpec::default(),
         )
     });
+    // Published before the first address is handed out.
+    node.metadata
+        .annotations
+        .insert(cali_ipam::names::JOURNAL_ANNOTATION.into(), "v1".into());
     let former = node.spec.bgp.clone().unwrap_or_default();
     let ipv4 = address(&settings.ipv4, true, former.ipv4_address, host)?;
     let ipv6 = address(&settings.ipv6, false, former.ipv6_address, host)?;
