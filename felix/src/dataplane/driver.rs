@@ -15,6 +15,7 @@ use ipip_vxlan::{GatewaysInUse, TunnelState, Tunnels, Wish};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
+use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
 use super::host::{self, Connections, Interfaces};
 use super::resources::Resources;
@@ -116,6 +117,7 @@ impl Dataplane {
         let (state_out, state) = watch::channel(Arc::default());
         let driver = Driver {
             graph: Graph::new(config.node),
+            bystanders: Bystanders::new(nft.clone(), netlink.netns(), Instant::now()),
             compiler: Compiler::default(),
             ruleset: Ruleset::adopt(nft)?,
             resources,
@@ -234,6 +236,7 @@ struct Driver {
     graph: Graph,
     compiler: Compiler,
     ruleset: Ruleset,
+    bystanders: Bystanders,
     resources: Resources,
     endpoints: Endpoints,
     interfaces: Interfaces,
@@ -267,11 +270,15 @@ impl Driver {
         loop {
             let now = Instant::now();
             let far = now + Duration::from_secs(3600);
-            let due = [self.step_at, self.ruleset_due(now)]
-                .into_iter()
-                .flatten()
-                .min()
-                .unwrap_or(far);
+            let due = [
+                self.step_at,
+                self.ruleset_due(now),
+                self.bystanders.next_due(),
+            ]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(far);
             tokio::select! {
                 event = updates.recv(), if updates_open => match event {
                     Some(event) => {
@@ -336,11 +343,18 @@ impl Driver {
     }
 
     fn on_nft(&mut self, events: Vec<Event>) {
+        let now = Instant::now();
         let mut changes: Vec<NftEvent> = Vec::with_capacity(events.len());
         for event in events {
             match event {
-                Event::Nft(event) => changes.push(event),
-                Event::Overflow => self.ruleset.on_overflow(),
+                Event::Nft(event) => {
+                    self.bystanders.on_event(&event, now);
+                    changes.push(event);
+                }
+                Event::Overflow => {
+                    self.ruleset.on_overflow();
+                    self.bystanders.on_overflow(now);
+                }
                 _ => {}
             }
         }
@@ -439,6 +453,7 @@ impl Driver {
                 Err(error) => return error!(%error, "routes cannot be written"),
             }
         }
+        self.bystanders.look(Instant::now());
         self.publish();
         for done in self.waiting.drain(..) {
             // Whoever asked may have gone.
@@ -508,6 +523,7 @@ impl Driver {
             (key.clone(), state)
         });
         let mut notices: Vec<String> = self.resources.notices().to_vec();
+        notices.extend_from_slice(self.bystanders.notices());
         notices.extend(
             self.ruleset
                 .problem()
