@@ -1,15 +1,13 @@
 //! `felix`: policy only. It programs the endpoints whose interfaces somebody else made, in the network namespace that
 //! it is started in. All settings are environment variables.
 
-use std::sync::Arc;
-
 use anyhow::{Context, bail};
 use cali_api::NodeName;
 use cali_netlink::Netlink;
 use cali_netlink::probe::{Capability, probe};
 use cali_routes::Backend;
 use clap::Parser;
-use felix::dataplane::{Config, Dataplane, State, StatusSink};
+use felix::dataplane::{Config, Dataplane, StatusLog};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -26,48 +24,6 @@ struct Arguments {
     /// Lowest severity that is logged.
     #[arg(long, env = "FELIX_LOGSEVERITYSCREEN", default_value = "info")]
     log: String,
-}
-
-/// Writes what an operator should know to the log, once.
-#[derive(Default)]
-struct Log {
-    last: Arc<State>,
-}
-
-impl StatusSink for Log {
-    fn on_state(&mut self, state: &Arc<State>) {
-        if state.ready != self.last.ready {
-            tracing::info!(
-                ready = state.ready,
-                endpoints = state.endpoints.len(),
-                "dataplane"
-            );
-        }
-        for refused in state
-            .refused
-            .iter()
-            .filter(|refused| !self.last.refused.contains(refused))
-        {
-            tracing::error!(
-                object = refused.object,
-                reason = refused.reason,
-                "the kernel refused an object"
-            );
-        }
-        for notice in state
-            .notices
-            .iter()
-            .filter(|notice| !self.last.notices.contains(notice))
-        {
-            tracing::warn!(notice, "notice");
-        }
-        for (object, problems) in &state.unusable {
-            if self.last.unusable.get(object) != Some(problems) {
-                tracing::error!(%object, ?problems, "an object cannot be used as it is");
-            }
-        }
-        self.last = state.clone();
-    }
 }
 
 fn backend(text: &str) -> anyhow::Result<Backend> {
@@ -119,7 +75,7 @@ async fn main() -> anyhow::Result<()> {
         backend,
         ..Config::new(node)
     };
-    let dataplane = Dataplane::start(config, netlink, updates, Box::<Log>::default())?;
+    let dataplane = Dataplane::start(config, netlink, updates, Box::<StatusLog>::default())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {

@@ -29,7 +29,7 @@ use cali_ipam::reserve::{Keeper, Settings as KeeperSettings};
 use cali_netlink::Netlink;
 use cali_netlink::events::Group;
 use cali_routes::{Backend, Input};
-use felix::dataplane::{Config, Dataplane, Handle, State, StatusSink};
+use felix::dataplane::{Config, Dataplane, Handle, StatusLog};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -194,7 +194,12 @@ async fn start(
         backend: settings.backend,
         ..Config::new(NodeName::from(settings.node_name.as_str()))
     };
-    let dataplane = Dataplane::start(config, netlink.clone(), updates, Box::<StateLog>::default());
+    let dataplane = Dataplane::start(
+        config,
+        netlink.clone(),
+        updates,
+        Box::<StatusLog>::default(),
+    );
     let dataplane = dataplane.map_err(kernel("rules, routes and tunnels"))?;
     let handle = dataplane.handle().clone();
 
@@ -329,46 +334,4 @@ async fn follow_addresses(
         }
     }
     "the stream of changes ended".to_owned()
-}
-
-/// Writes to the log what an operator should know, each thing once.
-#[derive(Default)]
-struct StateLog {
-    last: Arc<State>,
-}
-
-impl StatusSink for StateLog {
-    fn on_state(&mut self, state: &Arc<State>) {
-        if state.ready != self.last.ready {
-            tracing::info!(
-                ready = state.ready,
-                endpoints = state.endpoints.len(),
-                "dataplane"
-            );
-        }
-        for refused in state
-            .refused
-            .iter()
-            .filter(|refused| !self.last.refused.contains(refused))
-        {
-            tracing::error!(
-                object = refused.object,
-                reason = refused.reason,
-                "the kernel refused an object"
-            );
-        }
-        for notice in state
-            .notices
-            .iter()
-            .filter(|notice| !self.last.notices.contains(notice))
-        {
-            tracing::warn!(notice, "notice");
-        }
-        for (object, problems) in &state.unusable {
-            if self.last.unusable.get(object) != Some(problems) {
-                tracing::error!(%object, ?problems, "an object cannot be used as it is");
-            }
-        }
-        self.last = state.clone();
-    }
 }

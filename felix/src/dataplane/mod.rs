@@ -19,9 +19,11 @@ mod host;
 mod resources;
 mod ruleset;
 mod state;
+mod status_log;
 
 pub use driver::{Config, Dataplane, Handle, Stopped};
 pub use endpoints::{EndpointChanges, Endpoints, interface_settings};
 pub use resources::{KINDS, Resources};
 pub use ruleset::{Refused, Ruleset};
 pub use state::{EndpointState, NotProgrammed, State, StatusSink};
+pub use status_log::StatusLog;
