@@ -1,0 +1,131 @@
+//! One measurement: one daemon under one load.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::cost::{self, Cost};
+use super::daemon::{Competitor, Daemon};
+use super::generator::{Generator, Phase};
+use super::scene::Scene;
+use super::shape::Shape;
+
+/// Limits and waits of a round.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// For all sessions to stand.
+    pub establish: Duration,
+    /// Between the last session and the first UPDATE: some daemons hold a new update group back.
+    pub settle: Duration,
+    /// For a phase.
+    pub phase: Duration,
+    /// How long an idle daemon is watched; zero skips it.
+    pub idle: Duration,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Outcome {
+    /// From the first dial (or the daemon's first accept, if that was later) to the last session.
+    pub established: Duration,
+    /// With all sessions up and no routes.
+    pub idle: Cost,
+    /// Processor time per second while nothing happens, as a fraction of one processor.
+    pub idle_load: f64,
+    /// Announcements; absent for a load without routes.
+    pub announce: Option<Phase>,
+    /// Processor time of the daemon for them.
+    pub cpu: Duration,
+    /// Highest resident memory, in octets.
+    pub peak: u64,
+    /// Withdrawals.
+    pub withdraw: Option<Phase>,
+    /// What else ran on the machine during the announcements, as a fraction of one processor.
+    pub foreign: f64,
+}
+
+/// Measures one daemon.
+pub fn run(competitor: &Competitor, shape: &Shape, limits: &Limits) -> Result<Outcome> {
+    let scene = Scene::new(shape.neighbours.iter().map(|n| n.address))?;
+    let daemon = competitor.start(shape, &scene.device)?;
+    let measured = scene.load.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(measure(shape, &scene, limits))
+    });
+    measured?.with_context(|| explain(competitor, shape, &daemon))
+}
+
+fn explain(competitor: &Competitor, shape: &Shape, daemon: &Daemon) -> String {
+    format!(
+        "{} under {}; its last words:\n{}\n",
+        competitor.name,
+        shape.title,
+        daemon.last_words()
+    )
+}
+
+async fn measure(shape: &Shape, scene: &Scene, limits: &Limits) -> Result<Outcome> {
+    listening(limits.establish).await?;
+    let start = Instant::now();
+    let mut generator = Generator::start(shape);
+    generator.established(limits.establish).await?;
+    let established = start.elapsed();
+    tokio::time::sleep(limits.settle).await;
+    let (before, from) = (cost::look(&scene.device)?, Instant::now());
+    tokio::time::sleep(limits.idle).await;
+    let idle = cost::look(&scene.device)?;
+    let idle_load = if limits.idle.is_zero() {
+        0.0
+    } else {
+        (idle.cpu - before.cpu).as_secs_f64() / from.elapsed().as_secs_f64()
+    };
+    let mut outcome = Outcome {
+        established,
+        idle,
+        idle_load,
+        announce: None,
+        cpu: Duration::ZERO,
+        peak: idle.peak,
+        withdraw: None,
+        foreign: 0.0,
+    };
+    if shape.prefixes == 0 {
+        return Ok(outcome);
+    }
+    let (machine, own) = (cost::machine_busy()?, cost::own_cpu());
+    let announce = generator
+        .announce(limits.phase)
+        .await
+        .context("announcing")?;
+    let after = cost::look(&scene.device)?;
+    outcome.cpu = after.cpu.saturating_sub(idle.cpu);
+    let ours = outcome.cpu + cost::own_cpu().saturating_sub(own);
+    let foreign = cost::machine_busy()?
+        .saturating_sub(machine)
+        .saturating_sub(ours);
+    outcome.foreign = foreign.as_secs_f64() / announce.full.as_secs_f64();
+    outcome.announce = Some(announce);
+    outcome.peak = after.peak;
+    outcome.withdraw = Some(
+        generator
+            .withdraw(limits.phase)
+            .await
+            .context("withdrawing")?,
+    );
+    Ok(outcome)
+}
+
+/// Waits until the daemon takes connections, so that its start is not part of the sessions' setup.
+async fn listening(limit: Duration) -> Result<()> {
+    let address = (std::net::IpAddr::V4(super::shape::DEVICE), 179);
+    let tries = async {
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(limit, tries)
+        .await
+        .context("the daemon does not listen")
+}

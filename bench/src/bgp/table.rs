@@ -1,0 +1,81 @@
+//! The table of a run, as Markdown.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use super::round::Outcome;
+use super::shape::Shape;
+
+/// Rounds of one daemon; a failed one is the reason.
+pub struct Row {
+    /// Whose.
+    pub name: &'static str,
+    /// Every round.
+    pub rounds: Vec<Result<Outcome, String>>,
+}
+
+impl Row {
+    /// The round with the median time (the upper one of two).
+    fn median(&self) -> Option<&Outcome> {
+        let mut good: Vec<&Outcome> = self.rounds.iter().flatten().collect();
+        good.sort_by_key(|o| (o.announce.map(|a| a.full), o.established));
+        good.get(good.len() / 2).copied()
+    }
+}
+
+const fn megabytes(octets: u64) -> f64 {
+    octets as f64 / 1e6
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.3}", time.as_secs_f64())
+}
+
+/// One table.
+#[must_use]
+pub fn render(shape: &Shape, rows: &[Row]) -> String {
+    let mut out = format!("### {}\n\n", shape.title);
+    let routes = shape.prefixes > 0;
+    out.push_str(if routes {
+        "| daemon | all routes at every measured peer, s | daemon CPU, s | peak memory, MB | octets per path | UPDATEs sent | all \
+         withdrawn, s | sessions up, s | other load |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    } else {
+        "| daemon | sessions up, s | memory, MB | idle CPU, % of one core |\n|---|---:|---:|---:|\n"
+    });
+    for row in rows {
+        let Some(outcome) = row.median() else {
+            let reason = row.rounds.iter().find_map(|r| r.as_ref().err());
+            let reason = reason
+                .and_then(|r| r.lines().next())
+                .unwrap_or("not measured");
+            let _ = writeln!(out, "| {} | failed: {reason} |", row.name);
+            continue;
+        };
+        let up = seconds(outcome.established);
+        let (Some(announce), Some(withdraw)) = (outcome.announce, outcome.withdraw) else {
+            let _ = writeln!(
+                out,
+                "| {} | {up} | {:.1} | {:.2} |",
+                row.name,
+                megabytes(outcome.idle.resident),
+                outcome.idle_load * 100.0
+            );
+            continue;
+        };
+        let grown = outcome.peak.saturating_sub(outcome.idle.resident);
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {:.1} | {:.0} | {} | {} | {up} | {:.0} % |",
+            row.name,
+            seconds(announce.full),
+            seconds(outcome.cpu),
+            megabytes(outcome.peak),
+            grown as f64 / f64::from(shape.prefixes),
+            announce.updates,
+            seconds(withdraw.full),
+            outcome.foreign * 100.0
+        );
+    }
+    out.push('\n');
+    out
+}
