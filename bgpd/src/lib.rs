@@ -5,6 +5,7 @@
 //! [`sink`] and [`control`].
 
 pub mod agent;
+pub mod bfd;
 pub mod config;
 pub mod control;
 pub mod fsm;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bgpd::agent::Agent;
-use bgpd::config::{KINDS, Local, standalone};
-use bgpd::sink::{Sink, kernel::Kernel, node::Node};
-use bgpd::speaker::settings::Settings;
+use bgpd::config::standalone::{self, Configuration};
+use bgpd::config::{KINDS, Local};
+use bgpd::sink::{Nowhere, Sink, kernel::Kernel, node::Node};
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::tcp::Tcp;
 use bgpd::{control, reach};
@@ -90,14 +90,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn read_settings(file: &Path) -> anyhow::Result<Settings> {
+fn read_configuration(file: &Path) -> anyhow::Result<Configuration> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     standalone::parse(&text).with_context(|| file.display().to_string())
 }
 
 fn check(file: &Path) -> anyhow::Result<()> {
-    let settings = read_settings(file)?;
+    let settings = read_configuration(file)?.settings;
     println!(
         "{}: {} neighbors, {} routes",
         file.display(),
@@ -155,18 +155,28 @@ async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
 
 #[tokio::main]
 async fn run_alone(file: &Path) -> anyhow::Result<()> {
-    let settings = read_settings(file)?;
+    let Configuration { settings, install } = read_configuration(file)?;
     let netlink = kernel()?;
-    let sink = Kernel::start(netlink.clone()).context("cannot start the writer of routes")?;
+    let sink: Box<dyn Sink> = if install {
+        let kernel = Kernel::start(netlink.clone());
+        Box::new(kernel.context("cannot start the writer of routes")?)
+    } else {
+        Box::new(Nowhere)
+    };
     let listener = open_control()?;
-    let (speaker, mut task) = Speaker::start(environment(netlink, Box::new(sink)), settings);
+    let (speaker, mut task) = Speaker::start(environment(netlink, sink), settings);
     tokio::spawn(control::serve(listener, speaker.clone()));
     let mut reload = signal(SignalKind::hangup())?;
     loop {
         tokio::select! {
             end = &mut task => return end.context("the speaker failed"),
-            _ = reload.recv() => match read_settings(file) {
-                Ok(settings) => speaker.configure(settings).await?,
+            _ = reload.recv() => match read_configuration(file) {
+                Ok(next) => {
+                    if next.install != install {
+                        tracing::warn!("a change of install counts from the next start on");
+                    }
+                    speaker.configure(next.settings).await?;
+                }
                 Err(error) => tracing::error!(error = format!("{error:#}"), "the old configuration stays"),
             },
             signal = terminated() => {

@@ -49,7 +49,7 @@ fn row(peer: &PeerStatus, now: u64) -> [String; 5] {
 }
 
 /// The time of day within a day (as BIRD prints it), the date before that; both in UTC.
-fn since(at: u64, now: u64) -> String {
+pub(crate) fn since(at: u64, now: u64) -> String {
     if now.saturating_sub(at) < 24 * 3600 {
         let second = at % 86_400;
         return format!(
@@ -136,6 +136,7 @@ mod tests {
             updates_in: 0,
             updates_out: 0,
             established_count: 0,
+            bfd: None,
         }
     }
 

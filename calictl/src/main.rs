@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+mod bgp;
 mod bgp_table;
 mod columns;
 mod lab;
@@ -40,6 +41,9 @@ enum Command {
     /// Look at this node
     #[command(subcommand)]
     Node(node::Command),
+    /// Look at the BGP speaker of this node
+    #[command(subcommand)]
+    Bgp(bgp::Command),
     /// Run a containerlab topology in network namespaces on this machine
     #[command(subcommand)]
     Lab(lab::Command),
@@ -72,6 +76,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Delete(delete) => resources::delete(&delete).await?,
             Command::Get(get) => resources::get(&get).await?,
             Command::Node(command) => return node::run(&command).await,
+            Command::Bgp(command) => bgp::run(&command).await?,
             Command::Lab(command) => return lab::run(command),
         }
         Ok(ExitCode::SUCCESS)

@@ -104,7 +104,7 @@ fn render(node: &NodeStatus, bgp: Option<&BgpStatus>, now: u64) -> String {
     text
 }
 
-fn now() -> Result<u64> {
+pub(crate) fn now() -> Result<u64> {
     Ok(SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .context("the clock stands before 1970")?

@@ -146,6 +146,22 @@ pub struct PeerStatus {
     pub updates_out: u64,
     /// Times the session was established.
     pub established_count: u64,
+    /// How the path is watched (RFC 5880), where that is configured.
+    #[serde(default)]
+    pub bfd: Option<BfdStatus>,
+}
+
+/// The BFD session with a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BfdStatus {
+    /// `Up`, `Init`, `Down` or `AdminDown`.
+    pub state: String,
+    /// Why it is not up, or why there cannot be one.
+    pub reason: Option<String>,
+    /// The interval that we send at, in milliseconds.
+    pub transmit_ms: u64,
+    /// How long silence may last, in milliseconds.
+    pub detection_ms: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -25,6 +25,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const READ: usize = 256 * 1024;
 /// Octets written at once.
 const WRITE: usize = 64 * 1024;
+/// How long a connection may be silent before it is given up.
+const SILENCE: Duration = Duration::from_secs(3);
 /// Between two attempts to reach the daemon.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -117,14 +119,19 @@ impl Reception {
     }
 }
 
+/// The encoded messages of one peer.
+struct Prepared {
+    announce: Arc<Vec<u8>>,
+    withdraw: Arc<Vec<u8>>,
+}
+
 /// The peers of one run.
 pub struct Generator {
     orders: Vec<mpsc::Sender<Order>>,
     progress: watch::Receiver<Progress>,
     counted: watch::Sender<Progress>,
     measured: usize,
-    /// The prepared messages of each peer: announcements, and their withdrawal.
-    messages: Vec<(Arc<Vec<u8>>, Arc<Vec<u8>>)>,
+    messages: Vec<Prepared>,
     /// Peers that keep the sessions; aborted when dropped.
     tasks: JoinSet<Result<()>>,
 }
@@ -156,7 +163,10 @@ impl Generator {
         let joined = |messages: Vec<Bytes>| Arc::new(messages.concat());
         let messages = shape.neighbours.iter().map(|n| {
             let (announce, withdraw) = shape.messages(n);
-            (joined(announce), joined(withdraw))
+            Prepared {
+                announce: joined(announce),
+                withdraw: joined(withdraw),
+            }
         });
         let measured = shape.neighbours.iter().filter(|n| n.expects > 0).count();
         counted.send_modify(|p| p.empty = measured);
@@ -196,14 +206,22 @@ impl Generator {
 
     /// Everybody sends; ends when every measured peer has what it expects.
     pub async fn announce(&mut self, limit: Duration) -> Result<Phase> {
-        let messages = self.messages.iter().map(|m| Arc::clone(&m.0)).collect();
+        let messages = self
+            .messages
+            .iter()
+            .map(|m| Arc::clone(&m.announce))
+            .collect();
         self.phase(messages, limit, |p, measured| p.full == measured)
             .await
     }
 
     /// Everybody takes everything back; ends when every measured peer has nothing.
     pub async fn withdraw(&mut self, limit: Duration) -> Result<Phase> {
-        let messages = self.messages.iter().map(|m| Arc::clone(&m.1)).collect();
+        let messages = self
+            .messages
+            .iter()
+            .map(|m| Arc::clone(&m.withdraw))
+            .collect();
         self.phase(messages, limit, |p, measured| p.empty == measured)
             .await
     }
@@ -283,7 +301,10 @@ async fn session(
 /// Dials until a session stands. Whatever the daemon says no to is tried again: only the limit of the run counts.
 async fn open(neighbour: &Neighbour) -> Result<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
     loop {
-        match handshake(neighbour).await {
+        // A daemon whose accept queue is full leaves a connection without an answer.
+        let attempt = tokio::time::timeout(SILENCE, handshake(neighbour)).await;
+        let silent = || Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
+        match attempt.unwrap_or_else(|_| silent()) {
             Ok(opened) => return Ok(opened),
             Err(error) if error.downcast_ref::<std::io::Error>().is_some() => {
                 tokio::time::sleep(RETRY).await;

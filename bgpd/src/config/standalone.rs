@@ -42,6 +42,9 @@ struct File {
     /// Addresses to listen on; all without it.
     #[serde(default)]
     listen: Vec<IpAddr>,
+    /// Whether best paths are written into the kernel; a route reflector beside the traffic has no use for it.
+    #[serde(default = "default_install")]
+    install: bool,
     #[serde(default)]
     neighbor: Vec<Neighbor>,
     #[serde(default)]
@@ -128,6 +131,19 @@ const fn default_port() -> u16 {
     179
 }
 
+const fn default_install() -> bool {
+    true
+}
+
+/// What a file asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Configuration {
+    /// Of the speaker.
+    pub settings: Settings,
+    /// Whether best paths are written into the kernel.
+    pub install: bool,
+}
+
 /// Why a file cannot be used, in words for an operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
@@ -145,8 +161,8 @@ pub enum FileError {
     Identity(&'static str),
 }
 
-/// The settings that a file asks for.
-pub fn parse(text: &str) -> Result<Settings, FileError> {
+/// Reads a file.
+pub fn parse(text: &str) -> Result<Configuration, FileError> {
     let file: File = toml::from_str(text).map_err(|e| FileError::Syntax(e.to_string()))?;
     if file.router_id.is_unspecified() {
         return Err(FileError::Identity("router-id must not be 0.0.0.0"));
@@ -197,7 +213,7 @@ pub fn parse(text: &str) -> Result<Settings, FileError> {
             },
         ))
     });
-    Ok(Settings {
+    let settings = Settings {
         router_id: file.router_id,
         local_as: file.asn.0,
         cluster_id: file.cluster_id,
@@ -207,6 +223,10 @@ pub fn parse(text: &str) -> Result<Settings, FileError> {
             .collect(),
         neighbours,
         originated: routes.collect(),
+    };
+    Ok(Configuration {
+        settings,
+        install: file.install,
     })
 }
 
@@ -300,7 +320,8 @@ mod tests {
             "router-id = \"10.0.1.254\"\nas = 64513\n[[neighbor]]\naddress = \"10.0.1.1\"\nas = 64512\n\
              [[neighbor]]\naddress = \"fd00::1\"\nas = \"1.1\"\n[[announce]]\nprefix = \"203.0.113.0/24\"\n",
         )
-        .unwrap();
+        .unwrap()
+        .settings;
         let v4 = &settings.neighbours[&"10.0.1.1".parse::<IpAddr>().unwrap()];
         assert_eq!(
             (v4.session.port, v4.session.hold_time, v4.session.families),

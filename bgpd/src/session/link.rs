@@ -3,9 +3,12 @@
 //! Reading never waits for writing. The writer has two queues: control messages (OPEN, KEEPALIVE,
 //! NOTIFICATION), few and never delayed by routes, and routes, bounded, filled as the peer reads.
 
+use std::collections::VecDeque;
+use std::io::IoSlice;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
+use smallvec::SmallVec;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -21,6 +24,9 @@ const CONTROL_QUEUE: usize = 16;
 const GOODBYE: Duration = Duration::from_secs(2);
 /// Bytes read at once.
 const READ_SIZE: usize = 64 * 1024;
+
+/// Messages written at once.
+const SLICES: usize = 64;
 
 /// What a link reports.
 #[derive(Debug)]
@@ -164,7 +170,7 @@ async fn write_messages(
     let mut routes: Option<mpsc::Receiver<Vec<Bytes>>> = None;
     let mut open = true;
     while open {
-        let messages = tokio::select! {
+        let mut messages = tokio::select! {
             biased;
             control = controls.recv() => match control {
                 Some(Control::Message(message)) => vec![message],
@@ -176,17 +182,55 @@ async fn write_messages(
             },
             Some(messages) = next_routes(&mut routes) => messages,
         };
-        for message in messages {
-            match timeout(send_hold, write.write_all(&message)).await {
-                Ok(Ok(())) => {}
-                // The reader reports the end of the stream.
-                Ok(Err(_)) => open = false,
-                Err(_) => return Err(Stalled),
-            }
+        // Whole messages only, so that order between both queues does not matter here.
+        while let Some(Ok(more)) = routes.as_mut().map(mpsc::Receiver::try_recv) {
+            messages.extend(more);
+        }
+        match write_all(&mut write, messages.into(), send_hold).await {
+            Ok(()) => {}
+            // The reader reports the end of the stream.
+            Err(WriteError::Failed) => open = false,
+            Err(WriteError::Stalled) => return Err(Stalled),
         }
     }
     // What the peer does with the end of our stream is its own affair.
     let _ = timeout(GOODBYE, write.shutdown()).await;
+    Ok(())
+}
+
+enum WriteError {
+    Failed,
+    Stalled,
+}
+
+/// Writes all messages, many with one system call: a route reflector's messages are short.
+async fn write_all(
+    write: &mut WriteHalf<Box<dyn Stream>>,
+    mut messages: VecDeque<Bytes>,
+    send_hold: Duration,
+) -> Result<(), WriteError> {
+    while !messages.is_empty() {
+        let slices: SmallVec<[IoSlice<'_>; SLICES]> = messages
+            .iter()
+            .take(SLICES)
+            .map(|m| IoSlice::new(m))
+            .collect();
+        let written = timeout(send_hold, write.write_vectored(&slices)).await;
+        drop(slices);
+        let mut written = match written {
+            Ok(Ok(0) | Err(_)) => return Err(WriteError::Failed),
+            Ok(Ok(written)) => written,
+            Err(_) => return Err(WriteError::Stalled),
+        };
+        while let Some(first) = messages.front_mut() {
+            if written < first.len() {
+                first.advance(written);
+                break;
+            }
+            written -= first.len();
+            messages.pop_front();
+        }
+    }
     Ok(())
 }
 

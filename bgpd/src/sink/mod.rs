@@ -30,3 +30,15 @@ pub trait Sink: Send {
     /// Everything known of this family has been set: what an earlier process left and this one did not set goes.
     fn end_of_sync(&mut self, family: Family);
 }
+
+/// Best paths go nowhere: for a speaker that only passes routes on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Nowhere;
+
+impl Sink for Nowhere {
+    fn set(&mut self, _prefix: Prefix, _path: Option<Path>) {}
+
+    fn flush(&mut self) {}
+
+    fn end_of_sync(&mut self, _family: Family) {}
+}

@@ -197,13 +197,7 @@ impl State {
                         let _ = answer.send(response);
                     }
                 },
-                Some(report) = self.reports.1.recv() => {
-                    self.on_report(report);
-                    for _ in 1..BATCH {
-                        let Ok(report) = self.reports.1.try_recv() else { break };
-                        self.on_report(report);
-                    }
-                }
+                Some(report) = self.reports.1.recv() => self.on_reports(report).await,
                 Some(connection) = self.accepted.1.recv() => self.on_accepted(connection),
                 Some((address, epoch)) = self.waiting.next(), if !self.waiting.is_empty() => {
                     self.feed(address, epoch);
@@ -214,6 +208,28 @@ impl State {
             if self.leaving {
                 return self.wait_for_goodbyes().await;
             }
+        }
+    }
+
+    /// Takes this report and those that wait behind it. As long as there are more, the neighbours' tasks get the
+    /// processor before the table commits: a commit costs as many portions as there are peers to tell, so one
+    /// commit for the messages of hundreds of peers is much cheaper than one for each.
+    async fn on_reports(&mut self, first: PeerReport) {
+        self.on_report(first);
+        let mut taken = 1;
+        loop {
+            let before = taken;
+            while taken < BATCH {
+                let Ok(report) = self.reports.1.try_recv() else {
+                    break;
+                };
+                self.on_report(report);
+                taken += 1;
+            }
+            if taken == before || taken == BATCH {
+                return;
+            }
+            tokio::task::yield_now().await;
         }
     }
 
