@@ -136,7 +136,10 @@ async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
     };
     let events = typha::source::from_env(&KINDS, node).context("cannot follow the resources")?;
     let listener = open_control()?;
+    let started = std::sync::OnceLock::new();
     let serve = |speaker: &Speaker| {
+        // The agent starts one speaker only.
+        let _ = started.set(speaker.clone());
         tokio::spawn(control::serve(listener, speaker.clone()));
     };
     let agent = Agent::new(local, arguments.secrets.clone()).run(events, environment, serve);
@@ -148,6 +151,9 @@ async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
         signal = terminated() => {
             // Without a word to the peers: they keep our routes until we are back (graceful restart).
             tracing::info!(signal = signal?, "ending silently");
+            if let Some(speaker) = started.get() {
+                speaker.prepare_restart().await?;
+            }
             Ok(())
         }
     }
@@ -181,6 +187,7 @@ async fn run_alone(file: &Path) -> anyhow::Result<()> {
             },
             signal = terminated() => {
                 tracing::info!(signal = signal?, "ending silently");
+                speaker.prepare_restart().await?;
                 return Ok(());
             }
         }

@@ -290,3 +290,31 @@ fn ttl_security_of_a_direct_neighbour_lets_the_session_up() {
     pair.start(1);
     pair.wait_routes(0, &["10.2.0.0/26"], &[]);
 }
+
+/// RFC 5882 §4.3.2.2: a neighbour whose BFD shares fate with its control plane may only be restarting.
+#[test]
+fn a_silent_neighbour_is_noticed_within_a_second_and_its_routes_are_kept() {
+    let mut pair = Pair::new("bfd");
+    let watched = "bfd = { multihop = false, transmit-interval = 50, receive-interval = 50 }";
+    pair.configure(0, [64601, 64602], watched, &[]);
+    pair.configure(1, [64601, 64602], watched, &["203.0.113.0/24"]);
+    pair.start(0);
+    pair.start(1);
+    pair.wait_routes(0, &["203.0.113.0/24"], &[]);
+    let count = |pair: &Pair, text: &str| pair.log(0).matches(text).count();
+    pair.wait("both families' paths come up", || {
+        count(&pair, "to=Up") == 2 || count(&pair, "to\u{1b}[0m\u{1b}[2m=\u{1b}[0mUp") == 2
+    });
+    pair.signal(1, "-STOP");
+    let stopped = Instant::now();
+    pair.wait("the session over IPv4 ends", || {
+        count(&pair, "path to the peer lost (BFD)") == 2
+    });
+    let noticed = stopped.elapsed();
+    // The hold time is 240 s: nothing but BFD can have ended the sessions.
+    assert!(noticed < LIMIT, "{noticed:?}");
+    pair.wait_routes(0, &["203.0.113.0/24"], &[]);
+    pair.signal(1, "-CONT");
+    pair.wait("the sessions come back", || count(&pair, "session up") == 4);
+    pair.wait_routes(0, &["203.0.113.0/24"], &[]);
+}

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::NonZeroU16;
+use std::num::{NonZeroU8, NonZeroU16};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use cali_api::{Asn, Cidr};
 use cali_control::status::PeerKind as Origin;
 use serde::Deserialize;
 
+use crate::bfd::{self, Hops};
 use crate::policy::{LocalKind, Policy};
 use crate::rib::{LocalRoute, NextHopMode};
 use crate::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
@@ -80,10 +81,62 @@ struct Neighbor {
     next_hop_v6: Option<Ipv6Addr>,
     #[serde(default)]
     route_reflector_client: bool,
+    /// Watches the path by BFD: `true`, or a table.
+    #[serde(default)]
+    bfd: Bfd,
     #[serde(default)]
     allow_own_as: u8,
     #[serde(default)]
     max_prefixes: u32,
+}
+
+/// BFD towards a neighbor.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum Bfd {
+    Enabled(bool),
+    Table(BfdTable),
+}
+
+impl Default for Bfd {
+    fn default() -> Self {
+        Self::Enabled(false)
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct BfdTable {
+    /// Without it: single hop to external neighbors, multihop to internal ones.
+    multihop: Option<bool>,
+    /// Milliseconds.
+    transmit_interval: Option<NonZeroU16>,
+    /// Milliseconds.
+    receive_interval: Option<NonZeroU16>,
+    multiplier: Option<NonZeroU8>,
+}
+
+impl Bfd {
+    fn settings(self, internal: bool) -> Option<bfd::Settings> {
+        let table = match self {
+            Self::Enabled(false) => return None,
+            Self::Enabled(true) => BfdTable::default(),
+            Self::Table(table) => table,
+        };
+        let hops = if table.multihop.unwrap_or(internal) {
+            Hops::Multi
+        } else {
+            Hops::Single
+        };
+        let mut settings = bfd::Settings::new(hops);
+        let interval = |set: Option<NonZeroU16>, default: Duration| {
+            set.map_or(default, |ms| Duration::from_millis(ms.get().into()))
+        };
+        settings.transmit = interval(table.transmit_interval, settings.transmit);
+        settings.receive = interval(table.receive_interval, settings.receive);
+        settings.multiplier = table.multiplier.map_or(settings.multiplier, NonZeroU8::get);
+        Some(settings)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -267,6 +320,7 @@ fn neighbour(file: &File, from: &Neighbor) -> Neighbour {
         ttl_hops: from.ttl_security,
     };
     session.passive = from.passive;
+    session.bfd = from.bfd.settings(local_as == from.asn.0);
     session.hold_time = from.hold_time.unwrap_or(session.hold_time);
     session.keepalive = from.keepalive;
     session.restart_time = from.restart_time.unwrap_or(session.restart_time);
@@ -370,6 +424,32 @@ mod tests {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}\n{error}");
         }
+    }
+
+    #[test]
+    fn bfd_follows_the_distance_of_a_neighbor_unless_the_file_says_otherwise() {
+        let text = |bfd: &str| {
+            format!(
+                "router-id = \"10.0.1.254\"\nas = 1\n[[neighbor]]\naddress = \"10.0.1.1\"\nas = 1\nbfd = {bfd}\n\
+                 [[neighbor]]\naddress = \"10.0.1.2\"\nas = 2\nbfd = {bfd}\n"
+            )
+        };
+        let read = |bfd: &str| {
+            let neighbours = parse(&text(bfd)).unwrap().settings.neighbours;
+            let settings: Vec<_> = neighbours.values().map(|n| n.session.bfd).collect();
+            (settings[0], settings[1])
+        };
+        let default = |hops| Some(bfd::Settings::new(hops));
+        assert_eq!(read("true"), (default(Hops::Multi), default(Hops::Single)));
+        assert_eq!(read("false"), (None, None));
+        let (internal, external) =
+            read("{ multihop = false, transmit-interval = 50, multiplier = 5 }");
+        let expected = bfd::Settings {
+            transmit: Duration::from_millis(50),
+            multiplier: 5,
+            ..bfd::Settings::new(Hops::Single)
+        };
+        assert_eq!((internal, external), (Some(expected), Some(expected)));
     }
 
     #[test]

@@ -192,6 +192,8 @@ pub enum Event {
     DialSucceeded,
     /// Our dial failed.
     DialFailed,
+    /// The path to the peer is broken (RFC 5882).
+    PathLost,
     /// The peer's connection was accepted by the listener.
     Accepted,
     /// The transport of a connection ended or failed.
@@ -248,6 +250,8 @@ pub enum Action {
 pub enum DownCause {
     /// The transport ended or failed.
     Closed,
+    /// The path to the peer is broken.
+    PathLost,
     /// A new connection of the peer took its place.
     Replaced,
     /// Stopped by us, without a word to the peer.
@@ -265,7 +269,7 @@ impl DownCause {
     /// a NOTIFICATION).
     #[must_use]
     pub const fn keeps_routes(&self) -> bool {
-        matches!(self, Self::Closed | Self::Replaced)
+        matches!(self, Self::Closed | Self::PathLost | Self::Replaced)
     }
 
     /// For logs and status.
@@ -273,6 +277,7 @@ impl DownCause {
     pub fn describe(&self) -> String {
         match self {
             Self::Closed => "connection closed".to_owned(),
+            Self::PathLost => "path to the peer lost (BFD)".to_owned(),
             Self::Replaced => "replaced by a new connection of the peer".to_owned(),
             Self::Stopped => "stopped".to_owned(),
             Self::Sent(n) => format!("sent {}", n),

@@ -128,6 +128,11 @@ impl Peer {
             Event::Reset(notify) => self.on_reset(&notify, &mut out),
             Event::DialSucceeded => self.on_dialed(&mut out),
             Event::DialFailed => self.on_dial_failed(&mut out),
+            Event::PathLost => {
+                for role in Role::ALL {
+                    self.on_ended(role, DownCause::PathLost, &mut out);
+                }
+            }
             Event::Accepted => self.on_accepted(&mut out),
             Event::Closed(role) => self.on_ended(role, DownCause::Closed, &mut out),
             Event::SendStalled(role) => self.on_send_stalled(role, &mut out),

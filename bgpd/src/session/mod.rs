@@ -49,6 +49,8 @@ pub(crate) enum Command {
     Reset(Notification),
     /// End with this NOTIFICATION.
     Stop(Notification),
+    /// The path to the peer is broken: close without a word, so that both ends keep routes as for a restart.
+    PathLost,
     /// Ask the peer for its routes (RFC 2918).
     Refresh,
 }
@@ -266,6 +268,7 @@ impl Session {
             }
             Command::Reset(notify) => self.event(Event::Reset(notify)),
             Command::Stop(notify) => self.event(Event::Stop(Some(notify))),
+            Command::PathLost => self.event(Event::PathLost),
             Command::Refresh => self.request_refresh(),
         }
     }

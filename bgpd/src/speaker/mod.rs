@@ -9,6 +9,7 @@
 
 mod listening;
 mod neighbours;
+mod paths;
 mod restart;
 pub mod settings;
 mod status;
@@ -63,6 +64,8 @@ pub enum Order {
     Configure(Box<Settings>),
     /// A request of the status socket.
     Ask(BgpRequest, oneshot::Sender<BgpResponse>),
+    /// The process is about to end, and its peers shall keep its routes.
+    PrepareRestart(oneshot::Sender<()>),
 }
 
 /// A handle to a running speaker. When the last one is dropped, the speaker ends without a word to its peers.
@@ -102,6 +105,16 @@ impl Speaker {
         self.orders.closed().await;
     }
 
+    /// Before a planned restart: lets neighbours know that silence on their paths means nothing (RFC 5882 §4.3.2).
+    pub async fn prepare_restart(&self) -> Result<(), Ended> {
+        let (done, finished) = oneshot::channel();
+        self.orders
+            .send(Order::PrepareRestart(done))
+            .await
+            .map_err(|_| Ended)?;
+        finished.await.map_err(|_| Ended)
+    }
+
     /// Serves a request.
     pub async fn ask(&self, request: BgpRequest) -> Result<BgpResponse, Ended> {
         let (answer, answered) = oneshot::channel();
@@ -121,6 +134,7 @@ struct State {
     neighbours: BTreeMap<IpAddr, Running>,
     slots: BTreeMap<PeerSlot, IpAddr>,
     listening: Vec<Listening>,
+    paths: Option<paths::Watch>,
     restarter: Restarter<IpAddr>,
     /// Families whose restart ends with this batch.
     converging: FamilySet,
@@ -162,6 +176,7 @@ impl State {
             neighbours: BTreeMap::new(),
             slots: BTreeMap::new(),
             listening: Vec::new(),
+            paths: None,
             restarting: watch::Sender::new(true),
             reports: mpsc::channel(QUEUE),
             accepted: mpsc::channel(QUEUE),
@@ -177,6 +192,7 @@ impl State {
     async fn run(mut self, mut orders: mpsc::Receiver<Order>) {
         let first = self.settings.clone();
         self.listen().await;
+        self.watch_paths().await;
         self.originate(&BTreeMap::new(), &first.originated);
         for (address, neighbour) in &first.neighbours {
             self.add(*address, neighbour);
@@ -196,8 +212,13 @@ impl State {
                         // The asker may have gone away.
                         let _ = answer.send(response);
                     }
+                    Some(Order::PrepareRestart(done)) => {
+                        self.leave_paths().await;
+                        let _ = done.send(());
+                    }
                 },
                 Some(report) = self.reports.1.recv() => self.on_reports(report).await,
+                Some(report) = paths::next_report(&mut self.paths) => self.on_path(report),
                 Some(connection) = self.accepted.1.recv() => self.on_accepted(connection),
                 Some((address, epoch)) = self.waiting.next(), if !self.waiting.is_empty() => {
                     self.feed(address, epoch);
@@ -206,6 +227,7 @@ impl State {
             }
             self.commit();
             if self.leaving {
+                self.leave_paths().await;
                 return self.wait_for_goodbyes().await;
             }
         }

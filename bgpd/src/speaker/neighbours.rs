@@ -92,6 +92,7 @@ impl State {
             self.remove(*address);
         }
         self.listen().await;
+        self.watch_paths().await;
         self.originate(&old.originated, &settings.originated);
         for (address, neighbour) in &settings.neighbours {
             match old.neighbours.get(address) {
@@ -272,10 +273,11 @@ impl State {
     }
 }
 
-/// A port of 0 cannot be dialled; a neighbour without one only accepts.
+/// What its session depends on. A port of 0 cannot be dialled; a neighbour without one only accepts.
 fn session_settings(config: &Neighbour) -> SessionSettings {
     let mut session = config.session.clone();
     session.passive |= session.port == 0;
+    session.bfd = None;
     session
 }
 

@@ -192,7 +192,7 @@ impl State {
 
     /// Carries the helper's decisions out. Marking and purging at the loss of a session, and sweeping what a
     /// new OPEN leaves out, are part of the table's own handling of both events.
-    fn help(&mut self, address: IpAddr, actions: Vec<HelperAction>) {
+    pub(super) fn help(&mut self, address: IpAddr, actions: Vec<HelperAction>) {
         let Some(running) = self.neighbours.get_mut(&address) else {
             return;
         };

@@ -79,6 +79,8 @@ pub struct SessionSettings {
     pub families: FamilySet,
     /// Wait between dials.
     pub connect_retry: Duration,
+    /// Watch the path by BFD (RFC 5882). A change of it does not touch the session.
+    pub bfd: Option<crate::bfd::Settings>,
     /// Why there must be no session for now, in words for an operator (a password that is not there).
     pub blocked: Option<String>,
 }
@@ -103,6 +105,7 @@ impl SessionSettings {
             restart_time: 120,
             families: FamilySet::ALL,
             connect_retry: Duration::from_secs(5),
+            bfd: None,
             blocked: None,
         }
     }

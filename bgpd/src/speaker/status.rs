@@ -158,6 +158,7 @@ impl State {
             updates_in: running.shown.updates_in,
             updates_out: running.shown.updates_out,
             established_count: running.shown.established_count,
+            bfd: self.path_status(&address),
         }
     }
 

@@ -11,6 +11,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+
+use crate::bfd::monitor::{Monitor, Report};
 
 /// A byte stream between two speakers.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
@@ -76,6 +79,11 @@ pub trait Transport: Send + Sync + 'static {
     async fn dial(&self, target: &Target) -> io::Result<Connection>;
     /// Starts to listen.
     async fn listen(&self, address: SocketAddr) -> io::Result<Box<dyn Listener>>;
+    /// Starts to watch paths by BFD, where this transport has paths that can be watched.
+    fn watch_paths(&self, seed: u64) -> io::Result<Option<(Monitor, mpsc::Receiver<Report>)>> {
+        let _ = seed;
+        Ok(None)
+    }
 }
 
 /// A listening socket.

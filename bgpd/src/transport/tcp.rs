@@ -7,8 +7,10 @@ use std::os::fd::AsFd;
 use async_trait::async_trait;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc;
 
 use super::{Connection, Listener, Stream, Target, Transport};
+use crate::bfd::monitor::{Monitor, Report};
 
 /// Pending connections that the kernel keeps: hundreds of nodes may come back at once.
 const BACKLOG: i32 = 4096;
@@ -74,6 +76,10 @@ impl Transport for Tcp {
         let socket = TcpSocket::from_std_stream(socket.into());
         let stream = socket.connect(target.remote).await?;
         connection(stream)
+    }
+
+    fn watch_paths(&self, seed: u64) -> io::Result<Option<(Monitor, mpsc::Receiver<Report>)>> {
+        Monitor::start(seed).map(Some)
     }
 
     async fn listen(&self, address: SocketAddr) -> io::Result<Box<dyn Listener>> {
