@@ -4,7 +4,7 @@ LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
+.PHONY: bench-bgp help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -42,3 +42,8 @@ test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked
 test-vm: ## kernel tests on Debian's kernels, in a virtual machine (KVM=1: with hardware support)
 	@scripts/setup vm
 	scripts/vm/test
+
+bench-bgp: setup ## BGP daemons side by side under load (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
+	scripts/peers
+	cargo build --release -p bgpd -p cali-bench --bin bgpd --bin bgp-daemons
+	$(SUDO) target/release/bgp-daemons $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(LOADS),--shapes $(LOADS)) $(if $(DAEMONS),--daemons $(DAEMONS))
