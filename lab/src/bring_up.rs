@@ -52,12 +52,15 @@ pub fn check_host() -> Result<(), Error> {
     }
 }
 
-/// Creates the folders and namespaces that are missing. Returns how many namespaces were made.
+/// Creates the folders, files and namespaces that are missing. Returns how many namespaces were made.
 pub async fn namespaces(plan: &Plan) -> Result<usize, Error> {
     let mut made = 0;
     for folder in plan.nodes.values().flat_map(|node| &node.folders) {
         std::fs::create_dir_all(folder)
             .map_err(io_error(format!("create {}", folder.display())))?;
+    }
+    for (file, text) in plan.nodes.values().flat_map(|node| &node.files) {
+        std::fs::write(file, text).map_err(io_error(format!("write {}", file.display())))?;
     }
     let names = plan
         .nodes

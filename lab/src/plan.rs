@@ -2,7 +2,7 @@
 
 use crate::topology::{Node, Role, Topology};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
@@ -35,6 +35,9 @@ pub struct PlannedNode {
     pub exec: Vec<Vec<String>>,
     /// Folders that must exist before a program starts.
     pub folders: Vec<PathBuf>,
+    /// Files that must exist before a program starts, with their content.
+    #[serde(default)]
+    pub files: BTreeMap<PathBuf, String>,
     /// Environment of programs started in this node (also of `calictl lab exec`).
     pub env: BTreeMap<String, String>,
     /// Runs a `cali-node`, so pods can be placed on it.
@@ -64,6 +67,19 @@ pub struct Process {
     pub args: Vec<String>,
     pub env: BTreeMap<String, String>,
     pub log: PathBuf,
+    /// Files that it finds in other places than the host has them.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
+    /// It is started once this file exists: the socket of another program that it uses.
+    #[serde(default)]
+    pub after: Option<PathBuf>,
+}
+
+/// A file of the host, and where a program finds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    pub source: PathBuf,
+    pub target: String,
 }
 
 /// Why a topology cannot be run here.
@@ -77,7 +93,9 @@ pub enum Error {
         "management address {address} of node {node} is taken, or outside the management network"
     )]
     MgmtAddress { node: String, address: Ipv4Addr },
-    #[error("node {node} runs {daemon}, which is not unpacked under {folder}; run `make peers`")]
+    #[error(
+        "node {node} runs {daemon}, which is not unpacked under {folder}; run `scripts/peers {daemon}`"
+    )]
     MissingPeer {
         node: String,
         daemon: &'static str,
@@ -123,11 +141,12 @@ pub fn plan(topology: &Topology, places: &Places) -> Result<Plan, Error> {
             mgmt_prefix_len: topology.mgmt.prefix_len,
             exec: node.exec.clone(),
             folders: folders(node, &home),
+            files: files(node, &home),
             env: environment(node, &home),
             hosts_pods: node.role == Role::CaliNode,
         };
         plan.processes
-            .extend(process(node, &planned, &home, places)?);
+            .extend(processes(node, &planned, &home, places)?);
         if let Some(path) = node.labels.get(MANIFESTS_LABEL) {
             plan.manifests.push(topology.folder.join(path));
             plan.datastore_env = datastore_env(&planned.env);
@@ -246,13 +265,55 @@ fn folders(node: &Node, home: &Path) -> Vec<PathBuf> {
     folders
 }
 
-fn process(
+/// Files of the peers' programs that no topology binds.
+fn files(node: &Node, home: &Path) -> BTreeMap<PathBuf, String> {
+    let files = match node.role {
+        // FRR insists on the group that the package's installation would have made.
+        Role::Frr => vec![
+            ("frr-group", "root:x:0:\nfrrvty:x:59999:root\n"),
+            ("frr-zebra.conf", ""),
+        ],
+        _ => Vec::new(),
+    };
+    files
+        .into_iter()
+        .map(|(name, text)| (home.join("lib").join(name), text.to_owned()))
+        .collect()
+}
+
+impl Role {
+    /// The unpacked package that it needs.
+    fn peer(self) -> Option<&'static str> {
+        match self {
+            Self::Bird => Some("bird2"),
+            Self::Gobgp => Some("gobgpd"),
+            Self::Frr => Some("frr"),
+            Self::CaliNode | Self::CaliTypha | Self::CaliBgpd | Self::Plain => None,
+        }
+    }
+}
+
+/// Packages that the topology's routers need and that are not unpacked.
+#[must_use]
+pub fn missing_peers(topology: &Topology, places: &Places) -> BTreeSet<&'static str> {
+    let needed = topology.nodes.values().filter_map(|node| node.role.peer());
+    needed
+        .filter(|daemon| !peer_program(places, daemon).exists())
+        .collect()
+}
+
+/// Unpacked packages bring their own libraries; `run` starts a program with them.
+fn peer_program(places: &Places, daemon: &str) -> PathBuf {
+    places.peers.join(daemon).join("run")
+}
+
+/// What a node runs, in the order in which it starts.
+fn processes(
     node: &Node,
     planned: &PlannedNode,
     home: &Path,
     places: &Places,
-) -> Result<Option<Process>, Error> {
-    let ours = |name: &str| places.programs.join(name);
+) -> Result<Vec<Process>, Error> {
     let bound = |path: &'static str| {
         let file = node.host_path(path).ok_or(Error::MissingBind {
             node: node.name.clone(),
@@ -261,81 +322,104 @@ fn process(
         Ok::<_, Error>(file.display().to_string())
     };
     let run = |file: &str| home.join("run").join(file).display().to_string();
-    // Unpacked packages bring their own libraries; `run` starts a program with them.
-    let peer = |daemon: &'static str| {
-        let program = places.peers.join(daemon).join("run");
-        match program.exists() {
-            true => Ok(program),
-            false => Err(Error::MissingPeer {
-                node: node.name.clone(),
-                daemon,
-                folder: places.peers.clone(),
-            }),
-        }
-    };
-    let (program, args) = match node.role {
-        Role::Plain => return Ok(None),
-        Role::CaliNode => (ours("cali-node"), vec![]),
-        Role::CaliTypha => (ours("typha"), vec![]),
-        Role::CaliBgpd => (
-            ours("bgpd"),
-            vec!["--config".to_owned(), bound("/etc/cali/bgpd.toml")?],
-        ),
-        Role::Bird => {
-            let args = [
-                "usr/sbin/bird",
-                "-f",
-                "-c",
-                &bound("/etc/bird/bird.conf")?,
-                "-s",
-                &run("bird.ctl"),
-            ]
-            .map(str::to_owned);
-            (peer("bird2")?, args.to_vec())
-        }
-        Role::Gobgp => {
-            let args = [
-                "usr/bin/gobgpd",
-                "-f",
-                &bound("/etc/gobgp/gobgpd.toml")?,
-                "--api-hosts",
-                &format!("unix://{}", run("gobgp.sock")),
-            ];
-            (peer("gobgpd")?, args.map(str::to_owned).to_vec())
-        }
-        Role::Frr => {
-            // bgpd of FRR alone: the lab's routers forward with what the topology's exec lines set up.
-            let args = [
-                "usr/lib/frr/bgpd",
-                "-n",
-                "-f",
-                &bound("/etc/frr/frr.conf")?,
-                "-i",
-                &run("frr-bgpd.pid"),
-                "--vty_socket",
-                &run(""),
-            ];
-            (peer("frr")?, args.map(str::to_owned).to_vec())
-        }
-    };
-    let short = match node.role {
-        Role::Bird => "bird".to_owned(),
-        Role::Gobgp => "gobgpd".to_owned(),
-        Role::Frr => "frr-bgpd".to_owned(),
-        _ => program
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    };
-    Ok(Some(Process {
+    let own = |file: &str| home.join("lib").join(file);
+    let start = |short: &str, program: PathBuf, args: &[&str]| Process {
         name: format!("{}/{short}", node.name),
         namespace: planned.namespace.clone(),
         log: home.join("log").join(format!("{short}.log")),
         program,
-        args,
+        args: args.iter().map(|arg| (*arg).to_owned()).collect(),
         env: planned.env.clone(),
-    }))
+        mounts: Vec::new(),
+        after: None,
+    };
+    let ours = |name: &str, args: &[&str]| start(name, places.programs.join(name), args);
+    if let Some(daemon) = node.role.peer()
+        && !peer_program(places, daemon).exists()
+    {
+        return Err(Error::MissingPeer {
+            node: node.name.clone(),
+            daemon,
+            folder: places.peers.clone(),
+        });
+    }
+    let peer = |short: &str, args: &[&str]| {
+        let daemon = node.role.peer().unwrap_or_default();
+        start(short, peer_program(places, daemon), args)
+    };
+    Ok(match node.role {
+        Role::Plain => vec![],
+        Role::CaliNode => vec![ours("cali-node", &[])],
+        Role::CaliTypha => vec![ours("typha", &[])],
+        Role::CaliBgpd => vec![ours("bgpd", &["--config", &bound("/etc/cali/bgpd.toml")?])],
+        Role::Bird => {
+            let (file, control, pid) = (
+                bound("/etc/bird/bird.conf")?,
+                run("bird.ctl"),
+                run("bird.pid"),
+            );
+            let args = [
+                "usr/sbin/bird",
+                "-f",
+                "-c",
+                &file,
+                "-s",
+                &control,
+                "-P",
+                &pid,
+            ];
+            vec![peer("bird", &args)]
+        }
+        Role::Gobgp => {
+            let file = bound("/etc/gobgp/gobgpd.toml")?;
+            let api = format!("unix://{}", run("gobgp.sock"));
+            let args = ["usr/bin/gobgpd", "-f", &file, "--api-hosts", &api];
+            vec![peer("gobgpd", &args)]
+        }
+        Role::Frr => {
+            let daemon = |name: &str, file: &str| {
+                let (program, pid) = (
+                    format!("usr/lib/frr/{name}"),
+                    run(&format!("frr-{name}.pid")),
+                );
+                let (zebra, terminal) = (run("zserv.api"), run(""));
+                let mut process = peer(
+                    &format!("frr-{name}"),
+                    &[
+                        &program,
+                        "-f",
+                        file,
+                        "-i",
+                        &pid,
+                        "-z",
+                        &zebra,
+                        "--vty_socket",
+                        &terminal,
+                        "-P",
+                        "0",
+                        "-u",
+                        "root",
+                        "-g",
+                        "root",
+                        "--log",
+                        "stdout",
+                    ],
+                );
+                process.mounts.push(Mount {
+                    source: own("frr-group"),
+                    target: "/etc/group".to_owned(),
+                });
+                process
+            };
+            let zebra = daemon("zebra", &own("frr-zebra.conf").display().to_string());
+            // A bgpd that does not find zebra asks again after ten seconds only.
+            let bgpd = Process {
+                after: Some(home.join("run/zserv.api")),
+                ..daemon("bgpd", &bound("/etc/frr/frr.conf")?)
+            };
+            vec![zebra, bgpd]
+        }
+    })
 }
 
 #[cfg(test)]
@@ -356,6 +440,45 @@ mod tests {
             &topology::parse(Path::new("/t/x.clab.yml"), text).unwrap(),
             &places(),
         )
+    }
+
+    #[test]
+    fn frr_is_zebra_and_then_bgpd_with_a_group_file_of_their_own() {
+        let peers = tempfile::tempdir().unwrap();
+        std::fs::create_dir(peers.path().join("frr")).unwrap();
+        std::fs::write(peers.path().join("frr/run"), "").unwrap();
+        let text = "name: x\ntopology:\n  nodes:\n    r:\n      kind: linux\n      image: quay.io/frrouting/frr:8.4.2\n      \
+                    binds: [\"frr.conf:/etc/frr/frr.conf\"]\n";
+        let topology = topology::parse(Path::new("/t/x.clab.yml"), text).unwrap();
+        let places = Places {
+            peers: peers.path().to_owned(),
+            ..places()
+        };
+        assert!(missing_peers(&topology, &places).is_empty());
+        let plan = plan(&topology, &places).unwrap();
+        let [zebra, bgpd] = &plan.processes[..] else {
+            panic!("{:?}", plan.processes);
+        };
+        assert_eq!(
+            (zebra.name.as_str(), bgpd.name.as_str()),
+            ("r/frr-zebra", "r/frr-bgpd")
+        );
+        assert_eq!(
+            bgpd.after.as_deref(),
+            Some(Path::new("/lab/x/r/run/zserv.api"))
+        );
+        assert!(bgpd.args.contains(&"/t/frr.conf".to_owned()));
+        assert!(plan.nodes["r"].files.contains_key(&zebra.mounts[0].source));
+    }
+
+    #[test]
+    fn a_router_whose_package_is_not_unpacked_is_refused_with_the_command_that_helps() {
+        let text = "name: x\ntopology:\n  nodes:\n    r:\n      kind: linux\n      image: bird\n      \
+                    binds: [\"bird.conf:/etc/bird/bird.conf\"]\n";
+        let topology = topology::parse(Path::new("/t/x.clab.yml"), text).unwrap();
+        assert_eq!(missing_peers(&topology, &places()), ["bird2"].into());
+        let error = plan_text(text).unwrap_err().to_string();
+        assert!(error.ends_with("run `scripts/peers bird2`"), "{error}");
     }
 
     #[test]

@@ -197,10 +197,7 @@ impl Runtime<'_> {
         let namespace = NetNs::open(&node.namespace)
             .map_err(io::Error::other)
             .map_err(error("open its node's namespace"))?;
-        let config = json!({
-            "cniVersion": "1.1.0", "name": "k8s-pod-network", "type": "calico", "ipam": {"type": "calico-ipam"},
-            "policy": {"type": "k8s"}, "log_level": "info",
-        });
+        let config = config(node);
         let mut plugin = Command::new(self.programs.join("calico"));
         plugin
             .envs(&node.env)
@@ -284,6 +281,8 @@ impl Runtime<'_> {
             program: self.programs.join("calictl"),
             args,
             env: Default::default(),
+            mounts: Vec::new(),
+            after: None,
             log: self
                 .pods_folder()
                 .join(format!("{}_{}.log", pod.namespace, pod.name)),
@@ -314,6 +313,20 @@ impl Runtime<'_> {
         self.pods_folder()
             .join(format!("{}_{}.json", pod.namespace, pod.name))
     }
+}
+
+/// The plugin's configuration, as the installation of a node writes it: pods have IPv6 addresses where the node has one
+/// (`IP6` is set and not `none`).
+fn config(node: &PlannedNode) -> Value {
+    let has_ipv6 = node
+        .env
+        .get("IP6")
+        .is_some_and(|address| !address.is_empty() && address != "none");
+    json!({
+        "cniVersion": "1.1.0", "name": "k8s-pod-network", "type": "calico",
+        "ipam": {"type": "calico-ipam", "assign_ipv4": "true", "assign_ipv6": has_ipv6.to_string()},
+        "policy": {"type": "k8s"}, "log_level": "info",
+    })
 }
 
 fn full_name(pod: &Pod) -> String {

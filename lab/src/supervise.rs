@@ -4,9 +4,10 @@
 //! supervisor that starts finds the ones that still run by their process ids and only starts what is missing. A
 //! changed file is noticed within [`TICK`].
 
-use crate::plan::Process;
+use crate::plan::{Mount, Process};
 use crate::state::{Folder, Pid, Running};
 use cali_netlink::NetNs;
+use cali_netlink::command::{Bind, Isolation};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use std::collections::BTreeMap;
@@ -85,6 +86,9 @@ pub fn run(folder: &Folder) -> io::Result<()> {
             {
                 continue;
             }
+            if process.after.as_ref().is_some_and(|file| !file.exists()) {
+                continue;
+            }
             let now = Instant::now();
             if restarts
                 .get(&process.name)
@@ -144,7 +148,22 @@ fn start(process: &Process) -> io::Result<Pid> {
         .append(true)
         .open(&process.log)?;
     let namespace = NetNs::open(&process.namespace).map_err(io::Error::other)?;
-    let mut command = Command::new(&process.program);
+    let mut command = if process.mounts.is_empty() {
+        Command::new(&process.program)
+    } else {
+        let bind = |mount: &Mount| Bind {
+            source: mount.source.clone(),
+            target: mount.target.clone().into(),
+            read_only: true,
+        };
+        let isolation = Isolation {
+            binds: process.mounts.iter().map(bind).collect(),
+            ..Isolation::default()
+        };
+        namespace
+            .isolated_command(&process.program, &isolation)
+            .map_err(io::Error::other)?
+    };
     command
         .args(&process.args)
         .envs(&process.env)

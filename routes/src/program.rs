@@ -1,8 +1,9 @@
 //! What the kernel is to hold, what it holds, and the steps between: rows and nexthop objects together.
 //!
-//! Pure; [`crate::writer`] carries the steps out. One turn is: [`Program::plan_nexthops`], apply,
-//! [`Program::plan_routes`], apply, [`Program::retire_nexthops`], [`Program::plan_nexthops`] again. So an object is
-//! there before the first route that names it, and goes after the last.
+//! Pure; [`crate::writer`] carries the steps out. One turn is: [`Program::plan_routes`], apply those that
+//! [stand alone](Step::stands_alone), [`Program::plan_nexthops`], apply, apply the other routes,
+//! [`Program::retire_nexthops`], [`Program::plan_nexthops`] again. So an object is there before the first route that
+//! names it, and goes after the last.
 //!
 //! Fail static: what an earlier incarnation left is held as it is until the part that supplies it says that it has
 //! told everything ([`Program::release`]).
@@ -16,8 +17,8 @@ use cali_netlink::reconcile::{Drift, Op};
 use cali_netlink::{IfIndex, Nexthop, NexthopTarget, Reconciler, Route, RouteKey, Target};
 
 use crate::nexthops::{NexthopIds, is_ours};
-use crate::render::{Devices, KernelSettings, Waiting, render, same_way};
-use crate::table::Selected;
+use crate::render::{Devices, KernelSettings, Waiting, anchors, render, same_way};
+use crate::table::{Selected, Way};
 
 /// Which of the held routes are meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +43,17 @@ pub enum Step {
     Delete(Route),
     /// Somebody else's row is in the place.
     Refuse(Route),
+}
+
+impl Step {
+    /// Whether it makes a row that needs nothing else. Such rows come first: nexthop objects may stand on them.
+    #[must_use]
+    pub const fn stands_alone(&self) -> bool {
+        match self {
+            Self::Add(route) | Self::Replace(route) => !matches!(route.target, Target::Nexthop(_)),
+            Self::Delete(_) | Self::Refuse(_) => false,
+        }
+    }
 }
 
 /// Knowledge of what is ours, shared with the reconcilers' predicates.
@@ -73,8 +85,18 @@ impl Ours {
 #[derive(Debug)]
 struct Placed {
     selected: Selected,
-    /// The row's key and the objects it needs, or what is waited for.
-    row: Result<(RouteKey, Vec<u32>), Waiting>,
+    /// What it has in the kernel, or what is waited for.
+    row: Result<Row, Waiting>,
+}
+
+/// A row and what it stands on.
+#[derive(Debug)]
+struct Row {
+    key: RouteKey,
+    /// Ids of the nexthop objects.
+    objects: Vec<u32>,
+    /// See [`crate::render::anchors`].
+    anchors: Vec<RouteKey>,
 }
 
 /// See the module's head.
@@ -89,6 +111,8 @@ pub struct Program {
     /// Placed prefixes whose device is not there.
     waiting: BTreeSet<Cidr>,
     uses: BTreeMap<u32, usize>,
+    /// Anchors, with the number of rows that stand on each.
+    anchors: BTreeMap<RouteKey, usize>,
     retiring: BTreeSet<u32>,
     held: BTreeMap<RouteKey, Hold>,
     released: BTreeSet<Hold>,
@@ -120,6 +144,7 @@ impl Program {
             placed: BTreeMap::new(),
             waiting: BTreeSet::new(),
             uses: BTreeMap::new(),
+            anchors: BTreeMap::new(),
             retiring: BTreeSet::new(),
             held: BTreeMap::new(),
             released: BTreeSet::new(),
@@ -146,7 +171,15 @@ impl Program {
 
     /// Replaces the prefixes that are ours by right: pools.
     pub fn set_prefixes(&mut self, prefixes: Vec<Cidr>) {
+        if self.lock().prefixes == prefixes {
+            return;
+        }
         self.lock().prefixes = prefixes;
+        // Whether a gateway needs an anchor depends on them.
+        self.replace_where(|selected| match &selected.way {
+            Way::Gateways(gateways) => gateways.iter().any(|gateway| gateway.address.is_ipv6()),
+            Way::Blackhole | Way::Device { .. } => false,
+        });
     }
 
     /// Replaces the devices that are up. Rows over others wait.
@@ -233,7 +266,7 @@ impl Program {
         self.waiting.remove(&prefix);
         let old_key = before
             .as_ref()
-            .and_then(|placed| Some(placed.row.as_ref().ok()?.0));
+            .and_then(|placed| Some(placed.row.as_ref().ok()?.key));
         let mut new_key = None;
         if let Some(selected) = selected {
             let rendered = render(
@@ -243,8 +276,16 @@ impl Program {
                 &self.devices,
                 &mut self.ids,
             );
+            let anchors = anchors(
+                &selected,
+                &self.settings,
+                &self.devices,
+                &self.lock().prefixes,
+            );
             let row = rendered.map(|rendered| {
                 let key = rendered.route.key();
+                let anchors = anchors.into_iter().map(|row| self.drop_anchor(row));
+                let anchors = anchors.collect();
                 for nexthop in &rendered.nexthops {
                     *self.uses.entry(nexthop.id).or_default() += 1;
                     self.retiring.remove(&nexthop.id);
@@ -256,10 +297,11 @@ impl Program {
                 }
                 self.routes.desire(key, rendered.route);
                 new_key = Some(key);
-                (
+                Row {
                     key,
-                    rendered.nexthops.iter().map(|nexthop| nexthop.id).collect(),
-                )
+                    objects: rendered.nexthops.iter().map(|nexthop| nexthop.id).collect(),
+                    anchors,
+                }
             });
             if row.is_err() {
                 self.waiting.insert(prefix);
@@ -271,12 +313,12 @@ impl Program {
         {
             self.routes.undesire(&old);
         }
-        if let Some(Placed {
-            row: Ok((_, ids)), ..
-        }) = before
-        {
-            for id in ids {
+        if let Some(Placed { row: Ok(row), .. }) = before {
+            for id in row.objects {
                 self.unuse(id);
+            }
+            for key in row.anchors {
+                self.weigh_anchor(&key);
             }
         }
     }
@@ -484,7 +526,7 @@ impl Program {
         let Some(placed) = self.placed.get(prefix) else {
             return Err("no route is selected".into());
         };
-        let (key, _) = placed.row.as_ref().map_err(ToString::to_string)?;
+        let key = &placed.row.as_ref().map_err(ToString::to_string)?.key;
         if self.routes.desired().get(key) == self.routes.observed().get(key) {
             return Ok(());
         }
@@ -550,6 +592,24 @@ impl Program {
             if *count == 0 {
                 self.uses.remove(&id);
                 self.retiring.insert(id);
+            }
+        }
+    }
+
+    fn drop_anchor(&mut self, anchor: Route) -> RouteKey {
+        let key = anchor.key();
+        *self.anchors.entry(key).or_default() += 1;
+        self.held.remove(&key);
+        self.routes.desire(key, anchor);
+        key
+    }
+
+    fn weigh_anchor(&mut self, key: &RouteKey) {
+        if let Some(count) = self.anchors.get_mut(key) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.anchors.remove(key);
+                self.routes.undesire(key);
             }
         }
     }

@@ -137,6 +137,39 @@ pub fn render(
     })
 }
 
+/// Host routes to the far ends of IPv6 tunnels.
+///
+/// The address of a tunnel's far end comes from a pool, so it lies inside a block, and the block may have a route of
+/// its own: unencapsulated, until the very moment in which the tunnel takes over. The kernel refuses an IPv6 gateway
+/// that another route leads to over another device, `onlink` or not (`ip6_route_check_nh_onlink` in
+/// `net/ipv6/route.c`; IPv4 has no such check), so the gateway gets a host route over the tunnel first.
+#[must_use]
+pub(crate) fn anchors(
+    selected: &Selected,
+    settings: &KernelSettings,
+    devices: &Devices,
+    pools: &[Cidr],
+) -> Vec<Route> {
+    let Way::Gateways(gateways) = &selected.way else {
+        return Vec::new();
+    };
+    let pooled = |address| pools.iter().any(|pool| pool.contains(address));
+    gateways
+        .iter()
+        .filter(|gateway| gateway.address.is_ipv6() && pooled(gateway.address))
+        .filter_map(|gateway| {
+            let oif = *devices.get(&gateway.device)?;
+            let row = Route::on_device(gateway.address.into(), settings.protocol, oif);
+            let row = Route {
+                table: settings.table,
+                metric: settings.workload_metric_v6,
+                ..row
+            };
+            Some(row.normalised())
+        })
+        .collect()
+}
+
 fn object_target(
     gateways: &[(&Gateway, IfIndex)],
     settings: &KernelSettings,
@@ -332,6 +365,25 @@ mod tests {
         let way = gateways(&[("10.1.0.2", "eth0"), ("10.9.0.2", "eth9")]);
         let row = rendered("192.168.2.0/26", &selected(Source::Bgp, way)).unwrap();
         assert_eq!(row.nexthops.len(), 1);
+    }
+
+    #[test]
+    fn only_the_far_end_of_an_ipv6_tunnel_gets_a_host_route() {
+        let pools: Vec<Cidr> = ["10.20.0.0/16", "fd00:20::/48"]
+            .map(|pool| pool.parse().unwrap())
+            .into();
+        let anchors = |address, device| -> Vec<String> {
+            let selected = selected(Source::BlockAffinity, gateways(&[(address, device)]));
+            let rows = anchors(&selected, &KernelSettings::default(), &devices(), &pools);
+            rows.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(
+            anchors("fd00:20::b340", "vxlan.calico"),
+            ["fd00:20::b340/128 dev #7 proto 80 metric 1024"]
+        );
+        assert!(anchors("fd00:0:0:1::2", "eth0").is_empty());
+        assert!(anchors("10.20.0.1", "vxlan.calico").is_empty());
+        assert!(anchors("fd00:20::b340", "gone").is_empty());
     }
 
     #[test]

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use cali_api::{Cidr, NodeName};
 use cali_netlink::events::{Event, EventStream, Group};
-use cali_netlink::reconcile::Drift;
-use cali_netlink::{Error, IfIndex, Link, Netlink, Route};
+use cali_netlink::reconcile::{Drift, Op};
+use cali_netlink::{Error, IfIndex, Link, Netlink, Route, RouteKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::input::{Effect, Failed, Input, RouteStatus, WriterState, asked_for, feed};
 use crate::kernel;
-use crate::program::Program;
+use crate::program::{Program, Step};
 use crate::render::{KernelSettings, describe};
 use crate::table::RouteTable;
 
@@ -305,20 +305,31 @@ impl Task {
     }
 
     fn write(&mut self, now: Instant) {
-        self.write_nexthops(now);
         let steps = self.program.plan_routes(now);
-        if !steps.is_empty() {
-            let (results, outdated) = kernel::apply_routes(&self.netlink, &steps);
-            for ((op, step), result) in steps.iter().zip(results) {
-                if let Err(reason) = &result {
-                    warn!(?step, reason, "route not programmed");
-                }
-                self.program.on_route_result(op, result, now);
-            }
-            self.audit.all |= outdated;
+        let wrote = !steps.is_empty();
+        let (alone, others): (Vec<_>, Vec<_>) =
+            steps.into_iter().partition(|(_, step)| step.stands_alone());
+        self.write_routes(&alone, now);
+        self.write_nexthops(now);
+        self.write_routes(&others, now);
+        if wrote {
             self.program.retire_nexthops();
             self.write_nexthops(now);
         }
+    }
+
+    fn write_routes(&mut self, steps: &[(Op<RouteKey, Route>, Step)], now: Instant) {
+        if steps.is_empty() {
+            return;
+        }
+        let (results, outdated) = kernel::apply_routes(&self.netlink, steps);
+        for ((op, step), result) in steps.iter().zip(results) {
+            if let Err(reason) = &result {
+                warn!(?step, reason, "route not programmed");
+            }
+            self.program.on_route_result(op, result, now);
+        }
+        self.audit.all |= outdated;
     }
 
     fn write_nexthops(&mut self, now: Instant) {
@@ -481,7 +492,7 @@ impl Task {
 }
 
 /// One line per event that a person would want to count.
-pub(crate) fn log_drift(drift: &Drift<cali_netlink::RouteKey, Route>) {
+pub(crate) fn log_drift(drift: &Drift<RouteKey, Route>) {
     match drift {
         Drift::Missing { key } => {
             warn!(route = %key, found = "nothing", "route was removed by somebody else; putting it back")

@@ -1,8 +1,10 @@
 //! A lab for one test.
 
 use anyhow::{Context, Result, bail, ensure};
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
 use tempfile::TempDir;
 
 /// A running lab. Dropping it takes it down.
@@ -25,6 +27,9 @@ pub fn programs() -> PathBuf {
 pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
+
+/// One claim about a lab.
+pub type Check = fn(&Lab) -> Result<()>;
 
 impl Lab {
     /// Brings up a copy of a topology of `deploy/containerlab`, renamed so that it meets no other lab.
@@ -124,6 +129,25 @@ impl Lab {
 
     /// First address of a pod.
     pub fn pod_address(&self, pod: &str) -> Result<String> {
+        let addresses = self.pod_addresses(pod)?;
+        let first = addresses.first();
+        Ok(first
+            .with_context(|| format!("pod {pod} has no address"))?
+            .to_string())
+    }
+
+    /// The IPv6 address of a pod.
+    pub fn pod_address_v6(&self, pod: &str) -> Result<Ipv6Addr> {
+        let addresses = self.pod_addresses(pod)?;
+        let v6 = addresses.iter().find_map(|address| match address {
+            IpAddr::V6(address) => Some(*address),
+            IpAddr::V4(_) => None,
+        });
+        v6.with_context(|| format!("pod {pod} has no IPv6 address among {addresses:?}"))
+    }
+
+    /// What the CNI plugin gave the pod.
+    fn pod_addresses(&self, pod: &str) -> Result<Vec<IpAddr>> {
         let file = self
             .folder()
             .join("pods")
@@ -131,10 +155,8 @@ impl Lab {
         let record: serde_json::Value = serde_json::from_slice(
             &std::fs::read(&file).with_context(|| format!("no pod {pod}"))?,
         )?;
-        let address = record["addresses"][0]
-            .as_str()
-            .with_context(|| format!("pod {pod} has no address"))?;
-        Ok(address.to_owned())
+        serde_json::from_value(record["addresses"].clone())
+            .with_context(|| format!("the record of pod {pod} has no addresses"))
     }
 
     /// Process ids of the lab's programs by name (`node1/cali-node`), as the supervisor knows them.
@@ -162,6 +184,42 @@ impl Lab {
             .filter_map(|pid| pid.parse().ok())
             .filter(named)
             .collect())
+    }
+
+    /// Makes all checks, one after another, and reports every one that fails, not only the first.
+    pub fn check_all(&self, checks: &[(&str, Check)]) {
+        let mut failures = Vec::new();
+        for (name, check) in checks {
+            let start = Instant::now();
+            match check(self) {
+                Ok(()) => println!("ok   {name} ({:.1} s)", start.elapsed().as_secs_f32()),
+                Err(error) => {
+                    println!("FAIL {name}: {error:#}");
+                    failures.push(format!("{name}: {error:#}"));
+                }
+            }
+        }
+        assert!(
+            failures.is_empty(),
+            "{}\n{}",
+            failures.join("\n"),
+            self.logs()
+        );
+    }
+
+    /// Measures all connections between pods; they must be this many in each family, all as the policies say.
+    pub fn show(&self, connections: usize) -> Result<String> {
+        let output = self
+            .calictl(&["lab", "show", "--lab", &self.name])
+            .output()?;
+        let text = checked(output, || "lab show".to_owned())?;
+        ensure!(
+            text.contains(&format!(
+                "{connections} of {connections} connections are as the policies say"
+            )),
+            "{text}"
+        );
+        Ok(text)
     }
 
     /// The end of every log, for a failed test.

@@ -1,12 +1,13 @@
 //! End-to-end tests: the built programs, driven as a person drives them, watched through the kernel's own tools.
 //!
 //! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
-//! [`kernel`] reads and compares a node's kernel state; [`traffic`] counts lost packets by sequence number.
+//! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by sequence number.
 
 mod arrows;
 pub mod bgp;
 pub mod kernel;
 pub mod lab;
+pub mod table;
 pub mod traffic;
 
 use std::time::{Duration, Instant};

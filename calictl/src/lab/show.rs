@@ -7,9 +7,11 @@ use crate::output::{self, Style};
 use anyhow::{Context, Result, bail};
 use cali_control::status::{BgpRequest, BgpResponse, BgpStatus};
 use cali_lab::plan::PlannedNode;
-use cali_lab::pods::Runtime;
+use cali_lab::pods::{RunningPod, Runtime};
 use cali_lab::state::Folder;
 use cali_netlink::NetNs;
+use matrix::Family;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -36,7 +38,7 @@ pub(super) fn run(folder: &Folder) -> Result<ExitCode> {
     }
     if let Some((name, node)) = nodes.first() {
         title(format_args!("ip route    ({name})"));
-        output::line(routes(node)?);
+        output::line(routes(node, "-4")?);
     }
     let programs = super::programs()?;
     let pods = Runtime {
@@ -46,11 +48,29 @@ pub(super) fn run(folder: &Folder) -> Result<ExitCode> {
     }
     .list()
     .context("cannot read the lab's pods")?;
+    let has_ipv6 = |pod: &RunningPod| pod.addresses.iter().any(IpAddr::is_ipv6);
+    let dual = pods.iter().any(has_ipv6);
+    if let Some((name, node)) = nodes.first().filter(|_| dual) {
+        title(format_args!("ip -6 route    ({name})"));
+        output::line(routes(node, "-6")?);
+    }
     let store = runtime.block_on(async { super::up::open_store(&plan) })?;
-    let matrix = runtime.block_on(matrix::measure(&store, &pods))?;
-    title("connections, measured with real packets, beside what the policies say");
-    output::write(matrix.render());
-    Ok(if matrix.agrees() {
+    let mut agrees = true;
+    let families: &[Family] = if dual {
+        &[Family::Ipv4, Family::Ipv6]
+    } else {
+        &[Family::Ipv4]
+    };
+    for family in families {
+        let matrix = runtime.block_on(matrix::measure(&store, &pods, *family))?;
+        title(format_args!(
+            "{} connections, measured with real packets, beside what the policies say",
+            family.name()
+        ));
+        output::write(matrix.render());
+        agrees &= matrix.agrees();
+    }
+    Ok(if agrees {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -61,12 +81,12 @@ fn title(text: impl std::fmt::Display) {
     output::line(Style::TITLE.paint(format_args!("── {text} ──")));
 }
 
-fn routes(node: &PlannedNode) -> Result<String> {
+fn routes(node: &PlannedNode, family: &'static str) -> Result<String> {
     let namespace = NetNs::open(&node.namespace)?;
     let output = namespace
         .run(|| {
             std::process::Command::new("ip")
-                .args(["-4", "route"])
+                .args([family, "route"])
                 .output()
         })?
         .context("cannot run ip route")?;

@@ -7,10 +7,11 @@ use anyhow::{Context, Result, bail};
 use cali_api::{AnyResource, Kind};
 use cali_control::status::{BgpStatus, NodeRequest, NodeResponse, NodeStatus, SessionState};
 use cali_datastore::Datastore;
-use cali_lab::plan::{Plan, plan};
+use cali_lab::plan::{Plan, missing_peers, plan};
 use cali_lab::pods::{Pod, Runtime};
 use cali_lab::state::Folder;
 use cali_lab::{bring_up, supervise, topology};
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
@@ -45,6 +46,7 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
     };
     let topology = topology::read(file)?;
     let places = places()?;
+    unpack_peers(&missing_peers(&topology, &places), &steps)?;
     let plan = plan(&topology, &places).with_context(|| format!("{}", file.display()))?;
     bring_up::check_host()?;
     // All manifests are read before anything is made: a bad one leaves nothing behind.
@@ -110,7 +112,7 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
             .context("cannot run pods")??;
         steps.done("pods", format_args!("{count} running"));
 
-        let sessions = wait_for_sessions(&plan).await?;
+        let sessions = wait_for_sessions(&plan, has_mesh(store.as_ref()).await?).await?;
         steps.done("bgp", format_args!("{sessions} sessions established"));
         anyhow::Ok(())
     })?;
@@ -122,6 +124,34 @@ pub(super) fn run(file: &Path, then_show: bool) -> Result<()> {
         output::line("");
         show::run(&folder)?;
     }
+    Ok(())
+}
+
+/// Unpacks the packages of other routing daemons that the topology needs, with the script of the repository that this
+/// executable was built in. Without the script nothing is done, and planning says what to run.
+fn unpack_peers(missing: &BTreeSet<&'static str>, steps: &Steps) -> Result<()> {
+    let own = super::programs()?;
+    let script = own
+        .ancestors()
+        .map(|folder| folder.join("scripts/peers"))
+        .find(|script| script.is_file());
+    let Some(script) = script.filter(|_| !missing.is_empty()) else {
+        return Ok(());
+    };
+    let names: Vec<&str> = missing.iter().copied().collect();
+    let output = std::process::Command::new(&script)
+        .args(&names)
+        .output()
+        .with_context(|| format!("cannot run {}", script.display()))?;
+    if !output.status.success() {
+        bail!(
+            "{} {} failed: {}",
+            script.display(),
+            names.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    steps.done("peers", format_args!("unpacked {}", names.join(", ")));
     Ok(())
 }
 
@@ -264,8 +294,21 @@ pub(super) async fn node_status(node: &cali_lab::plan::PlannedNode) -> Result<No
     }
 }
 
+/// Whether the nodes peer with each other without being told to (the default).
+async fn has_mesh(store: &dyn Datastore) -> Result<bool> {
+    let list = store
+        .list(Kind::BGPConfiguration, None)
+        .await
+        .context("cannot list the BGP configurations")?;
+    let disabled = |item: &cali_datastore::Versioned| {
+        matches!(item.object.as_ref(), AnyResource::BGPConfiguration(config)
+            if config.metadata.name == "default" && config.spec.node_to_node_mesh_enabled == Some(false))
+    };
+    Ok(!list.items.iter().any(disabled))
+}
+
 /// Waits until every configured session of every node is established. Returns their number.
-async fn wait_for_sessions(plan: &Plan) -> Result<usize> {
+async fn wait_for_sessions(plan: &Plan, mesh: bool) -> Result<usize> {
     let limit = Instant::now() + READY_LIMIT;
     let nodes: Vec<_> = plan
         .nodes
@@ -288,8 +331,9 @@ async fn wait_for_sessions(plan: &Plan) -> Result<usize> {
                             format!("{name} – {} {}", peer.address, peer.state.as_str())
                         }),
                     );
-                    // Every node peers with every other one and, in this topology, maybe more.
-                    if status.peers.len() + 1 < nodes.len() {
+                    // In a mesh every node peers with every other one; without it, with somebody.
+                    let least = if mesh { nodes.len() - 1 } else { 1 };
+                    if status.peers.len() < least {
                         waiting.push(format!("{name} has {} peers", status.peers.len()));
                     }
                 }

@@ -1,16 +1,20 @@
-//! The pod-to-pod matrix: every pod tries every other one on its first TCP port.
+//! The pod-to-pod matrix: every pod tries every other one on its first TCP port, at its address of one family.
 
 use crate::output::Style;
 use anyhow::{Context, Result};
 use cali_datastore::Datastore;
 use cali_lab::pods::RunningPod;
 use cali_lab::probe::{Attempt, Outcome, Protocol, try_all};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long an attempt may take before it counts as denied. A SYN that is lost is sent again after 1 s.
 const LIMIT: Duration = Duration::from_millis(1500);
+
+/// How often a connection that ought to be possible is tried.
+const ROUNDS: usize = 4;
+const BETWEEN_ROUNDS: Duration = Duration::from_millis(250);
 
 /// One cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,27 +31,55 @@ pub(super) struct Matrix {
     cells: Vec<Vec<Option<Cell>>>,
 }
 
-/// Measures all pairs side by side.
-pub(super) async fn measure(store: &Arc<dyn Datastore>, pods: &[RunningPod]) -> Result<Matrix> {
+/// Which of the pods' addresses are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+impl Family {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        }
+    }
+
+    /// The pod's address of this family.
+    fn address(self, pod: &RunningPod) -> Option<IpAddr> {
+        let wanted = |address: &&IpAddr| address.is_ipv6() == (self == Self::Ipv6);
+        pod.addresses.iter().find(wanted).copied()
+    }
+}
+
+/// Measures all pairs side by side, of pods that have an address of the family.
+pub(super) async fn measure(
+    store: &Arc<dyn Datastore>,
+    pods: &[RunningPod],
+    family: Family,
+) -> Result<Matrix> {
     let oracle = super::super::expect::Oracle::read(store).await?;
     let mut attempts = Vec::new();
     let mut places = Vec::new();
     for (row, from) in pods.iter().enumerate() {
         for (column, to) in pods.iter().enumerate().filter(|(column, _)| *column != row) {
-            let (Some(address), Some(port)) = (to.addresses.first(), to.pod.tcp.first()) else {
+            let (Some(source), Some(address), Some(port)) =
+                (family.address(from), family.address(to), to.pod.tcp.first())
+            else {
                 continue;
             };
             let attempt = Attempt {
                 namespace: from.netns.clone(),
                 protocol: Protocol::Tcp,
-                to: SocketAddr::new(*address, *port),
+                to: SocketAddr::new(address, *port),
             };
-            let source = from.addresses.first().context("a pod without an address")?;
-            places.push((row, column, oracle.allows(*source, *address, *port)?));
+            places.push((row, column, oracle.allows(source, address, *port)?));
             attempts.push(attempt);
         }
     }
-    let outcomes = tokio::task::spawn_blocking(move || try_all(&attempts, LIMIT))
+    let allowed: Vec<bool> = places.iter().map(|(_, _, allowed)| *allowed).collect();
+    let outcomes = tokio::task::spawn_blocking(move || probe(&attempts, &allowed))
         .await
         .context("cannot probe")?
         .context("cannot probe")?;
@@ -59,6 +91,29 @@ pub(super) async fn measure(store: &Arc<dyn Datastore>, pods: &[RunningPod]) -> 
         names: pods.iter().map(|pod| pod.pod.name.clone()).collect(),
         cells,
     })
+}
+
+/// Tries all; what ought to connect and does not is tried again, since a network that has just come up may still be on
+/// its way. What connects and ought not to is never tried again: one packet too many is a leak.
+fn probe(attempts: &[Attempt], allowed: &[bool]) -> std::io::Result<Vec<Outcome>> {
+    let mut outcomes = try_all(attempts, LIMIT)?;
+    for _ in 1..ROUNDS {
+        let missing: Vec<usize> = (0..attempts.len())
+            .filter(|index| allowed[*index] && !outcomes[*index].is_connected())
+            .collect();
+        if missing.is_empty() {
+            break;
+        }
+        std::thread::sleep(BETWEEN_ROUNDS);
+        let again: Vec<Attempt> = missing
+            .iter()
+            .map(|index| attempts[*index].clone())
+            .collect();
+        for (index, outcome) in missing.into_iter().zip(try_all(&again, LIMIT)?) {
+            outcomes[index] = outcome;
+        }
+    }
+    Ok(outcomes)
 }
 
 impl Matrix {

@@ -1,0 +1,167 @@
+//! Two racks and two top-of-rack routers: eBGP, equal-cost paths, and a router that is taken out.
+
+use anyhow::{Context, Result, ensure};
+use cali_tests::eventually;
+use cali_tests::lab::{Lab, checked};
+use cali_tests::table::{block_of, find, gateways, node_status, routes_v4};
+use cali_tests::traffic::Ping;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(20);
+/// Node, its address, its pod, the routers of its rack.
+const NODES: [(&str, &str, &str, [&str; 2]); 3] = [
+    (
+        "node1",
+        "10.0.1.1",
+        "shop/web-1",
+        ["10.0.1.251", "10.0.1.252"],
+    ),
+    (
+        "node2",
+        "10.0.1.2",
+        "shop/web-2",
+        ["10.0.1.251", "10.0.1.252"],
+    ),
+    (
+        "node3",
+        "10.0.2.3",
+        "shop/web-3",
+        ["10.0.2.251", "10.0.2.252"],
+    ),
+];
+
+#[test]
+fn lab_tor() {
+    let (lab, printed) = Lab::up("tor.clab.yml").unwrap_or_else(|error| panic!("{error:#}"));
+    println!("{printed}");
+    lab.check_all(&[
+        ("nodes peer with the two routers of their rack", sessions),
+        ("blocks are reached over both routers", both_routers),
+        ("the routers have every block", routers),
+        ("connections are as the policies say", |lab| {
+            lab.show(6).map(drop)
+        }),
+        ("packets between the racks go over both routers", spread),
+        (
+            "a router whose peerings are deleted is left without a loss",
+            one_router_less,
+        ),
+    ]);
+}
+
+fn sessions(lab: &Lab) -> Result<()> {
+    for (node, _, _, routers) in NODES {
+        let text = node_status(lab, node)?;
+        for router in routers {
+            ensure!(
+                text.lines()
+                    .any(|line| line.contains(&format!("| {router} "))
+                        && line.contains("Established")),
+                "{node} has no session with {router}\n{text}"
+            );
+        }
+        ensure!(!text.contains("mesh"), "{node} has a mesh session\n{text}");
+    }
+    Ok(())
+}
+
+/// Every node reaches every other node's block over these of its rack's routers.
+fn over(lab: &Lab, wanted: fn([&'static str; 2]) -> Vec<&'static str>) -> Result<()> {
+    for (node, _, _, routers) in NODES {
+        for (owner, _, pod, _) in NODES.iter().filter(|(owner, ..)| *owner != node) {
+            let block = block_of(lab, pod)?;
+            let check = || {
+                let routes = routes_v4(lab, node).map_err(|error| format!("{error:#}"))?;
+                find(&routes, &block, &[("protocol", "bird")])?;
+                let seen = gateways(&routes, &block)?;
+                if seen == wanted(routers) {
+                    Ok(())
+                } else {
+                    Err(format!("{seen:?}"))
+                }
+            };
+            eventually(LIMIT, check)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("{node}: the block of {owner}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn both_routers(lab: &Lab) -> Result<()> {
+    over(lab, |routers| routers.to_vec())
+}
+
+/// A router goes straight to the block's own node, never over another one.
+fn routers(lab: &Lab) -> Result<()> {
+    for router in ["tor1", "tor2"] {
+        for (owner, address, pod, _) in NODES {
+            let block = block_of(lab, pod)?;
+            let check = || {
+                let routes = routes_v4(lab, router).map_err(|error| format!("{error:#}"))?;
+                let seen = gateways(&routes, &block)?;
+                if seen == [address] {
+                    Ok(())
+                } else {
+                    Err(format!("{seen:?}"))
+                }
+            };
+            eventually(LIMIT, check)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("{router}: the block of {owner}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Packets that a router has sent into the rack of node3.
+fn sent(lab: &Lab, router: &str) -> Result<u64> {
+    let text = lab.exec(
+        router,
+        &["cat", "/sys/class/net/eth2/statistics/tx_packets"],
+    )?;
+    Ok(text.trim().parse()?)
+}
+
+/// The kernel spreads by addresses (`fib_multipath_hash_policy` 0), so several destinations are needed: every address
+/// of the other node's block takes the same route, and its node refuses those that no pod has.
+fn spread(lab: &Lab) -> Result<()> {
+    let base: std::net::Ipv4Addr = block_of(lab, "shop/web-3")?
+        .trim_end_matches("/26")
+        .parse()?;
+    let both = || {
+        let count = || -> Result<[u64; 2]> { Ok([sent(lab, "tor1")?, sent(lab, "tor2")?]) };
+        let before = count().map_err(|error| format!("{error:#}"))?;
+        for offset in 0..32 {
+            let to = std::net::Ipv4Addr::from(u32::from(base) + offset).to_string();
+            // Most of them are not answered.
+            let _ = lab.exec(
+                "shop/web-1",
+                &["ping", "-n", "-q", "-c", "1", "-W", "0.01", &to],
+            );
+        }
+        let after = count().map_err(|error| format!("{error:#}"))?;
+        let sent = [after[0] - before[0], after[1] - before[1]];
+        if sent.iter().all(|packets| *packets >= 5) {
+            Ok(sent)
+        } else {
+            Err(format!("sent {sent:?}"))
+        }
+    };
+    let (sent, _) = eventually(LIMIT, both).map_err(anyhow::Error::msg)?;
+    println!("     tor1 sent {} packets, tor2 {}", sent[0], sent[1]);
+    Ok(())
+}
+
+/// Both of a router's peerings are deleted, as before maintenance; the router itself forwards on.
+fn one_router_less(lab: &Lab) -> Result<()> {
+    let ping = Ping::start(lab, "shop/web-1", &lab.pod_address("shop/web-3")?)?;
+    for peer in ["rack-a-tor2", "rack-b-tor2"] {
+        let output = lab.calictl(&["delete", "bgppeer", peer]).output()?;
+        checked(output, || format!("delete bgppeer {peer}"))?;
+    }
+    over(lab, |routers| vec![routers[0]])?;
+    let count = ping.stop()?;
+    ensure!(count.received > 0 && count.lost() == 0, "{count:?}");
+    Ok(())
+}
