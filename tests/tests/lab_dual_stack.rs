@@ -229,11 +229,11 @@ fn mode_changes(lab: &Lab) -> Result<()> {
             println!(
                 "     {mode}: {} ms, {to}: lost {} of {}",
                 time.as_millis(),
-                count.lost(),
+                count.lost,
                 count.sent
             );
             ensure!(
-                count.received > 0 && count.lost() <= tolerated,
+                count.sent > 0 && count.lost <= tolerated,
                 "mode {mode}: {count:?} to {to}"
             );
         }
@@ -274,7 +274,7 @@ fn kills(lab: &Lab) -> Result<()> {
     for ping in pings {
         let (to, ping) = ping?;
         let count = ping.stop()?;
-        ensure!(count.received > 10 && count.lost() == 0, "{to}: {count:?}");
+        ensure!(count.sent > 10 && count.lost == 0, "{to}: {count:?}");
     }
     Ok(())
 }

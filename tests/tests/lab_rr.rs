@@ -110,6 +110,6 @@ fn killed_reflector(lab: &Lab) -> Result<()> {
     eventually(LIMIT, back).map_err(anyhow::Error::msg)?;
     routes(lab)?;
     let count = ping.stop()?;
-    ensure!(count.received > 10 && count.lost() == 0, "{count:?}");
+    ensure!(count.sent > 10 && count.lost == 0, "{count:?}");
     Ok(())
 }
