@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use bgpd::policy::{Action, Condition, Edit, LocalKind, Policy, PolicyBuilder};
 use bgpd::rib::{
-    BestRoute, Gateway, LocalRoute, NextHopMode, PathStatus, PeerConfig, PeerId, PeerSlot, Refusal,
-    Rib, RibChanges, RibConfig, RibInput, Step,
+    BestRoute, Gateway, LocalRoute, NextHopMode, NextHopState, PathStatus, PeerConfig, PeerId,
+    PeerSlot, Refusal, Rib, RibChanges, RibConfig, RibInput, Step,
 };
 use bgpd::wire::{
     AsPath, Attributes, Codec, Community, Family, FamilySet, Framer, Message, NextHop, Nlri,
@@ -285,6 +285,36 @@ fn a_changed_next_hop_alone_reaches_kernel_and_peers() {
     assert_eq!(announced.len(), 1);
     assert_eq!(announced[0].1.global().to_string(), "192.0.2.7");
     assert!(withdrawn.is_empty());
+}
+
+#[test]
+fn a_route_that_moves_to_a_new_gateway_is_replaced_not_withdrawn() {
+    let mut b = Bench::new();
+    b.rib = Rib::new(RibConfig::new(65000, Ipv4Addr::new(192, 0, 2, 200)));
+    let from = b.peer(settings(PeerKind::Ebgp, 1));
+    let to = b.peer(settings(PeerKind::Ibgp, 2));
+    for next_hop in [1, 7] {
+        b.rib.handle(RibInput::Update {
+            peer: from,
+            update: Box::new(Update {
+                next_hop: Some(NextHop::V4(Ipv4Addr::new(192, 0, 2, next_hop))),
+                nlri: NlriBlock::from_routes(V4, false, &[Nlri::new(p(NET))]),
+                attributes: path(&[65001]),
+                ..Update::empty()
+            }),
+        });
+        let (watch, unwatch) = b.rib.take_watches();
+        let left = usize::from(next_hop == 7);
+        assert_eq!((watch.len(), unwatch.len()), (1, left));
+        for gateway in watch {
+            let state = NextHopState::Reachable { metric: 0 };
+            b.rib.handle(RibInput::NextHop { gateway, state });
+        }
+        b.changes = b.rib.commit();
+        assert!(b.changed(NET).flatten().is_some());
+        let (announced, withdrawn) = b.read(to);
+        assert_eq!((announced.len(), withdrawn.len()), (1, 0));
+    }
 }
 
 #[test]

@@ -10,4 +10,4 @@ mod helper;
 mod restarter;
 
 pub use helper::{Helper, HelperAction, HelperEvent, HelperTimer, PeerRestart};
-pub use restarter::{Heard, Restarter};
+pub use restarter::{Heard, Progress, Restarter};

@@ -8,7 +8,7 @@ use foldhash::fast::RandomState;
 use super::base::{Base, RibConfig};
 use super::decision::Owner;
 use super::event::{
-    BestChange, BestRoute, LocalRoute, PeerConfig, PeerId, PeerSlot, RibChanges, RibInput,
+    BestChange, BestRoute, Gateway, LocalRoute, PeerConfig, PeerId, PeerSlot, RibChanges, RibInput,
 };
 use super::export::GroupKey;
 use super::forwarding::ForwardingStore;
@@ -128,6 +128,15 @@ impl Rib {
         }
     }
 
+    /// Gateways to watch and to leave, as the batch so far asks for. Whoever can say at once whether a gateway is
+    /// reachable does so between this and [`Self::commit`]: a route that moves to a gateway not seen before is then
+    /// replaced, not withdrawn and announced again.
+    pub fn take_watches(&mut self) -> (Vec<Gateway>, Vec<Gateway>) {
+        let (mut watch, mut unwatch) = (Vec::new(), Vec::new());
+        self.base.hops.take_watches(&mut watch, &mut unwatch);
+        (watch, unwatch)
+    }
+
     /// Ends the batch: selects again where something changed.
     pub fn commit(&mut self) -> RibChanges {
         let mut changes = RibChanges::default();
@@ -139,9 +148,10 @@ impl Rib {
                 self.decide(family, id, &mut changes);
             }
         }
+        self.base.hops.settle();
         self.base
             .hops
-            .settle(&mut changes.watch, &mut changes.unwatch);
+            .take_watches(&mut changes.watch, &mut changes.unwatch);
         for group in self.groups.iter_mut().flatten() {
             group.wake(&mut changes.ready);
         }

@@ -218,13 +218,17 @@ impl HopStore {
         gateway.is_some_and(|g| self.gateways[g as usize].changed)
     }
 
-    /// Ends a batch: forgets change marks, reports which gateways to watch and to leave.
-    pub(super) fn settle(&mut self, watch: &mut Vec<Gateway>, unwatch: &mut Vec<Gateway>) {
+    /// Ends a batch: forgets change marks.
+    pub(super) fn settle(&mut self) {
         if std::mem::take(&mut self.any_changed) {
             for entry in &mut self.gateways {
                 entry.changed = false;
             }
         }
+    }
+
+    /// Reports which gateways to watch and to leave from now on.
+    pub(super) fn take_watches(&mut self, watch: &mut Vec<Gateway>, unwatch: &mut Vec<Gateway>) {
         for id in std::mem::take(&mut self.touched) {
             let entry = &mut self.gateways[id as usize];
             entry.listed = false;

@@ -25,13 +25,12 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use crate::gr::{Heard, Restarter};
+use crate::gr::{Heard, Progress, Restarter};
 use crate::reach::Reach;
 use crate::rib::{Gateway, NextHopState, PeerSlot, Rib};
 use crate::session::PeerReport;
 use crate::sink::Sink;
 use crate::transport::{Connection, Transport};
-use crate::wire::FamilySet;
 use listening::Listening;
 use neighbours::Running;
 use settings::Settings;
@@ -136,8 +135,8 @@ struct State {
     listening: Vec<Listening>,
     paths: Option<paths::Watch>,
     restarter: Restarter<IpAddr>,
-    /// Families whose restart ends with this batch.
-    converging: FamilySet,
+    /// Waits of our restart that end with this batch.
+    progress: Progress,
     deferral_ends: Option<Instant>,
     restarting: watch::Sender<bool>,
     reports: (mpsc::Sender<PeerReport>, mpsc::Receiver<PeerReport>),
@@ -169,7 +168,7 @@ impl State {
         Self {
             rib: Rib::new(settings.rib()),
             restarter: Restarter::new(awaited),
-            converging: FamilySet::EMPTY,
+            progress: Progress::default(),
             deferral_ends: Some(Instant::now() + environment.deferral),
             environment,
             settings,
@@ -197,8 +196,8 @@ impl State {
         for (address, neighbour) in &first.neighbours {
             self.add(*address, neighbour);
         }
-        let converged = self.restarter.poll();
-        self.on_converged(converged);
+        let progress = self.restarter.poll();
+        self.on_progress(progress);
         self.commit();
         loop {
             let timer = self.next_timer();
@@ -273,8 +272,8 @@ impl State {
         if self.deferral_ends.is_some_and(|at| at <= now) {
             self.deferral_ends = None;
             tracing::info!("no longer waiting for peers: the restart is over");
-            let converged = self.restarter.on(Heard::Deferred);
-            self.on_converged(converged);
+            let progress = self.restarter.on(Heard::Deferred);
+            self.on_progress(progress);
         }
         if self.recheck_at.is_some_and(|at| at <= now) {
             self.recheck();
@@ -284,21 +283,23 @@ impl State {
 
     /// Everything that peers can tell about these families has been taken in. What follows from it waits until
     /// the batch is committed: paths must reach the kernel's side before the end of its synchronisation.
-    fn on_converged(&mut self, families: FamilySet) {
-        self.converging = self.converging.union(families);
+    fn on_progress(&mut self, progress: Progress) {
+        self.progress = self.progress.and(progress);
     }
 
-    /// Ends the restart for the families that converged in this batch.
+    /// Carries out what the waits that ended with this batch were for.
     fn end_restart(&mut self) {
-        let families = std::mem::replace(&mut self.converging, FamilySet::EMPTY);
-        if families.is_empty() {
+        let progress = std::mem::take(&mut self.progress);
+        if progress.is_empty() {
             return;
         }
-        for family in families.iter() {
+        for family in progress.complete.iter() {
             self.environment.sink.end_of_sync(family);
         }
-        if !self.restarter.is_restarting() {
+        if self.restarter.is_complete() {
             self.deferral_ends = None;
+        }
+        if !self.restarter.is_restarting() {
             self.restarting.send_replace(false);
         }
         self.release_end_of_rib();

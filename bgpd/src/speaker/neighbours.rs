@@ -163,8 +163,8 @@ impl State {
         }
         self.rib
             .handle(RibInput::PeerRemoved { slot: running.slot });
-        let converged = self.restarter.on(Heard::Gone { peer: address });
-        self.on_converged(converged);
+        let progress = self.restarter.on(Heard::Gone { peer: address });
+        self.on_progress(progress);
     }
 
     fn change(&mut self, address: IpAddr, before: &Neighbour, after: &Neighbour) {

@@ -105,17 +105,14 @@ impl State {
             config,
             preserved,
         });
-        // A peer without graceful restart, or one that restarted itself, is not awaited.
-        let restarted = up
-            .negotiated
-            .graceful_restart
-            .as_ref()
-            .is_none_or(|gr| gr.restarting);
-        let awaited = if restarted {
-            FamilySet::EMPTY
-        } else {
-            offer.map(|o| o.families).unwrap_or_default()
+        // A peer with the capability sends End-of-RIB for every family of the session, whether or not it names the
+        // family as one that it preserves (RFC 4724 §2, §3: naming none means helper only).
+        let restart = up.negotiated.graceful_restart.as_ref();
+        let awaited = match restart {
+            Some(_) => up.negotiated.codec.families,
+            None => FamilySet::EMPTY,
         };
+        let restarted = restart.is_some_and(|gr| gr.restarting);
         let running = self.neighbours.get_mut(&address);
         let actions = running.map(|r| {
             r.live = Some(up);
@@ -124,11 +121,12 @@ impl State {
             r.helper.handle(HelperEvent::Up(offer))
         });
         self.help(address, actions.unwrap_or_default());
-        let converged = self.restarter.on(Heard::Up {
+        let progress = self.restarter.on(Heard::Up {
             peer: address,
             awaited,
+            restarted,
         });
-        self.on_converged(converged);
+        self.on_progress(progress);
         self.feed(address, peer.epoch);
     }
 
@@ -167,11 +165,11 @@ impl State {
             let actions = running.helper.handle(HelperEvent::EndOfRib(family));
             self.help(address, actions);
         }
-        let converged = self.restarter.on(Heard::EndOfRib {
+        let progress = self.restarter.on(Heard::EndOfRib {
             peer: address,
             family,
         });
-        self.on_converged(converged);
+        self.on_progress(progress);
     }
 
     pub(super) fn helper_timers(&mut self, now: Instant) {

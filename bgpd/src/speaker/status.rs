@@ -125,7 +125,7 @@ impl State {
                 .collect(),
             prefixes_v4: counts.prefixes[0] as u64,
             prefixes_v6: counts.prefixes[1] as u64,
-            restarting: self.restarter.is_restarting(),
+            restarting: !self.restarter.is_complete(),
         }
     }
 

@@ -11,7 +11,7 @@ use tracing::warn;
 use super::State;
 use super::neighbours::Running;
 use crate::reach::RECHECK;
-use crate::rib::{BestChange, LocalRoute, PeerConfig, PeerId, RibInput, RouteSource};
+use crate::rib::{BestChange, Gateway, LocalRoute, PeerConfig, PeerId, RibInput, RouteSource};
 use crate::session::{Command, SessionUp};
 use crate::sink::Path;
 use crate::wire::{ErrorCode, NextHop, Notification, PeerKind, Prefix, cease};
@@ -80,6 +80,8 @@ impl State {
     /// Ends the batch: routes are selected, and everything that follows from it is done.
     pub(super) fn commit(&mut self) {
         loop {
+            let (watch, unwatch) = self.rib.take_watches();
+            self.watch(watch, &unwatch);
             let changes = self.rib.commit();
             for change in changes.best {
                 self.best(change);
@@ -95,20 +97,28 @@ impl State {
             for peer in changes.over_limit {
                 self.over_limit(peer);
             }
-            for gateway in changes.unwatch {
-                self.watched.remove(&gateway);
-            }
-            if changes.watch.is_empty() {
+            if !self.watch(changes.watch, &changes.unwatch) {
                 return self.end_restart();
             }
-            for gateway in changes.watch {
-                let state = self.environment.reach.state(gateway);
-                self.watched.insert(gateway, state);
-                self.rib.handle(RibInput::NextHop { gateway, state });
-            }
-            self.recheck_at
-                .get_or_insert_with(|| Instant::now() + RECHECK);
         }
+    }
+
+    /// Starts and ends the watch of gateways, and tells the table the state of the new ones. Whether there are any.
+    fn watch(&mut self, watch: Vec<Gateway>, unwatch: &[Gateway]) -> bool {
+        for gateway in unwatch {
+            self.watched.remove(gateway);
+        }
+        if watch.is_empty() {
+            return false;
+        }
+        for gateway in watch {
+            let state = self.environment.reach.state(gateway);
+            self.watched.insert(gateway, state);
+            self.rib.handle(RibInput::NextHop { gateway, state });
+        }
+        self.recheck_at
+            .get_or_insert_with(|| Instant::now() + RECHECK);
+        true
     }
 
     /// Looks at all watched gateways again.

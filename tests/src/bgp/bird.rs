@@ -182,7 +182,13 @@ impl Speaker for Bird {
 
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()> {
         let protocol = self.protocol(neighbour)?;
-        self.ask(&format!("reload in {protocol}")).map(|_| ())
+        // Release 3 has a command of its own for it.
+        let command = if self.package.ends_with("bird3") {
+            "reload bgp in"
+        } else {
+            "reload in"
+        };
+        self.ask(&format!("{command} {protocol}")).map(|_| ())
     }
 }
 

@@ -170,7 +170,11 @@ impl Speaker for Cali {
         let BgpResponse::Routes(routes) = self.ask(&BgpRequest::Routes { within: None })? else {
             bail!("bgpd does not answer with routes");
         };
-        let learned = routes.into_iter().filter(|route| route.peer.is_some());
+        // Refused paths (an own AS number in them, for example) are listed as well.
+        let learned = routes.into_iter().filter(|route| {
+            let reason = route.reason.as_deref().unwrap_or_default();
+            route.peer.is_some() && (reason.is_empty() || reason.starts_with("another path"))
+        });
         learned
             .map(|route| {
                 let communities = route.communities.iter().map(|text| community(text));

@@ -38,7 +38,7 @@ impl ExaBgp {
 
     /// A file of this start; a process left over from an earlier one has the earlier file.
     fn file(&self, name: &str) -> PathBuf {
-        self.seat.file(&format!("{name}{}", self.starts))
+        self.seat.file(&format!("{}-{name}", self.starts))
     }
 
     fn command(&mut self, neighbour: &Neighbour, words: &str) -> Result<()> {
@@ -61,7 +61,7 @@ impl ExaBgp {
 
     fn learned(&self) -> Result<Learned> {
         let mut learned = Learned::default();
-        let text = std::fs::read_to_string(self.file("events")).unwrap_or_default();
+        let text = std::fs::read_to_string(self.file("events.log")).unwrap_or_default();
         // The last line may be in the middle of being written.
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         for line in whole.lines() {
@@ -157,10 +157,11 @@ impl Speaker for ExaBgp {
 
     fn start(&mut self, settings: &Settings, _start: Start) -> Result<()> {
         self.starts += 1;
-        let (events, pipe) = (self.file("events"), self.file("commands"));
+        let (events, pipe) = (self.file("events.log"), self.file("commands"));
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU)?;
         let script = format!(
-            "cat > {} &\nexec cat {}\n",
+            // A background process would read from nowhere otherwise.
+            "exec 3<&0\ncat <&3 > {} &\nexec cat {}\n",
             events.display(),
             pipe.display()
         );
@@ -229,6 +230,10 @@ impl Speaker for ExaBgp {
             "neighbor {neighbour} announce route-refresh {family} unicast"
         )?;
         Ok(())
+    }
+
+    fn keeps_routes(&self) -> bool {
+        false
     }
 
     fn has_kernel_routes(&self) -> bool {

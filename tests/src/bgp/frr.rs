@@ -5,7 +5,7 @@ use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route};
 use crate::bgp::speaker::{HOLD, Neighbour, RESTART, Seat, Settings, Speaker, Start};
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::fmt::Write as _;
 use std::io::{Read, Write as _};
 use std::net::IpAddr;
@@ -126,9 +126,8 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
             text,
             " bgp graceful-restart\n bgp graceful-restart preserve-fw-state\n bgp graceful-restart restart-time {RESTART}"
         )?;
-    } else {
-        writeln!(text, " bgp graceful-restart-disable")?;
     }
+    // Otherwise it stays a helper, its default: without End-of-RIB, release 8 would answer no refresh.
     for neighbour in &settings.neighbours {
         text.push_str(&session(seat, neighbour));
     }
@@ -261,16 +260,12 @@ impl Speaker for Frr {
     fn table(&mut self) -> Result<Vec<Route>> {
         let mut routes = Vec::new();
         for family in ["ipv4", "ipv6"] {
-            let answer = self.show(&format!("show bgp {family} unicast detail json"))?;
-            let Some(prefixes) = answer["routes"].as_object() else {
-                continue;
-            };
-            for (prefix, paths) in prefixes {
-                let entries = paths
-                    .as_array()
-                    .or_else(|| paths["paths"].as_array())
-                    .with_context(|| format!("{prefix} has no paths: {paths}"))?;
-                for path in entries.iter().filter(|path| path["local"] != true) {
+            // All details of all routes in one answer are new in later releases.
+            let answer = self.show(&format!("show bgp {family} unicast json"))?;
+            for prefix in answer["routes"].as_object().into_iter().flat_map(Map::keys) {
+                let answer = self.show(&format!("show bgp {family} unicast {prefix} json"))?;
+                let paths = answer["paths"].as_array().into_iter().flatten();
+                for path in paths.filter(|path| path["sourced"] != true) {
                     routes.push(route(prefix, path).with_context(|| path.to_string())?);
                 }
             }

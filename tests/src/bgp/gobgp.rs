@@ -12,6 +12,13 @@ use std::fmt::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+/// Refuses connections in both directions.
+const NO_SESSIONS: &str = "add table inet hold; \
+    add chain inet hold input { type filter hook input priority 0; }; \
+    add rule inet hold input tcp dport 179 reject with tcp reset; \
+    add chain inet hold output { type filter hook output priority 0; }; \
+    add rule inet hold output tcp dport 179 reject with tcp reset";
+
 /// A GoBGP in its namespace.
 pub struct GoBgp {
     seat: Seat,
@@ -143,11 +150,15 @@ impl Speaker for GoBgp {
             launch = launch.arg("-r");
         }
         let log = self.seat.file("log");
+        // Its own routes come in by command. A session before that would tell End-of-RIB too early.
+        let ns = &self.seat.host.ns;
+        ns.run("nft", &[NO_SESSIONS]);
         let mut process = Process::start("gobgpd", &self.seat.host, &launch, &log)?;
         Seat::ready(&mut process, || self.ask(&["global"]))?;
         for announcement in &settings.announcements {
             self.originate(announcement)?;
         }
+        ns.run("nft", &["delete table inet hold"]);
         self.process = Some(process);
         self.settings = Some(settings.clone());
         Ok(())
@@ -199,6 +210,7 @@ impl Speaker for GoBgp {
     }
 
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()> {
+        // Its `softresetin` only applies its own policy again.
         bail!("GoBGP has no command that asks {neighbour} for its routes")
     }
 

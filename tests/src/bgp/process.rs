@@ -12,8 +12,8 @@ use std::time::Duration;
 
 /// How long a daemon may take to end when it is asked to.
 const END_LIMIT: Duration = Duration::from_secs(10);
-/// Lines of a log that a failed test shows.
-const SHOWN: usize = 60;
+/// Lines of a log that are shown when a daemon has ended.
+const SHOWN: usize = 20;
 
 /// How a daemon is started.
 #[derive(Debug, Default)]
@@ -152,9 +152,6 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("== log of {}\n{}", self.name, self.log_end());
-        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

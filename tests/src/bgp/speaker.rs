@@ -13,6 +13,8 @@ use tempfile::TempDir;
 
 /// How long sessions and routes may take. Sessions come up within two seconds; the rest is for a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(30);
+/// Lines of each log that a failed test shows.
+const SHOWN: usize = 60;
 /// Hold time of all sessions, in seconds.
 pub const HOLD: u16 = 9;
 /// Restart time of graceful restart that all speakers announce, in seconds.
@@ -128,6 +130,11 @@ pub trait Speaker {
     /// Sends ROUTE-REFRESH to this neighbour (RFC 2918).
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()>;
 
+    /// Whether it keeps the routes of a neighbour that restarts (RFC 4724 §4.2).
+    fn keeps_routes(&self) -> bool {
+        true
+    }
+
     /// Whether its best paths go to the kernel.
     fn has_kernel_routes(&self) -> bool {
         true
@@ -201,6 +208,27 @@ impl Stage {
     /// The files of all speakers.
     pub fn folder(&self) -> &std::path::Path {
         self.folder.path()
+    }
+
+    /// The end of what each daemon has logged, for a failed test.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for speaker in 1..=self.speakers {
+            let folder = self.folder.path().join(speaker.to_string());
+            let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            let logs = files.map(|file| file.path()).filter(|file| {
+                file.extension()
+                    .or(file.file_name())
+                    .is_some_and(|name| name == "log")
+            });
+            for log in logs {
+                let content = std::fs::read_to_string(&log).unwrap_or_default();
+                let lines: Vec<&str> = content.lines().collect();
+                let end = lines[lines.len().saturating_sub(SHOWN)..].join("\n");
+                text.push_str(&format!("== {}\n{end}\n", log.display()));
+            }
+        }
+        text
     }
 
     /// A further speaker, not yet started.

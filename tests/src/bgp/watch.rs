@@ -50,15 +50,23 @@ impl Watch {
 
     /// Whether a route to this prefix was deleted since the start.
     pub fn lost(&self, prefix: &Cidr) -> Result<bool> {
+        Ok(self
+            .report(prefix)?
+            .iter()
+            .any(|line| line.starts_with("Deleted")))
+    }
+
+    /// What was reported about this prefix.
+    pub fn report(&self, prefix: &Cidr) -> Result<Vec<String>> {
         // `ip` prints host routes without their length.
         let short = prefix.addr().to_string();
         let long = prefix.to_string();
         let text = std::fs::read_to_string(&self.report)?;
-        Ok(text.lines().any(|line| {
-            let mut words = line.split_whitespace();
-            words.next() == Some("Deleted")
-                && words.any(|word| word == long || (word == short && prefix.is_host()))
-        }))
+        let about = |line: &&str| {
+            line.split_whitespace()
+                .any(|word| word == long || (word == short && prefix.is_host()))
+        };
+        Ok(text.lines().filter(about).map(str::to_owned).collect())
     }
 }
 
