@@ -7,6 +7,7 @@ use std::process::ExitCode;
 mod bgp;
 mod bgp_table;
 mod columns;
+mod ipam;
 mod lab;
 mod manifests;
 mod node;
@@ -44,6 +45,9 @@ enum Command {
     /// Look at the BGP speaker of this node
     #[command(subcommand)]
     Bgp(bgp::Command),
+    /// Look at addresses and who holds them
+    #[command(subcommand)]
+    Ipam(ipam::Command),
     /// Run a containerlab topology in network namespaces on this machine
     #[command(subcommand)]
     Lab(lab::Command),
@@ -77,6 +81,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Get(get) => resources::get(&get).await?,
             Command::Node(command) => return node::run(&command).await,
             Command::Bgp(command) => bgp::run(&command).await?,
+            Command::Ipam(command) => ipam::run(&command).await?,
             Command::Lab(command) => return lab::run(command),
         }
         Ok(ExitCode::SUCCESS)
