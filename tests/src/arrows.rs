@@ -47,6 +47,10 @@ mod tests {
                 "cali-netlink",
             ],
         ),
+        (
+            "cali-controllers",
+            &["cali-api", "cali-datastore", "cali-ipam"],
+        ),
         ("cali-lab", &["cali-netlink"]),
     ];
     /// Packages at the top, which may use everything below them.
