@@ -77,6 +77,8 @@ fn number(value: f64) -> String {
 }
 
 fn share(value: f64, total: f64) -> String {
+    // The sum of nothing is -0.0, which would be printed with its sign.
+    let value = value + 0.0;
     format!("{} ({:.0}%)", number(value), 100.0 * value / total)
 }
 
@@ -264,5 +266,12 @@ mod tests {
     fn large_numbers_are_short() {
         assert_eq!(number(65536.0), "65536");
         assert_eq!(number(2_f64.powi(64)), "1.8447e+19");
+    }
+
+    #[test]
+    fn nothing_reserved_is_shown_without_a_sign() {
+        assert_eq!(share(-0.0, 64.0), "0 (0%)");
+        let nothing: f64 = std::iter::empty::<f64>().sum();
+        assert_eq!(share(nothing, 64.0), "0 (0%)");
     }
 }
