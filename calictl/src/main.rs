@@ -7,6 +7,7 @@ use std::process::ExitCode;
 mod bgp;
 mod bgp_table;
 mod columns;
+mod converted;
 mod ipam;
 mod lab;
 mod manifests;

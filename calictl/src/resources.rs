@@ -1,12 +1,13 @@
 //! `apply`, `create`, `replace`, `delete`, `get`: resources in files and in the datastore.
 
-use crate::{columns, manifests, output};
+use crate::{columns, converted, manifests, output};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error, Versioned};
+use cali_datastore::{Datastore, Error};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Attempts of an update that meets another writer.
 const ATTEMPTS: usize = 5;
@@ -200,10 +201,7 @@ pub(crate) async fn get(get: &Get) -> Result<()> {
     let found = find(store.as_ref(), kind, get)
         .await
         .context("failed to get resources")?;
-    let objects: Vec<Value> = found
-        .iter()
-        .map(|found| shown(&found.object, get.export))
-        .collect();
+    let objects: Vec<Value> = found.iter().map(|found| shown(found, get.export)).collect();
     match get.output {
         Output::Json => output::line(serde_json::to_string_pretty(&document(kind, objects, get))?),
         Output::Yaml => output::write(
@@ -239,22 +237,22 @@ pub(crate) async fn get(get: &Get) -> Result<()> {
     Ok(())
 }
 
-async fn find(store: &dyn Datastore, kind: Kind, get: &Get) -> Result<Vec<Versioned>, Error> {
+async fn find(
+    store: &dyn Datastore,
+    kind: Kind,
+    get: &Get,
+) -> Result<Vec<Arc<AnyResource>>, Error> {
     if get.names.is_empty() {
         let namespace = match (&get.namespace, get.all_namespaces) {
             (_, true) => None,
             (Some(namespace), false) => Some(namespace.as_str()),
             (None, false) => kind.is_namespaced().then_some("default"),
         };
-        return Ok(store.list(kind, namespace).await?.items);
+        return converted::list(store, kind, namespace).await;
     }
     let mut found = Vec::with_capacity(get.names.len());
     for name in &get.names {
-        found.push(
-            store
-                .get(&key(kind, get.namespace.as_deref(), name))
-                .await?,
-        );
+        found.push(converted::get(store, &key(kind, get.namespace.as_deref(), name)).await?);
     }
     Ok(found)
 }
