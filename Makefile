@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
+# Integration tests that need no namespaces of their own.
+PLAIN_TESTS := $(filter-out netns_% lab_% interop_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
 .PHONY: bench-bgp help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
@@ -27,8 +29,8 @@ lint: setup ## formatting and clippy
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
-test-unit: setup ## pure cores: unit and property tests
-	cargo test --workspace --lib --bins
+test-unit: build ## pure cores: unit and property tests, and programs without the kernel
+	cargo test --workspace --no-fail-fast --lib --bins $(addprefix --test ,$(PLAIN_TESTS))
 
 test-netns: build ## kernel tests in network namespaces (root)
 	scripts/test-as-root 'netns_*'

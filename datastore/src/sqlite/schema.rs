@@ -70,13 +70,31 @@ pub(super) fn connect(path: &Path) -> Result<Connection, Error> {
     let open = || -> rusqlite::Result<Connection> {
         let connection = Connection::open_with_flags(path, flags)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
-        connection.pragma_update(None, "journal_mode", "WAL")?;
+        write_ahead(&connection)?;
         // Every commit reaches the disk: an address that was claimed stays claimed after a power cut.
         connection.pragma_update(None, "synchronous", "FULL")?;
         connection.set_prepared_statement_cache_capacity(64);
         Ok(connection)
     };
     open().map_err(|e| Error::unavailable(format!("open {}", path.display()), e))
+}
+
+/// Turns on the write-ahead log. SQLite's own waiting does not cover this switch: while several processes open a new
+/// file at the same time, all but one are told at once that it is busy.
+fn write_ahead(connection: &Connection) -> rusqlite::Result<()> {
+    let limit = std::time::Instant::now() + BUSY_TIMEOUT;
+    loop {
+        let switched = connection.pragma_update(None, "journal_mode", "WAL");
+        let busy = switched
+            .as_ref()
+            .err()
+            .and_then(rusqlite::Error::sqlite_error_code)
+            == Some(rusqlite::ErrorCode::DatabaseBusy);
+        if !busy || std::time::Instant::now() >= limit {
+            return switched;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 enum Prepare {
