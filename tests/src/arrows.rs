@@ -12,8 +12,9 @@ mod tests {
         ("cali-netlink", &[]),
         ("cali-datastore", &["cali-api"]),
         ("cali-control", &["cali-api"]),
+        ("cali-telemetry", &[]),
         ("cali-ipam", &["cali-api", "cali-datastore"]),
-        ("typha", &["cali-api", "cali-datastore"]),
+        ("typha", &["cali-api", "cali-datastore", "cali-telemetry"]),
         ("ipip-vxlan", &["cali-api", "cali-netlink"]),
         ("cali-routes", &["cali-api", "cali-netlink", "ipip-vxlan"]),
         (
@@ -22,6 +23,7 @@ mod tests {
                 "cali-api",
                 "typha",
                 "cali-control",
+                "cali-telemetry",
                 "cali-netlink",
                 "cali-routes",
                 "ipip-vxlan",
@@ -33,6 +35,7 @@ mod tests {
                 "cali-api",
                 "typha",
                 "cali-control",
+                "cali-telemetry",
                 "cali-netlink",
                 "cali-routes",
             ],
@@ -49,7 +52,7 @@ mod tests {
         ),
         (
             "cali-controllers",
-            &["cali-api", "cali-datastore", "cali-ipam"],
+            &["cali-api", "cali-datastore", "cali-ipam", "cali-telemetry"],
         ),
         ("cali-lab", &["cali-netlink"]),
     ];
