@@ -3,7 +3,7 @@ SHELL := /bin/bash
 LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
 # Integration tests that need no namespaces of their own.
-PLAIN_TESTS := $(filter-out netns_% lab_% interop_%,$(notdir $(basename $(wildcard */tests/*.rs))))
+PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
 .PHONY: bench-bgp help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm

@@ -1,7 +1,8 @@
 //! The datastore: one trait over every back end, and the stream of ordered updates that the rest of Cali lives on.
 //!
-//! [`Datastore`] is get, list, create, update, delete and watch with revisions and compare-and-swap; [`sqlite`] is the
-//! embedded back end (one file, several processes). [`sync`] turns list and watch into one ordered stream of Calico
+//! [`Datastore`] is get, list, create, update, delete and watch with revisions and compare-and-swap. Back ends: [`sqlite`],
+//! embedded (one file, several processes), [`kubernetes`] with Calico's resource definitions, and [`etcd`] in Calico's
+//! layout. [`sync`] turns list and watch into one ordered stream of Calico
 //! resources with an in-sync marker; native Kubernetes objects are converted on the way.
 //!
 //! Objects are validated and their defaults filled in when they are written, so that every reader sees complete objects.
@@ -14,9 +15,13 @@ mod stored;
 
 #[cfg(feature = "testing")]
 pub mod conformance;
+pub mod etcd;
+pub mod kubernetes;
 pub mod preflight;
 pub mod sqlite;
 pub mod sync;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod timestamp;
 
 use std::path::PathBuf;
@@ -24,15 +29,22 @@ use std::sync::Arc;
 
 pub use error::{Cause, Error};
 pub use store::{
-    Applied, Datastore, List, Outcome, Undecodable, Versioned, WatchEvent, WatchStream,
+    Applied, Datastore, List, Outcome, Secret, Undecodable, Versioned, WatchEvent, WatchStream,
 };
 
 /// The file of the embedded store when `CALI_SQLITE_PATH` is not set.
 pub const DEFAULT_SQLITE_PATH: &str = "/var/lib/calico/cali.db";
 
-/// Opens the datastore that the environment names: `DATASTORE_TYPE` (`sqlite` when unset) and, for it, `CALI_SQLITE_PATH`.
+/// Opens the datastore that the environment names. Everything that opens a datastore does it here.
 ///
-/// Must be called inside a Tokio runtime.
+/// | `DATASTORE_TYPE` | its settings |
+/// |---|---|
+/// | `sqlite` (when unset) | `CALI_SQLITE_PATH` |
+/// | `etcdv3` | `ETCD_ENDPOINTS`, `ETCD_USERNAME`, `ETCD_PASSWORD`, `ETCD_CA_CERT_FILE`, `ETCD_CERT_FILE`, `ETCD_KEY_FILE` |
+///
+/// | `kubernetes` | `KUBECONFIG`, or the pod's service account; `K8S_*`, `CALICO_API_GROUP` |
+///
+/// etcd and the API server are reached at the first call, not here. Must be called inside a Tokio runtime.
 pub fn open_from_env() -> Result<Arc<dyn Datastore>, Error> {
     let kind = std::env::var("DATASTORE_TYPE").unwrap_or_else(|_| "sqlite".to_owned());
     match kind.as_str() {
@@ -41,9 +53,13 @@ pub fn open_from_env() -> Result<Arc<dyn Datastore>, Error> {
                 .map_or_else(|| PathBuf::from(DEFAULT_SQLITE_PATH), PathBuf::from);
             Ok(Arc::new(sqlite::Sqlite::open(&path)?))
         }
+        "kubernetes" => Ok(Arc::new(kubernetes::Kubernetes::new(
+            kubernetes::Settings::from_env()?,
+        ))),
+        "etcdv3" => Ok(Arc::new(etcd::Etcd::new(etcd::Settings::from_env()?))),
         other => Err(Error::Configuration {
             variable: "DATASTORE_TYPE",
-            reason: format!("{other:?} is not a datastore of this build; it has: sqlite"),
+            reason: format!("{other:?} is none of sqlite, kubernetes, etcdv3"),
         }),
     }
 }

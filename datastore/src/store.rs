@@ -117,6 +117,9 @@ pub struct Applied {
     pub outcome: Outcome,
 }
 
+/// The values of a secret by their names.
+pub type Secret = std::collections::BTreeMap<String, Vec<u8>>;
+
 /// A store of resources with revisions.
 ///
 /// Every write is atomic, is validated against the rules of its kind (and, for IP pools, against the other pools) and
@@ -138,8 +141,20 @@ pub trait Datastore: Send + Sync {
     /// Deletes an object, if given only at this revision, and returns what was deleted.
     async fn delete(&self, key: &Key, revision: Option<&Revision>) -> Result<Versioned, Error>;
 
-    /// Follows the changes of these kinds after `from`, which is a revision of a list, an event or an object.
+    /// Follows the changes of these kinds after `from`, which is a revision of a list, an event or an object. The order
+    /// is that of the commits for each kind; who resumes from an event must have asked for one kind only.
     async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, Error>;
+
+    /// False for kinds that this store only shows as views of native objects: they can be read, but a stream follows
+    /// the native objects and converts them itself.
+    fn is_stored(&self, _kind: Kind) -> bool {
+        true
+    }
+
+    /// Reads a secret of Kubernetes; `None` if there is none, and always in stores that keep none.
+    async fn secret(&self, _namespace: &str, _name: &str) -> Result<Option<Secret>, Error> {
+        Ok(None)
+    }
 
     /// Creates the object or replaces what stands there, whatever its revision.
     ///

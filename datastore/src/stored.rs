@@ -18,6 +18,13 @@ pub(crate) struct Identity {
     pub(crate) creation_timestamp: String,
 }
 
+/// A new random (version 4) UUID, from the kernel.
+pub(crate) fn random_uid() -> Result<String, Error> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/uuid")
+        .map_err(|error| Error::unavailable("make a uid", error))?;
+    Ok(text.trim().to_owned())
+}
+
 pub(crate) fn to_value(object: &AnyResource) -> Result<Value, Error> {
     Ok(object.to_json())
 }

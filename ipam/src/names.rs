@@ -1,9 +1,6 @@
 //! Names of the stored objects, as Calico forms them.
 
-use cali_api::{Cidr, Key, Kind};
-
-/// Kubernetes limits object names to 253 characters.
-const MAX_NAME: usize = 253;
+use cali_api::{Cidr, Key, Kind, v3};
 
 /// On a Node: its daemon keeps a journal of its addresses, so that the datastore alone does not say which are in use.
 /// Nobody else may take them back while the Node exists.
@@ -11,7 +8,7 @@ pub const JOURNAL_ANNOTATION: &str = "projectcalico.org/address-journal";
 
 /// `10.0.0.0/26` as `10-0-0-0-26`.
 pub fn dashed(cidr: &Cidr) -> String {
-    cidr.to_string().replace(['.', ':', '/'], "-")
+    v3::block_name(cidr)
 }
 
 /// The key of a block.
@@ -19,18 +16,9 @@ pub fn block(cidr: &Cidr) -> Key {
     Key::cluster(Kind::IPAMBlock, dashed(cidr))
 }
 
-/// The key of a node's affinity to a block. Names that would be too long are cut and get a digest.
+/// The key of a node's affinity to a block.
 pub fn affinity(node: &str, cidr: &Cidr) -> Key {
-    let name = format!("{node}-{}", dashed(cidr));
-    if name.len() < MAX_NAME {
-        return Key::cluster(Kind::BlockAffinity, name);
-    }
-    let digest = digest(&name);
-    let mut end = MAX_NAME - 1 - digest.len();
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    Key::cluster(Kind::BlockAffinity, format!("{}-{digest}", &name[..end]))
+    Key::cluster(Kind::BlockAffinity, v3::affinity_name(node, cidr))
 }
 
 /// The key of a handle.
@@ -51,17 +39,6 @@ pub fn configuration() -> Key {
 /// The handle of the addresses that a node holds ready.
 pub fn reserve_handle(node: &str) -> String {
     sanitized_handle(&format!("cali-reserve-{node}"))
-}
-
-/// The first 11 hexadecimal digits of SHA-256.
-fn digest(text: &str) -> String {
-    use sha2::Digest as _;
-    sha2::Sha256::digest(text.as_bytes())
-        .iter()
-        .flat_map(|byte| [byte >> 4, byte & 15])
-        .take(11)
-        .filter_map(|digit| char::from_digit(digit.into(), 16))
-        .collect()
 }
 
 #[cfg(test)]

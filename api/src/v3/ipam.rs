@@ -11,6 +11,40 @@ use crate::metadata::StringMap;
 use crate::text::{serde_as_text, text_enum};
 use crate::{Cidr, Net};
 
+/// Kubernetes limits object names to 253 characters.
+const MAX_NAME: usize = 253;
+
+/// The name of a block: `10.0.0.0/26` as `10-0-0-0-26`.
+#[must_use]
+pub fn block_name(cidr: &Cidr) -> String {
+    cidr.to_string().replace(['.', ':', '/'], "-")
+}
+
+/// The name of a node's affinity to a block. Names that would be too long are cut and get a digest
+/// (libcalico-go, `blockAffinityClient.parseKey`).
+#[must_use]
+pub fn affinity_name(node: &str, cidr: &Cidr) -> String {
+    use sha2::Digest as _;
+    let block = block_name(cidr);
+    let name = format!("{node}-{block}");
+    if name.len() < MAX_NAME {
+        return name;
+    }
+    let digest: String = sha2::Sha256::digest(format!("{node}+{block}").as_bytes())
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .take(11)
+        .filter_map(|digit| char::from_digit(digit.into(), 16))
+        .collect();
+    let mut end = (MAX_NAME - 1)
+        .saturating_sub(block.len() + 13)
+        .min(node.len());
+    while !node.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}-{block}-{digest}", &node[..end])
+}
+
 /// Who owns a block: `host:<node>` or `virtual:<name>`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Affinity {

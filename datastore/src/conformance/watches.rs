@@ -94,7 +94,7 @@ pub async fn foreign_revisions_are_gone(store: Store) {
         .create(network_set("a", "one", "10.0.0.0/8"))
         .await
         .expect("create");
-    for revision in ["no-number", "1", "9223372036854775807"] {
+    for revision in ["no-number", "0", "9223372036854775807"] {
         let refused = store
             .watch(&[Kind::NetworkSet], &Revision::from(revision))
             .await;

@@ -36,33 +36,16 @@ pub(super) struct Done {
 }
 
 impl Write {
-    pub(super) fn create(mut object: AnyResource) -> Result<Self, Error> {
-        let key = named(&object, "create")?;
-        if stored::revision_of(&stored::to_value(&object)?).is_some() {
-            return Err(Error::Unsupported {
-                operation: "create",
-                key,
-                reason: "metadata.resourceVersion must be empty",
-            });
-        }
-        cali_api::defaults(&mut object);
+    pub(super) fn create(object: AnyResource) -> Result<Self, Error> {
+        let (key, object) = admission::for_create(object)?;
         Ok(Self {
             key,
             what: What::Create(object),
         })
     }
 
-    pub(super) fn update(mut object: AnyResource) -> Result<Self, Error> {
-        let key = named(&object, "update")?;
-        let Some(expected) = stored::revision_of(&stored::to_value(&object)?).map(Revision::from)
-        else {
-            return Err(Error::Unsupported {
-                operation: "update",
-                key,
-                reason: "metadata.resourceVersion is needed",
-            });
-        };
-        cali_api::defaults(&mut object);
+    pub(super) fn update(object: AnyResource) -> Result<Self, Error> {
+        let (key, object, expected) = admission::for_update(object)?;
         Ok(Self {
             key,
             what: What::Update { object, expected },
@@ -153,24 +136,6 @@ fn undecodable(key: &Key, e: &serde_json::Error) -> Error {
         key: key.clone(),
         reason: e.to_string(),
     }
-}
-
-fn named(object: &AnyResource, operation: &'static str) -> Result<Key, Error> {
-    let key = object.key();
-    let reason = if key.name.is_empty() {
-        "metadata.name is needed"
-    } else if key.kind.is_namespaced() && key.namespace.is_none() {
-        "metadata.namespace is needed"
-    } else if !key.kind.is_namespaced() && key.namespace.is_some() {
-        "the kind has no namespaces"
-    } else {
-        return Ok(key);
-    };
-    Err(Error::Unsupported {
-        operation,
-        key,
-        reason,
-    })
 }
 
 fn expect(

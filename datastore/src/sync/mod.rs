@@ -54,6 +54,7 @@ async fn run(store: Arc<dyn Datastore>, wanted: BTreeSet<Kind>, sender: mpsc::Se
     let stored: BTreeSet<Kind> = wanted
         .iter()
         .flat_map(|kind| merge::sources_of(*kind))
+        .filter(|kind| store.is_stored(*kind))
         .collect();
     let (inputs, mut input) = mpsc::channel(INPUT_BUFFER);
     let mut tasks = JoinSet::new();
@@ -61,7 +62,13 @@ async fn run(store: Arc<dyn Datastore>, wanted: BTreeSet<Kind>, sender: mpsc::Se
         tasks.spawn(follow(Arc::clone(&store), *kind, inputs.clone()));
     }
     drop(inputs);
+    let views = wanted
+        .iter()
+        .copied()
+        .filter(|kind| !store.is_stored(*kind))
+        .collect();
     let mut stream = Stream {
+        views,
         merge: Merge::new(wanted),
         unlisted: stored,
         status: SyncStatus::WaitForDatastore,
@@ -77,6 +84,8 @@ async fn run(store: Arc<dyn Datastore>, wanted: BTreeSet<Kind>, sender: mpsc::Se
 
 struct Stream {
     merge: Merge,
+    /// Wanted kinds that the store keeps no objects of; only what is built in is told of them itself.
+    views: Vec<Kind>,
     unlisted: BTreeSet<Kind>,
     status: SyncStatus,
     sender: mpsc::Sender<SyncEvent>,
@@ -103,6 +112,9 @@ impl Stream {
                     Input::Listed { kind, list } => {
                         if self.status == SyncStatus::WaitForDatastore {
                             self.become_status(SyncStatus::ResyncInProgress).await?;
+                            for kind in std::mem::take(&mut self.views) {
+                                updates.extend(self.merge.on_list(kind, Vec::new(), &[]));
+                            }
                         }
                         for bad in &list.undecodable {
                             tracing::error!(object = %bad.key, reason = %bad.reason, "stored object cannot be read; its last good version stays in force");
@@ -173,9 +185,17 @@ async fn follow(store: Arc<dyn Datastore>, kind: Kind, inputs: mpsc::Sender<Inpu
         } else {
             tracing::warn!(kind = kind.plural(), error = %error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "cannot follow the datastore");
         }
-        tokio::time::sleep(wait).await;
+        tokio::time::sleep(jittered(wait)).await;
         wait = (wait * 2).min(RETRY.1);
     }
+}
+
+/// Between half and all of a time, so that the readers of a server that comes back do not all come at once.
+fn jittered(wait: Duration) -> Duration {
+    use std::hash::{BuildHasher, Hasher};
+    // Every new state has a random seed.
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    wait / 2 + (wait / 2).mul_f64((random % 1024) as f64 / 1024.0)
 }
 
 enum Ended {

@@ -1,0 +1,115 @@
+//! Where the API server is: a kubeconfig, Calico's `K8S_*` variables, or the pod that we run in.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+use super::places::Group;
+use crate::error::{Cause, Error};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How to reach the API server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// A kubeconfig file.
+    pub kubeconfig: Option<PathBuf>,
+    /// The context of the kubeconfig; its current one if absent.
+    pub context: Option<String>,
+    /// The API server's URL, where there is no kubeconfig.
+    pub endpoint: Option<String>,
+    /// PEM file of the authorities that sign its certificate.
+    pub ca: Option<PathBuf>,
+    /// PEM files of our certificate and its key.
+    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// File of a bearer token; read anew every minute.
+    pub token_file: Option<PathBuf>,
+    /// Whether to accept any certificate.
+    pub insecure: bool,
+    /// `crd.projectcalico.org/v1` or `projectcalico.org/v3`; whichever is served if absent.
+    pub group: Option<String>,
+}
+
+impl Settings {
+    /// Reads `KUBECONFIG` and its companions from the environment.
+    pub fn from_env() -> Result<Self, Error> {
+        Self::from_variables(|name| std::env::var(name).ok())
+    }
+
+    /// As [`Settings::from_env`], from any source of variables.
+    pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, Error> {
+        let text = |name: &str| variable(name).filter(|text| !text.trim().is_empty());
+        let path = |name: &str| text(name).map(PathBuf::from);
+        let settings = Self {
+            kubeconfig: path("KUBECONFIG"),
+            context: text("K8S_CURRENT_CONTEXT"),
+            endpoint: text("K8S_API_ENDPOINT"),
+            ca: path("K8S_CA_FILE"),
+            certificate: path("K8S_CERT_FILE").zip(path("K8S_KEY_FILE")),
+            token_file: path("K8S_TOKEN_FILE"),
+            insecure: text("K8S_INSECURE_SKIP_TLS_VERIFY").is_some_and(|on| on == "true"),
+            group: text("CALICO_API_GROUP"),
+        };
+        let in_cluster = text("KUBERNETES_SERVICE_HOST").is_some();
+        if settings.kubeconfig.is_none() && settings.endpoint.is_none() && !in_cluster {
+            return Err(Error::Configuration {
+                variable: "KUBECONFIG",
+                reason: "must name a kubeconfig file (or set K8S_API_ENDPOINT); this is not a pod of a cluster".to_owned(),
+            });
+        }
+        Ok(settings)
+    }
+
+    async fn config(&self) -> Result<Config, Error> {
+        let failed = |what: String, cause: Cause| Error::unavailable(what, cause);
+        if let Some(file) = &self.kubeconfig {
+            let what = || format!("read the kubeconfig {}", file.display());
+            let kubeconfig = Kubeconfig::read_from(file).map_err(|e| failed(what(), e.into()))?;
+            let options = KubeConfigOptions {
+                context: self.context.clone(),
+                ..KubeConfigOptions::default()
+            };
+            return Config::from_custom_kubeconfig(kubeconfig, &options)
+                .await
+                .map_err(|e| failed(what(), e.into()));
+        }
+        let Some(endpoint) = &self.endpoint else {
+            return Config::incluster()
+                .map_err(|e| failed("read the pod's service account".to_owned(), e.into()));
+        };
+        let url = endpoint.parse().map_err(|error| Error::Configuration {
+            variable: "K8S_API_ENDPOINT",
+            reason: format!("{endpoint:?} is no URL: {error}"),
+        })?;
+        let mut config = Config::new(url);
+        config.root_cert_file.clone_from(&self.ca);
+        config.accept_invalid_certs = self.insecure;
+        let name = |path: &PathBuf| Some(path.display().to_string());
+        if let Some((certificate, key)) = &self.certificate {
+            config.auth_info.client_certificate = name(certificate);
+            config.auth_info.client_key = name(key);
+        }
+        config.auth_info.token_file = self.token_file.as_ref().and_then(name);
+        Ok(config)
+    }
+
+    pub(super) async fn connect(&self) -> Result<Client, Error> {
+        let mut config = self.config().await?;
+        config.connect_timeout = Some(CONNECT_TIMEOUT);
+        Client::try_from(config)
+            .map_err(|error| Error::unavailable("set up the connection to the API server", error))
+    }
+
+    /// The group that serves Calico's kinds; `None` if the cluster serves none.
+    pub(super) async fn discover(&self, client: &Client) -> Result<Option<Group>, kube::Error> {
+        let groups = client.list_api_groups().await?;
+        let served = |name: &str, version: &str| {
+            groups.groups.iter().any(|group| {
+                group.name == name && group.versions.iter().any(|v| v.version == version)
+            })
+        };
+        Ok(Group::choose(self.group.as_deref(), served))
+    }
+}

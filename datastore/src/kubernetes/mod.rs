@@ -1,0 +1,714 @@
+//! The Kubernetes API server as the datastore, with Calico's conventions.
+//!
+//! - Calico's kinds are custom resources, in `crd.projectcalico.org/v1` or `projectcalico.org/v3`, whichever the cluster
+//!   serves ([`places`]). Namespaces, Pods, Services and the like are the API server's own.
+//! - Calico's Node, WorkloadEndpoint and Profile are views of Kubernetes' Node, Pod, Namespace and ServiceAccount. They
+//!   are read here, too, but a stream ([`crate::sync`]) follows the native kinds only ([`Datastore::is_stored`]). Of them
+//!   only a Node can be written: as annotations ([`node`]).
+//! - Native objects are updated by patches of what differs, under the revision that was read, and are kept as the few
+//!   fields that are used ([`wire`]).
+//! - Lists are paged. Watches ask for bookmarks and are kept up over the server's regular ends; an expired revision, or
+//!   one that the server never gave out, ends them with [`Error::RevisionGone`].
+//! - The API server has no transactions over several objects: that a new IP pool overlaps with no other is checked again
+//!   after it has been created; of several that were created at the same time the first one stays.
+//!
+//! The service account's token, certificates of authorities and a kubeconfig's token file are read anew while running.
+//! What this module does not do: wait or retry (that is [`crate::sync`]'s), or install the resource definitions.
+
+mod connect;
+mod failure;
+mod follow;
+mod node;
+mod places;
+mod wire;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
+use kube::Client;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::core::Request;
+use kube::core::params::{DeleteParams, GetParams, ListParams, Preconditions};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
+
+pub use self::connect::Settings;
+use self::failure::{conflict, failure, is_missing};
+use self::places::{Group, Place, place, viewed};
+use crate::admission;
+use crate::error::Error;
+use crate::store::{Datastore, List, Secret, Undecodable, Versioned, WatchStream};
+use crate::stored;
+
+/// One answer of the API server takes at most this long.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Objects in one page of a list.
+const PAGE: u32 = 500;
+/// How often a list that expired between its pages is begun again.
+const LIST_ATTEMPTS: usize = 3;
+/// Events that wait for a slow reader of one watch; the rest waits in the API server.
+const WATCH_BUFFER: usize = 256;
+/// The revision of a list of a kind that the cluster does not serve.
+const NOT_SERVED: &str = "not-served";
+
+/// The API server as a datastore. All users of one process share its connections.
+pub struct Kubernetes {
+    settings: Settings,
+    cluster: Mutex<Option<Arc<Cluster>>>,
+}
+
+/// A connected cluster.
+struct Cluster {
+    client: Client,
+    /// The group of Calico's kinds; `None` while the cluster serves none.
+    group: Option<Group>,
+}
+
+/// A page of a list.
+#[derive(Deserialize)]
+struct Page {
+    metadata: PageMetadata,
+    #[serde(default)]
+    items: Vec<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PageMetadata {
+    resource_version: String,
+    #[serde(default, rename = "continue")]
+    next: Option<String>,
+}
+
+type BuiltRequest = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
+
+impl Cluster {
+    fn place(&self, kind: Kind) -> Result<Place, Error> {
+        match self.group {
+            Some(group) => Ok(place(kind, group)),
+            None if kind.is_native() => Ok(place(kind, Group::Internal)),
+            None => Err(Error::unavailable(
+                format!("find {}", kind.plural()),
+                "the API server serves neither crd.projectcalico.org/v1 nor projectcalico.org/v3: apply the manifests in deploy/crds",
+            )),
+        }
+    }
+
+    fn group(&self) -> Group {
+        self.group.unwrap_or(Group::Internal)
+    }
+
+    /// One page; `None` if the cluster does not serve the kind.
+    async fn page(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        next: Option<&str>,
+        limit: u32,
+    ) -> Result<Option<Page>, Error> {
+        let what = || format!("list {}", kind.plural());
+        let mut parameters = ListParams::default();
+        if limit > 0 {
+            parameters = parameters.limit(limit);
+        }
+        if let Some(next) = next {
+            parameters = parameters.continue_token(next);
+        }
+        let request = Request::new(self.place(kind)?.path(namespace)).list(&parameters);
+        match call(&self.client, request).await {
+            Ok(page) => Ok(Some(page)),
+            Err(Failed::Api(status)) if status.code == 404 => Ok(None),
+            Err(Failed::Api(status)) if status.code == 410 => Err(Error::RevisionGone {
+                revision: Revision::from(next.unwrap_or_default()),
+            }),
+            Err(error) => Err(error.unavailable(what())),
+        }
+    }
+
+    /// All objects of a kind as the server has them, and the revision; `None` if it is not served.
+    async fn scan(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+    ) -> Result<Option<(Vec<Value>, String)>, Error> {
+        let mut attempt = 0;
+        'list: loop {
+            attempt += 1;
+            // The last attempt is not paged, so that it cannot expire.
+            let limit = if attempt < LIST_ATTEMPTS { PAGE } else { 0 };
+            let (mut items, mut next): (Vec<Value>, Option<String>) = (Vec::new(), None);
+            loop {
+                let page = match self.page(kind, namespace, next.as_deref(), limit).await {
+                    Err(Error::RevisionGone { .. }) if attempt < LIST_ATTEMPTS => continue 'list,
+                    Err(error) => return Err(error),
+                    Ok(None) => return Ok(None),
+                    Ok(Some(page)) => page,
+                };
+                items.extend(page.items.into_iter().map(|item| wire::read(kind, item)));
+                next = page.metadata.next.filter(|token| !token.is_empty());
+                if next.is_none() {
+                    return Ok(Some((items, page.metadata.resource_version)));
+                }
+            }
+        }
+    }
+
+    async fn send(&self, request: BuiltRequest) -> Result<Value, Failed> {
+        call(&self.client, request).await
+    }
+
+    /// Reads an object in the form of [`wire::read`].
+    async fn read(&self, key: &Key) -> Result<Value, Error> {
+        let request = self.at(key)?.get(&key.name, &GetParams::default());
+        match self.send(request).await {
+            Ok(object) => Ok(wire::read(key.kind, object)),
+            Err(error) => Err(failure("read", key, error)),
+        }
+    }
+
+    fn at(&self, key: &Key) -> Result<Request, Error> {
+        let path = self.place(key.kind)?.path(key.namespace.as_deref());
+        Ok(Request::new(path))
+    }
+}
+
+/// How a call failed.
+enum Failed {
+    Api(Box<kube::core::Status>),
+    Other(crate::Cause),
+}
+
+impl Failed {
+    fn unavailable(self, operation: String) -> Error {
+        match self {
+            Self::Api(status) => Error::unavailable(operation, kube::Error::Api(status)),
+            Self::Other(cause) => Error::unavailable(operation, cause),
+        }
+    }
+}
+
+async fn call<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    request: BuiltRequest,
+) -> Result<T, Failed> {
+    let request = request.map_err(|error| Failed::Other(error.into()))?;
+    match tokio::time::timeout(CALL_TIMEOUT, client.request(request)).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(kube::Error::Api(status))) => Err(Failed::Api(status)),
+        Ok(Err(error)) => Err(Failed::Other(error.into())),
+        Err(late) => Err(Failed::Other(late.into())),
+    }
+}
+
+/// Reads an object of `source` as what it is, or as the views of it that are of kind `told`.
+fn decode(source: Kind, told: Kind, object: Value) -> Vec<Result<Versioned, Undecodable>> {
+    let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+    let revision = text("/metadata/resourceVersion")
+        .unwrap_or_default()
+        .to_owned();
+    let name = text("/metadata/name").unwrap_or_default();
+    let key = match text("/metadata/namespace") {
+        Some(namespace) => Key::namespaced(source, namespace, name),
+        None => Key::cluster(source, name),
+    };
+    match AnyResource::from_json(wire::read(source, object)) {
+        Ok(object) if source == told => vec![Ok(stored::versioned(object, &revision))],
+        Ok(object) => views(&object)
+            .into_iter()
+            .filter(|view| view.kind() == told)
+            .map(|view| Ok(stored::versioned(view, &revision)))
+            .collect(),
+        Err(error) => vec![Err(Undecodable {
+            key,
+            revision: revision.into(),
+            reason: error.to_string(),
+        })],
+    }
+}
+
+fn views(object: &AnyResource) -> Vec<AnyResource> {
+    match object {
+        AnyResource::K8sNode(origin) => vec![node::view(origin)],
+        other => kubernetes::to_calico(other),
+    }
+}
+
+fn object_of(key: &Key, value: Value) -> Result<Versioned, Error> {
+    let revision = stored::revision_of(&value).unwrap_or_default().to_owned();
+    Ok(stored::versioned(
+        stored::from_value(key, value)?,
+        &revision,
+    ))
+}
+
+fn body(value: &Value) -> Vec<u8> {
+    value.to_string().into_bytes()
+}
+
+impl Kubernetes {
+    /// Does not connect yet: the first call does.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            cluster: Mutex::new(None),
+        }
+    }
+
+    async fn cluster(&self) -> Result<Arc<Cluster>, Error> {
+        let mut slot = self.cluster.lock().await;
+        let client = match slot.as_ref() {
+            Some(cluster) if cluster.group.is_some() => return Ok(Arc::clone(cluster)),
+            Some(cluster) => cluster.client.clone(),
+            None => self.settings.connect().await?,
+        };
+        let discovered = tokio::time::timeout(CALL_TIMEOUT, self.settings.discover(&client)).await;
+        let what = "ask the API server which kinds it serves";
+        let group = match discovered {
+            Ok(Ok(group)) => group,
+            Ok(Err(error)) => return Err(Error::unavailable(what, error)),
+            Err(late) => return Err(Error::unavailable(what, late)),
+        };
+        let cluster = Arc::new(Cluster { client, group });
+        *slot = Some(Arc::clone(&cluster));
+        Ok(cluster)
+    }
+
+    /// Reads a view: the native object by its name where that tells it, otherwise among all of the namespace.
+    async fn read_view(&self, key: &Key) -> Result<Versioned, Error> {
+        let native = match key.kind {
+            Kind::Node => Some(Key::cluster(Kind::K8sNode, key.name.clone())),
+            Kind::Profile => profile_source(&key.name),
+            _ => None,
+        };
+        if let Some(native) = native {
+            let cluster = self.cluster().await?;
+            let object = match cluster.read(&native).await {
+                Err(Error::NotFound { .. }) => return Err(Error::NotFound { key: key.clone() }),
+                other => other?,
+            };
+            let found = decode(native.kind, key.kind, object).into_iter().next();
+            return match found {
+                Some(Ok(view)) => Ok(view),
+                Some(Err(bad)) => Err(Error::Undecodable {
+                    key: bad.key,
+                    reason: bad.reason,
+                }),
+                None => Err(Error::NotFound { key: key.clone() }),
+            };
+        }
+        let list = self.list(key.kind, key.namespace.as_deref()).await?;
+        list.items
+            .into_iter()
+            .find(|item| item.object.key() == *key)
+            .ok_or_else(|| Error::NotFound { key: key.clone() })
+    }
+
+    /// Refuses writes of views, but those of a Node.
+    fn writable(key: &Key, operation: &'static str) -> Result<(), Error> {
+        let reason = match key.kind {
+            Kind::Node if operation == "update" => return Ok(()),
+            Kind::Node => "it is a view of the Node of Kubernetes, which kubelet creates",
+            Kind::WorkloadEndpoint => "it is a view of a Pod",
+            Kind::Profile => "it is a view of a Namespace or ServiceAccount",
+            _ => return Ok(()),
+        };
+        Err(Error::Unsupported {
+            operation,
+            key: key.clone(),
+            reason,
+        })
+    }
+
+    async fn others(&self, cluster: &Cluster, kind: Kind) -> Result<Vec<Versioned>, Error> {
+        if !admission::compares_with_others(kind) {
+            return Ok(Vec::new());
+        }
+        let (items, _) = cluster.scan(kind, None).await?.unwrap_or_default();
+        let decoded = items.into_iter().flat_map(|item| decode(kind, kind, item));
+        Ok(decoded.flatten().collect())
+    }
+
+    async fn admit(
+        &self,
+        cluster: &Cluster,
+        object: &AnyResource,
+        old: Option<&AnyResource>,
+    ) -> Result<(), Error> {
+        let others = self.others(cluster, object.kind()).await?;
+        let others: Vec<AnyResource> = others
+            .iter()
+            .map(|other| other.object.as_ref().clone())
+            .collect();
+        admission::check(object, old, &others)
+    }
+
+    /// Of pools that were created at the same time and overlap, all but the first are taken back.
+    async fn admit_again(&self, cluster: &Cluster, created: &Versioned) -> Result<(), Error> {
+        let kind = created.object.kind();
+        let number = |revision: &Revision| revision.as_str().parse::<u64>().unwrap_or(0);
+        let mine = number(&created.revision);
+        let before: Vec<AnyResource> = self
+            .others(cluster, kind)
+            .await?
+            .iter()
+            .filter(|other| number(&other.revision) < mine)
+            .map(|other| other.object.as_ref().clone())
+            .collect();
+        let Err(refused) = admission::check(&created.object, None, &before) else {
+            return Ok(());
+        };
+        self.delete(&created.object.key(), Some(&created.revision))
+            .await?;
+        Err(refused)
+    }
+
+    /// Writes the status of an object whose status the server keeps apart.
+    async fn put_status(
+        &self,
+        cluster: &Cluster,
+        key: &Key,
+        wanted: &Value,
+        written: Value,
+    ) -> Result<Value, Error> {
+        let Some(status) = wanted.get("status").filter(|status| !status.is_null()) else {
+            return Ok(written);
+        };
+        let shown = wire::read(key.kind, written.clone());
+        if shown.get("status") == Some(status) {
+            return Ok(written);
+        }
+        let patch = json!({"status": status});
+        let request = cluster.at(key)?.patch_subresource(
+            "status",
+            &key.name,
+            &PatchParams::default(),
+            &Patch::Merge(&patch),
+        );
+        match cluster.send(request).await {
+            Ok(object) => Ok(object),
+            // The kind has no status of its own in this cluster.
+            Err(error) if is_missing(&error) => Ok(written),
+            Err(error) => Err(failure("write the status of", key, error)),
+        }
+    }
+
+    /// Sends patches under a revision; what stands then.
+    async fn patch(
+        &self,
+        cluster: &Cluster,
+        key: &Key,
+        revision: &Revision,
+        (whole, status): (Option<Value>, Option<Value>),
+    ) -> Result<Option<Value>, Error> {
+        let mut revision = revision.as_str().to_owned();
+        let mut stands = None;
+        let parameters = PatchParams::default();
+        for (mut patch, subresource) in [(whole, None), (status, Some("status"))]
+            .into_iter()
+            .filter_map(|(patch, part)| Some((patch?, part)))
+        {
+            stored::set_revision(&mut patch, &revision);
+            let at = cluster.at(key)?;
+            let patch = Patch::Merge(&patch);
+            let request = match subresource {
+                None => at.patch(&key.name, &parameters, &patch),
+                Some(part) => at.patch_subresource(part, &key.name, &parameters, &patch),
+            };
+            let object = match cluster.send(request).await {
+                Ok(object) => object,
+                Err(error) => return Err(self.explained(cluster, key, "update", error).await),
+            };
+            if let Some(now) = stored::revision_of(&object) {
+                now.clone_into(&mut revision);
+            }
+            stands = Some(object);
+        }
+        Ok(stands)
+    }
+
+    /// A refused write; for a conflict with the revision that stands.
+    async fn explained(
+        &self,
+        cluster: &Cluster,
+        key: &Key,
+        verb: &'static str,
+        error: Failed,
+    ) -> Error {
+        match failure(verb, key, error) {
+            Error::Conflict { key, expected, .. } => match cluster.read(&key).await {
+                Ok(now) => conflict(&key, &expected, &now),
+                Err(error) => error,
+            },
+            other => other,
+        }
+    }
+
+    async fn update_node(
+        &self,
+        key: &Key,
+        object: &AnyResource,
+        expected: &Revision,
+    ) -> Result<Versioned, Error> {
+        admission::check(object, None, &[])?;
+        let cluster = self.cluster().await?;
+        let native = Key::cluster(Kind::K8sNode, key.name.clone());
+        let old = match cluster.read(&native).await {
+            Err(Error::NotFound { .. }) => return Err(Error::NotFound { key: key.clone() }),
+            other => other?,
+        };
+        if stored::revision_of(&old) != Some(expected.as_str()) {
+            return Err(conflict(key, expected, &old));
+        }
+        let (AnyResource::K8sNode(origin), AnyResource::Node(node)) =
+            (stored::from_value(&native, old.clone())?, object)
+        else {
+            return Err(Error::NotFound { key: key.clone() });
+        };
+        let stands = match node::patch(&origin, node) {
+            None => old,
+            patch => self
+                .patch(&cluster, &native, expected, (None, patch))
+                .await?
+                .unwrap_or(old),
+        };
+        match decode(Kind::K8sNode, Kind::Node, stands).into_iter().next() {
+            Some(Ok(view)) => Ok(view),
+            _ => Err(Error::NotFound { key: key.clone() }),
+        }
+    }
+}
+
+/// The object of which a profile is a view.
+fn profile_source(name: &str) -> Option<Key> {
+    if let Some(namespace) = name.strip_prefix(kubernetes::NAMESPACE_PROFILE_PREFIX) {
+        return Some(Key::cluster(Kind::K8sNamespace, namespace));
+    }
+    let rest = name.strip_prefix(kubernetes::SERVICE_ACCOUNT_PROFILE_PREFIX)?;
+    let (namespace, account) = rest.split_once('.')?;
+    Some(Key::namespaced(Kind::K8sServiceAccount, namespace, account))
+}
+
+#[async_trait]
+impl Datastore for Kubernetes {
+    fn is_stored(&self, kind: Kind) -> bool {
+        viewed(kind).is_empty()
+    }
+
+    async fn get(&self, key: &Key) -> Result<Versioned, Error> {
+        if !viewed(key.kind).is_empty() {
+            return self.read_view(key).await;
+        }
+        let cluster = self.cluster().await?;
+        object_of(key, cluster.read(key).await?)
+    }
+
+    async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error> {
+        let cluster = self.cluster().await?;
+        let sources = if viewed(kind).is_empty() {
+            std::slice::from_ref(&kind)
+        } else {
+            viewed(kind)
+        };
+        let (mut items, mut undecodable, mut revision) = (Vec::new(), Vec::new(), None);
+        for source in sources {
+            let within = namespace.filter(|_| kind.is_namespaced());
+            let Some((found, at)) = cluster.scan(*source, within).await? else {
+                tracing::warn!(
+                    kind = kind.plural(),
+                    "the cluster does not serve this kind; it counts as empty"
+                );
+                revision.get_or_insert_with(|| NOT_SERVED.to_owned());
+                continue;
+            };
+            // The first list's revision: a watch from there tells what the second list holds once more, and misses nothing.
+            revision.get_or_insert(at);
+            for decoded in found
+                .into_iter()
+                .flat_map(|item| decode(*source, kind, item))
+            {
+                match decoded {
+                    Ok(object) => items.push(object),
+                    Err(bad) => undecodable.push(bad),
+                }
+            }
+        }
+        items.sort_by_key(|item: &Versioned| item.object.key());
+        Ok(List {
+            items,
+            undecodable,
+            revision: revision.unwrap_or_default().into(),
+        })
+    }
+
+    async fn create(&self, object: AnyResource) -> Result<Versioned, Error> {
+        let (key, object) = admission::for_create(object)?;
+        Self::writable(&key, "create")?;
+        let cluster = self.cluster().await?;
+        self.admit(&cluster, &object, None).await?;
+        let mut wanted = stored::to_value(&object)?;
+        wire::forget_origin(&mut wanted);
+        let sent = wire::write(
+            key.kind,
+            cluster.group(),
+            &cluster.place(key.kind)?,
+            wanted.clone(),
+        );
+        let request = cluster
+            .at(&key)?
+            .create(&PostParams::default(), body(&sent));
+        let written = match cluster.send(request).await {
+            Ok(written) => written,
+            Err(error) => return Err(failure("create", &key, error)),
+        };
+        let written = self.put_status(&cluster, &key, &wanted, written).await?;
+        let created = object_of(&key, wire::read(key.kind, written))?;
+        if admission::compares_with_others(key.kind) {
+            self.admit_again(&cluster, &created).await?;
+        }
+        Ok(created)
+    }
+
+    async fn update(&self, object: AnyResource) -> Result<Versioned, Error> {
+        let (key, object, expected) = admission::for_update(object)?;
+        Self::writable(&key, "update")?;
+        if key.kind == Kind::Node {
+            return self.update_node(&key, &object, &expected).await;
+        }
+        let cluster = self.cluster().await?;
+        let old = cluster.read(&key).await?;
+        if stored::revision_of(&old) != Some(expected.as_str()) {
+            return Err(conflict(&key, &expected, &old));
+        }
+        let identity = stored::identity(&old);
+        let old_object = stored::from_value(&key, old.clone()).ok();
+        self.admit(&cluster, &object, old_object.as_ref()).await?;
+        let mut wanted = stored::to_value(&object)?;
+        stored::set_identity(&mut wanted, &identity);
+        if key.kind.is_native() {
+            let mut before =
+                old_object.map_or_else(|| Ok(old.clone()), |old| stored::to_value(&old))?;
+            stored::set_revision(&mut before, expected.as_str());
+            let patches = wire::patches(key.kind, &before, &wanted);
+            let stands = self.patch(&cluster, &key, &expected, patches).await?;
+            return object_of(
+                &key,
+                stands.map_or(old, |stands| wire::read(key.kind, stands)),
+            );
+        }
+        let sent = wire::write(
+            key.kind,
+            cluster.group(),
+            &cluster.place(key.kind)?,
+            wanted.clone(),
+        );
+        let request = cluster
+            .at(&key)?
+            .replace(&key.name, &PostParams::default(), body(&sent));
+        let written = match cluster.send(request).await {
+            Ok(written) => written,
+            Err(error) => return Err(self.explained(&cluster, &key, "update", error).await),
+        };
+        let written = self.put_status(&cluster, &key, &wanted, written).await?;
+        object_of(&key, wire::read(key.kind, written))
+    }
+
+    async fn delete(&self, key: &Key, revision: Option<&Revision>) -> Result<Versioned, Error> {
+        Self::writable(key, "delete")?;
+        let cluster = self.cluster().await?;
+        let old = cluster.read(key).await?;
+        if let Some(expected) = revision
+            && stored::revision_of(&old) != Some(expected.as_str())
+        {
+            return Err(conflict(key, expected, &old));
+        }
+        let parameters = DeleteParams::default().preconditions(Preconditions {
+            resource_version: revision.map(|revision| revision.as_str().to_owned()),
+            uid: Some(stored::identity(&old).uid),
+        });
+        let request = cluster.at(key)?.delete(&key.name, &parameters);
+        if let Err(error) = cluster.send(request).await {
+            return Err(self.explained(&cluster, key, "delete", error).await);
+        }
+        object_of(key, old).map_err(|error| match error {
+            Error::Undecodable { key, reason } => Error::Undecodable {
+                key,
+                reason: format!("{reason} (it has been deleted)"),
+            },
+            other => other,
+        })
+    }
+
+    async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, Error> {
+        let gone = || Error::RevisionGone {
+            revision: from.clone(),
+        };
+        let cluster = self.cluster().await?;
+        let not_served = from.as_str() == NOT_SERVED;
+        let number: Option<u64> = from.as_str().parse().ok().filter(|number| *number > 0);
+        if number.is_none() && !not_served {
+            return Err(gone());
+        }
+        let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
+        let mut tasks = JoinSet::new();
+        for told in kinds.iter().copied() {
+            let sources = if viewed(told).is_empty() {
+                vec![told]
+            } else {
+                viewed(told).to_vec()
+            };
+            for source in sources {
+                let probe = cluster.page(source, None, None, 1).await?;
+                if let (Some(page), Some(from)) = (&probe, number) {
+                    // A revision from before a backup was restored, or of another cluster.
+                    let latest: u64 = page.metadata.resource_version.parse().unwrap_or(u64::MAX);
+                    if latest < from {
+                        return Err(gone());
+                    }
+                } else if probe.is_some() {
+                    return Err(gone());
+                }
+                let follower = follow::Follower {
+                    cluster: Arc::clone(&cluster),
+                    source,
+                    told,
+                    position: from.clone(),
+                    sender: sender.clone(),
+                };
+                if probe.is_some() {
+                    tasks.spawn(follower.run());
+                } else {
+                    tasks.spawn(follower.run_not_served());
+                }
+            }
+        }
+        drop(sender);
+        let task = tokio::spawn(async move { while tasks.join_next().await.is_some() {} });
+        Ok(WatchStream::new(receiver, task))
+    }
+
+    async fn secret(&self, namespace: &str, name: &str) -> Result<Option<Secret>, Error> {
+        #[derive(Deserialize)]
+        struct Body {
+            #[serde(default)]
+            data: BTreeMap<String, k8s_openapi::ByteString>,
+        }
+        let cluster = self.cluster().await?;
+        let request = Request::new(format!("/api/v1/namespaces/{namespace}/secrets"))
+            .get(name, &GetParams::default());
+        match call::<Body>(&cluster.client, request).await {
+            Ok(body) => Ok(Some(
+                body.data
+                    .into_iter()
+                    .map(|(key, value)| (key, value.0))
+                    .collect(),
+            )),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(error.unavailable(format!("read Secret({namespace}/{name})"))),
+        }
+    }
+}
