@@ -20,6 +20,11 @@ fn ip(arguments: &str) -> String {
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
 
+/// What a program prints in a namespace.
+fn ip_netns(name: &str, program: &[&str]) -> String {
+    ip(&format!("netns exec {name} {}", program.join(" ")))
+}
+
 /// Two namespaces joined by a veth pair; removed again in any case.
 struct Pair {
     names: [String; 2],
@@ -120,6 +125,14 @@ impl Pair {
         let name = &self.names[end];
         ip(&format!("-n {name} route show proto bgp"))
             + &ip(&format!("-n {name} -6 route show proto bgp"))
+    }
+
+    /// A counter of an end's TCP.
+    fn counter(&self, end: usize, name: &str) -> u64 {
+        let shown = ip_netns(&self.names[end], &["nstat", "-asz", name]);
+        let line = shown.lines().find_map(|line| line.strip_prefix(name));
+        let value = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        value.unwrap_or_else(|| panic!("no counter {name} in {shown}"))
     }
 
     fn log(&self, end: usize) -> String {
@@ -272,8 +285,10 @@ fn passwords_must_agree() {
     pair.configure(1, [65001, 65002], "password = \"other\"", &["10.2.0.0/26"]);
     pair.start(0);
     pair.start(1);
-    pair.wait("dials fail", || pair.log(0).contains("listening"));
-    std::thread::sleep(Duration::from_secs(5));
+    // Each dial of either side, over each family, loses its SYN.
+    pair.wait("segments are refused for their digest", || {
+        (0..2).all(|end| pair.counter(end, "TcpExtTCPMD5Failure") >= 4)
+    });
     assert_eq!(pair.routes(0), "", "a session with the wrong password");
     pair.configure(1, [65001, 65002], "password = \"secret\"", &["10.2.0.0/26"]);
     pair.signal(1, "-HUP");
@@ -317,4 +332,139 @@ fn a_silent_neighbour_is_noticed_by_bfd_and_its_routes_are_kept() {
     pair.signal(1, "-CONT");
     pair.wait("the sessions come back", || count(&pair, "session up") == 4);
     pair.wait_routes(0, &["203.0.113.0/24"], &[]);
+}
+
+/// Everything that a link-local neighbour needs is its interface: IPv6 and IPv4 routes go over it (RFC 8950).
+#[test]
+fn link_local_neighbours_exchange_both_families_without_any_other_address() {
+    let mut pair = Pair::new("ll");
+    for (n, name) in pair.names.iter().enumerate() {
+        ip(&format!("-n {name} address flush dev eth0 scope global"));
+        // One that the test knows, without the wait of duplicate address detection.
+        ip(&format!(
+            "-n {name} address add fe80::{}/64 dev eth0 nodad",
+            n + 1
+        ));
+        let (own, other) = (n + 1, 2 - n);
+        let text = format!(
+            "router-id = \"10.99.0.{own}\"\nas = 6500{own}\n[[neighbor]]\naddress = \"fe80::{other}\"\n\
+             interface = \"eth0\"\nsource = \"fe80::{own}\"\nas = 6500{other}\nfamilies = [\"ipv4\", \"ipv6\"]\n\
+             extended-next-hop = true\nttl-security = 1\n[[announce]]\nprefix = \"10.{own}.0.0/26\"\n\
+             [[announce]]\nprefix = \"fd0{own}::/122\"\n"
+        );
+        std::fs::write(pair.file(n), text).unwrap();
+    }
+    pair.start(0);
+    pair.start(1);
+    pair.wait_routes(
+        0,
+        &[
+            "10.2.0.0/26 via inet6 fe80::2 dev eth0",
+            "fd02::/122 via fe80::2 dev eth0",
+        ],
+        &[],
+    );
+    pair.wait_routes(
+        1,
+        &[
+            "10.1.0.0/26 via inet6 fe80::1 dev eth0",
+            "fd01::/122 via fe80::1 dev eth0",
+        ],
+        &[],
+    );
+}
+
+/// Neighbours of a range are known by their password only, which stands on the listening socket.
+#[test]
+fn neighbours_of_a_range_need_its_password() {
+    let mut pair = Pair::new("r");
+    let host = |password: &str| {
+        format!(
+            "router-id = \"10.99.0.1\"\nas = 65001\n[[range]]\nprefix = \"10.99.0.0/24\"\npassword = \"{password}\"\n\
+             [[range]]\nprefix = \"fd99::/64\"\npassword = \"{password}\"\n[[announce]]\nprefix = \"10.1.0.0/26\"\n"
+        )
+    };
+    std::fs::write(pair.file(0), host("other")).unwrap();
+    pair.configure(
+        1,
+        [65001, 65002],
+        "password = \"secret\"",
+        &["10.2.0.0/26", "fd02::/122"],
+    );
+    pair.start(0);
+    pair.start(1);
+    pair.wait("the guest's segments are refused", || {
+        pair.counter(0, "TcpExtTCPMD5Failure") >= 4
+    });
+    assert_eq!(pair.routes(0), "");
+    std::fs::write(pair.file(0), host("secret")).unwrap();
+    pair.signal(0, "-HUP");
+    pair.wait_routes(0, &["10.2.0.0/26", "fd02::/122"], &[]);
+    pair.wait_routes(1, &["10.1.0.0/26"], &[]);
+}
+
+/// Opens 1,000 connections from an address of a namespace and says on how many an answer came. Call in a thread of its own,
+/// which stays in the namespace.
+fn open_thousand(name: &str, from: &str, to: &str) -> usize {
+    let space = std::fs::File::open(format!("/run/netns/{name}")).unwrap();
+    nix::sched::setns(space, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let from: std::net::IpAddr = from.parse().unwrap();
+    let to: std::net::SocketAddr = to.parse().unwrap();
+    let connect = |_| {
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket
+            .bind(&std::net::SocketAddr::new(from, 0).into())
+            .unwrap();
+        socket.connect(&to.into()).unwrap();
+        std::net::TcpStream::from(socket)
+    };
+    let all: Vec<std::net::TcpStream> = (0..1000).map(connect).collect();
+    let answered = |stream: &mut std::net::TcpStream| {
+        // Those that are refused are at their end at once.
+        stream
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        std::io::Read::read(stream, &mut [0; 64]).is_ok_and(|length| length > 0)
+    };
+    all.into_iter()
+        .filter_map(|mut s| answered(&mut s).then_some(()))
+        .count()
+}
+
+/// 1,000 connections at once, none of which says a word.
+#[test]
+fn a_neighbour_that_opens_a_thousand_connections_is_named_and_costs_the_other_nothing() {
+    let mut pair = Pair::new("thousand");
+    pair.configure(0, [65001, 65002], "", &["10.1.0.0/26"]);
+    pair.configure(1, [65001, 65002], "", &["10.2.0.0/26"]);
+    let second = "[[neighbor]]\naddress = \"10.99.0.77\"\nas = 65077\n";
+    let text = std::fs::read_to_string(pair.file(0)).unwrap();
+    std::fs::write(
+        pair.file(0),
+        text.replacen("[[announce]]", &format!("{second}[[announce]]"), 1),
+    )
+    .unwrap();
+    pair.start(0);
+    pair.start(1);
+    pair.wait_routes(0, &["10.2.0.0/26"], &[]);
+    let ups = pair.log(0).matches("session up").count();
+    let name = pair.names[1].clone();
+    ip(&format!("-n {name} address add 10.99.0.77/24 dev eth0"));
+    let told = std::thread::spawn(move || open_thousand(&name, "10.99.0.77", "10.99.0.1:179"))
+        .join()
+        .unwrap();
+    assert!(told <= 40, "{told} connections got an answer");
+    pair.wait("the flood is named", || {
+        let log = pair.log(0);
+        log.lines()
+            .any(|line| line.contains("opens too many") && line.contains("10.99.0.77"))
+    });
+    assert!(pair.log(0).lines().count() < 400, "the log is flooded");
+    assert_eq!(
+        pair.log(0).matches("session up").count(),
+        ups,
+        "the other sessions"
+    );
+    pair.wait_routes(0, &["10.2.0.0/26"], &[]);
 }

@@ -1,154 +1,19 @@
 //! Speakers against each other, in one process and on virtual time.
 #![allow(clippy::unwrap_used)]
 
+mod in_memory;
+
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bgpd::policy::{LocalKind, Policy, PolicyBuilder};
-use bgpd::reach::Anywhere;
+use bgpd::policy::{LocalKind, PolicyBuilder};
 use bgpd::rib::LocalRoute;
-use bgpd::sink::memory::{Contents, Memory};
-use bgpd::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
-use bgpd::speaker::{Environment, Speaker};
+use bgpd::speaker::settings::Range;
 use bgpd::transport::memory::Network;
-use bgpd::wire::{Attributes, Family, FamilySet, Prefix};
-use cali_control::status::{BgpRequest, BgpResponse, BgpStatus, PeerKind, SessionState};
-use tokio::task::JoinHandle;
-
-fn addr(n: u8) -> IpAddr {
-    IpAddr::V4(Ipv4Addr::new(10, 0, 0, n))
-}
-
-fn id(n: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 0, 0, n)
-}
-
-fn prefix(text: &str) -> Prefix {
-    text.parse().unwrap()
-}
-
-fn accept() -> Arc<Policy> {
-    Arc::new(Policy::accept_all())
-}
-
-/// A speaker's settings: its number, its AS, its neighbours as (number, AS), what it originates.
-fn settings(n: u8, asn: u32, neighbours: &[(u8, u32)], routes: &[&str]) -> Settings {
-    let neighbour = |(peer, peer_as): &(u8, u32)| {
-        let mut session = SessionSettings::new(asn, id(n), Some(*peer_as));
-        session.source = Some(addr(n));
-        session.families = FamilySet::IPV4;
-        session.hold_time = 90;
-        let exchange = Exchange::new(accept(), accept());
-        (
-            addr(*peer),
-            Neighbour {
-                name: None,
-                origin: PeerKind::Mesh,
-                session,
-                exchange,
-            },
-        )
-    };
-    let route = |text: &&str| {
-        let prefix = prefix(text);
-        let attributes = Attributes {
-            local_pref: Some(100),
-            ..Attributes::default()
-        };
-        (
-            prefix,
-            LocalRoute {
-                prefix,
-                attributes,
-                kind: LocalKind::Block,
-                interface: None,
-            },
-        )
-    };
-    Settings {
-        router_id: id(n),
-        local_as: asn,
-        cluster_id: None,
-        listen: vec![SocketAddr::new(addr(n), 179)],
-        neighbours: neighbours.iter().map(neighbour).collect(),
-        originated: routes.iter().map(route).collect(),
-    }
-}
-
-struct Running {
-    n: u8,
-    speaker: Speaker,
-    task: JoinHandle<()>,
-    sink: Memory,
-}
-
-impl Running {
-    fn start(network: &Network, n: u8, settings: Settings) -> Self {
-        let sink = Memory::default();
-        let environment = Environment {
-            transport: Arc::new(network.host(&[addr(n)])),
-            sink: Box::new(sink.clone()),
-            reach: Box::new(Anywhere),
-            seed: u64::from(n) * 77,
-            deferral: Duration::from_secs(60),
-        };
-        let (speaker, task) = Speaker::start(environment, settings);
-        Self {
-            n,
-            speaker,
-            task,
-            sink,
-        }
-    }
-
-    async fn status(&self) -> BgpStatus {
-        match self.speaker.ask(BgpRequest::Status).await.unwrap() {
-            BgpResponse::Status(status) => status,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    async fn wait(&self, what: &str, condition: impl Fn(&BgpStatus, &Contents) -> bool) {
-        for _ in 0..6000 {
-            let (status, contents) = (self.status().await, self.sink.contents());
-            if condition(&status, &contents) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        panic!(
-            "speaker {}: {what}; seen {:?} {:?}",
-            self.n,
-            self.status().await,
-            self.sink.contents()
-        );
-    }
-
-    async fn has(&self, text: &str) {
-        let wanted = prefix(text);
-        self.wait(&format!("waiting for {text}"), |_, c| {
-            c.paths.contains_key(&wanted)
-        })
-        .await;
-    }
-
-    /// Stops as a crash does: nothing is said to anybody.
-    async fn crash(self) {
-        self.task.abort();
-        let _ = self.task.await;
-    }
-}
-
-fn established(status: &BgpStatus, count: usize) -> bool {
-    status
-        .peers
-        .iter()
-        .filter(|p| p.state == SessionState::Established)
-        .count()
-        == count
-}
+use bgpd::wire::{Attributes, Family, Prefix};
+use cali_control::status::{BgpRequest, BgpResponse, SessionState};
+use in_memory::{Running, addr, established, prefix, settings};
 
 #[tokio::test(start_paused = true)]
 async fn two_speakers_exchange_and_withdraw() {
@@ -444,4 +309,131 @@ async fn many_routes_arrive_complete_in_both_families_of_one_session() {
     })
     .await;
     drop(one);
+}
+
+/// A reflector that takes whoever comes from 10.0.0.0/24, two at a time.
+fn open_for_two() -> bgpd::speaker::settings::Settings {
+    let mut settings = settings(9, 64512, &[(1, 64512)], &["10.9.0.0/24"]);
+    let named = settings.neighbours.pop_first().unwrap();
+    let mut neighbour = named.1;
+    neighbour.session.remote_as = None;
+    settings.ranges.push(Range {
+        prefix: prefix("10.0.0.0/24"),
+        limit: 2,
+        neighbour,
+    });
+    settings
+}
+
+#[tokio::test(start_paused = true)]
+async fn neighbours_of_a_range_come_by_themselves_up_to_its_limit_and_are_forgotten() {
+    let net = Network::default();
+    let host = Running::start(&net, 9, open_for_two());
+    let guest = |n: u8| {
+        let of = settings(
+            n,
+            64512 + u32::from(n),
+            &[(9, 64512)],
+            &[&format!("10.{n}.0.0/26")],
+        );
+        Running::start(&net, n, of)
+    };
+    let one = guest(1);
+    let two = guest(2);
+    host.wait("two guests", |s, c| established(s, 2) && c.paths.len() == 2)
+        .await;
+    one.has("10.2.0.0/26").await;
+    let three = guest(3);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(host.status().await.peers.len(), 2, "no third one");
+    assert!(!established(&three.status().await, 1));
+
+    // Room is made by one that says goodbye.
+    let answer = two.speaker.ask(BgpRequest::Drain { message: None }).await;
+    assert_eq!(answer, Ok(BgpResponse::Done));
+    host.wait("the third in the second's place", |s, c| {
+        established(s, 2) && c.paths.contains_key(&prefix("10.3.0.0/26"))
+    })
+    .await;
+    assert!(
+        host.status()
+            .await
+            .peers
+            .iter()
+            .all(|p| p.address != addr(2))
+    );
+
+    // A change of the settings reaches them; without the range there are none.
+    let mut closed = open_for_two();
+    closed.ranges.clear();
+    host.speaker.configure(closed).await.unwrap();
+    host.wait("nobody", |s, c| s.peers.is_empty() && c.paths.is_empty())
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn long_lived_routes_outlast_the_restart_time_and_end_with_their_own() {
+    let net = Network::default();
+    let long = |n: u8, other: u8, routes: &[&str]| {
+        let mut settings = settings(n, 64512, &[(other, 64512)], routes);
+        for neighbour in settings.neighbours.values_mut() {
+            neighbour.session.long_lived = Some(600);
+        }
+        settings
+    };
+    let one = Running::start(&net, 1, long(1, 2, &[]));
+    let two = Running::start(&net, 2, long(2, 1, &["10.2.0.0/26"]));
+    one.has("10.2.0.0/26").await;
+    one.wait("start is over", |s, _| !s.restarting).await;
+    two.crash().await;
+    // The restart time is 120 s.
+    tokio::time::sleep(Duration::from_secs(400)).await;
+    one.has("10.2.0.0/26").await;
+    tokio::time::sleep(Duration::from_secs(400)).await;
+    one.wait("route gone", |_, c| c.paths.is_empty()).await;
+    let told = one.sink.contents().removed;
+    assert_eq!(told, [prefix("10.2.0.0/26")]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_paths_go_through_a_reflector_to_a_client_that_takes_several() {
+    let net = Network::default();
+    let several = |mut settings: bgpd::speaker::settings::Settings, client: bool| {
+        let id = settings.router_id;
+        for neighbour in settings.neighbours.values_mut() {
+            neighbour.session.add_path = bgpd::wire::AddPathMode::BOTH;
+            neighbour.exchange.reflector_client = client.then_some(id);
+        }
+        settings
+    };
+    let reflector = settings(9, 64512, &[(1, 64512), (2, 64512), (3, 64512)], &[]);
+    let reflector = Running::start(&net, 9, several(reflector, true));
+    let client = |n: u8, routes: &[&str]| {
+        let of = settings(n, 64512, &[(9, 64512)], routes);
+        Running::start(&net, n, several(of, false))
+    };
+    let one = client(1, &["10.1.0.0/26"]);
+    let two = client(2, &["10.1.0.0/26"]);
+    let three = client(3, &[]);
+    let both = |gateways: &[bgpd::rib::Gateway]| {
+        let addresses: Vec<_> = gateways.iter().map(|g| g.addr).collect();
+        addresses == [addr(1), addr(2)]
+    };
+    three
+        .wait("two ways", |_, c| {
+            c.paths
+                .get(&prefix("10.1.0.0/26"))
+                .is_some_and(|path| both(&path.gateways))
+        })
+        .await;
+    one.crash().await;
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    three
+        .wait("the other way", |_, c| {
+            c.paths
+                .get(&prefix("10.1.0.0/26"))
+                .is_some_and(|path| path.gateways.len() == 1 && path.gateways[0].addr == addr(2))
+        })
+        .await;
+    drop((reflector, two));
 }

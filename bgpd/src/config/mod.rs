@@ -283,6 +283,7 @@ pub fn compile(resources: &Resources, local: &Local) -> Result<(Settings, Vec<No
             .map(|ip| SocketAddr::new(ip, port))
             .collect(),
         neighbours,
+        ranges: Vec::new(),
         originated: blocks
             .iter()
             .map(|block| (*block, block_route(*block)))

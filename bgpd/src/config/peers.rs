@@ -16,7 +16,7 @@ use super::{Local, NodeView, Notice, Resources};
 use crate::rib::NextHopMode;
 use crate::speaker::settings::{Exchange, Neighbour, SessionSettings};
 use crate::transport::Protection;
-use crate::wire::FamilySet;
+use crate::wire::{AddPathMode, FamilySet};
 
 /// What is needed to make neighbours of this node.
 struct Maker<'a> {
@@ -243,6 +243,8 @@ impl<'a> Maker<'a> {
         let mut session = SessionSettings::new(self.local_as, self.router_id, Some(plan.remote_as));
         session.port = plan.port;
         session.source = self.node.address(v4);
+        // Several paths reach a node through a route reflector (Calico's `add paths on`).
+        session.add_path = AddPathMode::BOTH;
         session.families = if v4 { FamilySet::IPV4 } else { FamilySet::IPV6 };
         let import = self.policies.import(filters, v4, notices);
         let export = self.policies.export(filters, v4, notices);

@@ -7,27 +7,33 @@
 //! [[neighbor]]
 //! address = "10.0.1.1"
 //! as = 64512
+//! group = "leaf"
+//!
+//! [group.leaf]
+//! add-path = true
+//!
+//! [[range]]
+//! prefix = "10.0.2.0/24"
+//! group = "leaf"
+//! limit = 32
 //!
 //! [[announce]]
 //! prefix = "203.0.113.0/24"
 //! ```
 
+mod neighbor;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::num::{NonZeroU8, NonZeroU16};
-use std::sync::Arc;
-use std::time::Duration;
 
 use cali_api::{Asn, Cidr};
-use cali_control::status::PeerKind as Origin;
 use serde::Deserialize;
 
-use crate::bfd::{self, Hops};
-use crate::policy::{LocalKind, Policy};
-use crate::rib::{LocalRoute, NextHopMode};
-use crate::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
-use crate::transport::Protection;
-use crate::wire::{AnyCommunity, Attributes, CommunityParseError, FamilySet, NextHop};
+use crate::policy::LocalKind;
+use crate::rib::LocalRoute;
+use crate::speaker::settings::Settings;
+use crate::wire::{AnyCommunity, Attributes, CommunityParseError};
+use neighbor::Keys;
 
 /// The file as it is written.
 #[derive(Debug, Clone, Deserialize)]
@@ -47,113 +53,14 @@ struct File {
     #[serde(default = "default_install")]
     install: bool,
     #[serde(default)]
-    neighbor: Vec<Neighbor>,
+    group: BTreeMap<String, Keys>,
+    #[serde(default)]
+    neighbor: Vec<Keys>,
+    /// Neighbors that come by themselves.
+    #[serde(default)]
+    range: Vec<Keys>,
     #[serde(default)]
     announce: Vec<Announce>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct Neighbor {
-    address: IpAddr,
-    #[serde(rename = "as")]
-    asn: Asn,
-    description: Option<String>,
-    #[serde(default = "default_port")]
-    port: u16,
-    local_as: Option<Asn>,
-    source: Option<IpAddr>,
-    password: Option<String>,
-    ttl_security: Option<u8>,
-    #[serde(default)]
-    passive: bool,
-    hold_time: Option<u16>,
-    keepalive: Option<u16>,
-    restart_time: Option<u16>,
-    /// Seconds between dials.
-    connect_retry: Option<NonZeroU16>,
-    #[serde(default)]
-    families: Vec<FamilyName>,
-    #[serde(default)]
-    next_hop: NextHopRule,
-    /// Our address as next hop of routes of the other family.
-    next_hop_v4: Option<Ipv4Addr>,
-    next_hop_v6: Option<Ipv6Addr>,
-    #[serde(default)]
-    route_reflector_client: bool,
-    /// Watches the path by BFD: `true`, or a table.
-    #[serde(default)]
-    bfd: Bfd,
-    #[serde(default)]
-    allow_own_as: u8,
-    #[serde(default)]
-    max_prefixes: u32,
-}
-
-/// BFD towards a neighbor.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(untagged)]
-enum Bfd {
-    Enabled(bool),
-    Table(BfdTable),
-}
-
-impl Default for Bfd {
-    fn default() -> Self {
-        Self::Enabled(false)
-    }
-}
-
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct BfdTable {
-    /// Without it: single hop to external neighbors, multihop to internal ones.
-    multihop: Option<bool>,
-    /// Milliseconds.
-    transmit_interval: Option<NonZeroU16>,
-    /// Milliseconds.
-    receive_interval: Option<NonZeroU16>,
-    multiplier: Option<NonZeroU8>,
-}
-
-impl Bfd {
-    fn settings(self, internal: bool) -> Option<bfd::Settings> {
-        let table = match self {
-            Self::Enabled(false) => return None,
-            Self::Enabled(true) => BfdTable::default(),
-            Self::Table(table) => table,
-        };
-        let hops = if table.multihop.unwrap_or(internal) {
-            Hops::Multi
-        } else {
-            Hops::Single
-        };
-        let mut settings = bfd::Settings::new(hops);
-        let interval = |set: Option<NonZeroU16>, default: Duration| {
-            set.map_or(default, |ms| Duration::from_millis(ms.get().into()))
-        };
-        settings.transmit = interval(table.transmit_interval, settings.transmit);
-        settings.receive = interval(table.receive_interval, settings.receive);
-        settings.multiplier = table.multiplier.map_or(settings.multiplier, NonZeroU8::get);
-        Some(settings)
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum FamilyName {
-    Ipv4,
-    Ipv6,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum NextHopRule {
-    #[default]
-    Auto,
-    #[serde(rename = "self")]
-    Own,
-    Keep,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -204,8 +111,8 @@ pub enum FileError {
     #[error("{0}")]
     Syntax(String),
     /// A value that does not fit to others.
-    #[error("neighbor {0}: {1}")]
-    Neighbor(IpAddr, &'static str),
+    #[error("{0}: {1}")]
+    Neighbor(String, String),
     /// An address with two neighbors.
     #[error("neighbor {0} is there twice")]
     Twice(IpAddr),
@@ -223,16 +130,8 @@ pub fn parse(text: &str) -> Result<Configuration, FileError> {
     if file.asn.0 == 0 {
         return Err(FileError::Identity("as must not be 0"));
     }
-    let mut neighbours = BTreeMap::new();
-    for neighbor in &file.neighbor {
-        check(neighbor)?;
-        if neighbours
-            .insert(neighbor.address, neighbour(&file, neighbor))
-            .is_some()
-        {
-            return Err(FileError::Twice(neighbor.address));
-        }
-    }
+    let neighbours = neighbor::neighbours(&file)?;
+    let ranges = neighbor::ranges(&file)?;
     let any = [
         IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -275,6 +174,7 @@ pub fn parse(text: &str) -> Result<Configuration, FileError> {
             .map(|ip| SocketAddr::new(ip, file.listen_port))
             .collect(),
         neighbours,
+        ranges,
         originated: routes.collect(),
     };
     Ok(Configuration {
@@ -283,90 +183,10 @@ pub fn parse(text: &str) -> Result<Configuration, FileError> {
     })
 }
 
-fn check(neighbor: &Neighbor) -> Result<(), FileError> {
-    let refuse = |reason| Err(FileError::Neighbor(neighbor.address, reason));
-    if neighbor.asn.0 == 0 {
-        return refuse("as must not be 0");
-    }
-    if matches!(neighbor.hold_time, Some(1 | 2)) {
-        return refuse("hold-time must be 0 or at least 3 seconds");
-    }
-    if neighbor
-        .source
-        .is_some_and(|s| s.is_ipv4() != neighbor.address.is_ipv4())
-    {
-        return refuse("source is of the other address family");
-    }
-    if neighbor.ttl_security == Some(0) {
-        return refuse("ttl-security must be at least 1");
-    }
-    if neighbor
-        .password
-        .as_ref()
-        .is_some_and(|p| p.is_empty() || p.len() > 80)
-    {
-        return refuse("password must have 1 to 80 octets");
-    }
-    Ok(())
-}
-
-fn neighbour(file: &File, from: &Neighbor) -> Neighbour {
-    let local_as = from.local_as.unwrap_or(file.asn).0;
-    let mut session = SessionSettings::new(local_as, file.router_id, Some(from.asn.0));
-    session.port = from.port;
-    session.source = from.source;
-    session.protection = Protection {
-        password: from.password.clone(),
-        ttl_hops: from.ttl_security,
-    };
-    session.passive = from.passive;
-    session.bfd = from.bfd.settings(local_as == from.asn.0);
-    session.hold_time = from.hold_time.unwrap_or(session.hold_time);
-    session.keepalive = from.keepalive;
-    session.restart_time = from.restart_time.unwrap_or(session.restart_time);
-    if let Some(seconds) = from.connect_retry {
-        session.connect_retry = Duration::from_secs(seconds.get().into());
-    }
-    let own = if from.address.is_ipv4() {
-        FamilySet::IPV4
-    } else {
-        FamilySet::IPV6
-    };
-    let named = from.families.iter().fold(FamilySet::EMPTY, |set, family| {
-        set.union(match family {
-            FamilyName::Ipv4 => FamilySet::IPV4,
-            FamilyName::Ipv6 => FamilySet::IPV6,
-        })
-    });
-    session.families = if named.is_empty() { own } else { named };
-    // Nothing is refused by default: which routes leave the cluster is decided by the nodes' own rules.
-    let mut exchange = Exchange::new(
-        Arc::new(Policy::accept_all()),
-        Arc::new(Policy::accept_all()),
-    );
-    exchange.next_hop = match from.next_hop {
-        NextHopRule::Auto => NextHopMode::Auto,
-        NextHopRule::Own => NextHopMode::SelfAddress,
-        NextHopRule::Keep => NextHopMode::Keep,
-    };
-    exchange.local_v4 = from.next_hop_v4;
-    exchange.local_v6 = from.next_hop_v6.map(NextHop::V6);
-    exchange.reflector_client = from
-        .route_reflector_client
-        .then_some(file.cluster_id.unwrap_or(file.router_id));
-    exchange.allow_own_as = from.allow_own_as;
-    exchange.max_prefixes = from.max_prefixes;
-    Neighbour {
-        name: from.description.clone(),
-        origin: Origin::Static,
-        session,
-        exchange,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::FamilySet;
 
     #[test]
     fn a_short_file_has_calicos_intervals_and_the_family_of_each_address() {
@@ -424,32 +244,6 @@ mod tests {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}\n{error}");
         }
-    }
-
-    #[test]
-    fn bfd_follows_the_distance_of_a_neighbor_unless_the_file_says_otherwise() {
-        let text = |bfd: &str| {
-            format!(
-                "router-id = \"10.0.1.254\"\nas = 1\n[[neighbor]]\naddress = \"10.0.1.1\"\nas = 1\nbfd = {bfd}\n\
-                 [[neighbor]]\naddress = \"10.0.1.2\"\nas = 2\nbfd = {bfd}\n"
-            )
-        };
-        let read = |bfd: &str| {
-            let neighbours = parse(&text(bfd)).unwrap().settings.neighbours;
-            let settings: Vec<_> = neighbours.values().map(|n| n.session.bfd).collect();
-            (settings[0], settings[1])
-        };
-        let default = |hops| Some(bfd::Settings::new(hops));
-        assert_eq!(read("true"), (default(Hops::Multi), default(Hops::Single)));
-        assert_eq!(read("false"), (None, None));
-        let (internal, external) =
-            read("{ multihop = false, transmit-interval = 50, multiplier = 5 }");
-        let expected = bfd::Settings {
-            transmit: Duration::from_millis(50),
-            multiplier: 5,
-            ..bfd::Settings::new(Hops::Single)
-        };
-        assert_eq!((internal, external), (Some(expected), Some(expected)));
     }
 
     #[test]

@@ -153,6 +153,8 @@ pub enum Timer {
     Hold(Role),
     /// KeepaliveTimer of a connection.
     Keepalive(Role),
+    /// How long one of two colliding connections waits for the other.
+    Collision,
     /// After this, an Established session counts as settled: a new connection of a peer that can restart
     /// gracefully replaces it. Before, a second connection is an ordinary collision.
     Settle,

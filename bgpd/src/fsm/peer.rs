@@ -11,6 +11,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(240);
 /// How long after Established a second connection still counts as a collision.
 const SETTLE: Duration = Duration::from_secs(10);
 
+/// How long the connection that a collision prefers may take to prove itself, while the other waits.
+const COLLISION: Duration = Duration::from_secs(2);
+
 /// Protocol errors in a row that still lengthen the wait.
 const MAX_DOUBLINGS: u32 = 4;
 
@@ -26,8 +29,21 @@ struct Connection {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     OpenSent,
+    /// The peer's OPEN is here, but the other connection may be the one that stays: our KEEPALIVE waits until that
+    /// is decided. Shown as OpenSent.
+    Held {
+        /// The peer's KEEPALIVE is here as well.
+        confirmed: bool,
+    },
     OpenConfirm,
     Established,
+}
+
+impl Phase {
+    /// Our KEEPALIVE is out.
+    const fn is_confirmed(self) -> bool {
+        matches!(self, Self::OpenConfirm | Self::Established)
+    }
 }
 
 /// Whether and how we dial.
@@ -85,7 +101,7 @@ impl Peer {
     #[must_use]
     pub fn state(&self) -> State {
         let best = self.connections.iter().flatten().map(|c| match c.phase {
-            Phase::OpenSent => State::OpenSent,
+            Phase::OpenSent | Phase::Held { .. } => State::OpenSent,
             Phase::OpenConfirm => State::OpenConfirm,
             Phase::Established => State::Established,
         });
@@ -143,11 +159,20 @@ impl Peer {
             Event::Malformed(role, n) => self.fail(role, n, &mut out),
             Event::Timer(timer) => self.on_timer(timer, &mut out),
         }
+        for role in Role::ALL {
+            if self.is_held(role) && self.phase(role.other()).is_none() {
+                self.release(role, &mut out);
+            }
+        }
         out
     }
 
     fn phase(&self, role: Role) -> Option<Phase> {
         self.connections[role.index()].map(|c| c.phase)
+    }
+
+    fn is_held(&self, role: Role) -> bool {
+        matches!(self.phase(role), Some(Phase::Held { .. }))
     }
 
     fn on_start(&mut self, out: &mut Vec<Action>) {
@@ -251,37 +276,85 @@ impl Peer {
         if let Err(notify) = self.check_open(&facts) {
             return self.fail(role, notify, out);
         }
-        // §6.8. The outcome depends on the identifiers and on who dialled only, so that both ends choose the
-        // same connection, whatever the order in which the OPENs arrive.
+        self.connections[role.index()] = Some(Connection {
+            phase: Phase::Held { confirmed: false },
+            hold: self.settings.hold_time.min(facts.hold_time),
+            facts: Some(facts),
+        });
+        self.resolve_collision(role, &facts, out);
+    }
+
+    /// RFC 4271 §6.8, for the connection that the peer's OPEN has just arrived on.
+    ///
+    /// The identifiers say which connection stays. But it stays only if it works, and a peer that has come further on
+    /// the other one would close it (some refuse every second connection, some do not compare with connections in
+    /// OpenSent). So neither is given up for one that has not proved itself:
+    ///
+    /// - the loser is not confirmed while the winner's OPEN is outstanding, so the peer cannot take it as Established;
+    /// - where the loser is confirmed already, the peer's word counts: its KEEPALIVE establishes the loser, its
+    ///   closing the loser leaves the winner.
+    ///
+    /// Either wait is bounded by [`Timer::Collision`].
+    fn resolve_collision(&mut self, role: Role, facts: &OpenFacts, out: &mut Vec<Action>) {
         let other = role.other();
+        let preferred = if self.prefers_dialed(facts) {
+            Role::Dialed
+        } else {
+            Role::Accepted
+        };
+        let lost = DownCause::Sent(ceased(cease::COLLISION));
         match self.phase(other) {
-            Some(Phase::Established) => {
-                let cause = DownCause::Sent(ceased(cease::COLLISION));
-                return self.drop_connection(role, cause, out);
-            }
-            Some(_) => {
-                let loser = if self.prefers_dialed(&facts) {
-                    Role::Accepted
-                } else {
-                    Role::Dialed
-                };
-                let cause = DownCause::Sent(ceased(cease::COLLISION));
-                self.drop_connection(loser, cause, out);
-                if loser == role {
-                    return;
-                }
-            }
+            // The one is left alone, the other released at the end of this event.
             None => {}
+            Some(Phase::Established) => self.drop_connection(role, lost, out),
+            Some(Phase::OpenSent | Phase::Held { .. }) if preferred == role => {
+                self.drop_connection(other, lost, out);
+            }
+            Some(Phase::OpenConfirm | Phase::Held { .. }) if preferred == other => {
+                self.drop_connection(role, lost, out);
+            }
+            Some(_) => out.push(Action::Set(
+                Timer::Collision,
+                Wait {
+                    duration: COLLISION,
+                    jitter: Jitter::None,
+                },
+            )),
         }
-        let hold = self.settings.hold_time.min(facts.hold_time);
+    }
+
+    /// Confirms a connection that no other one stands in the way of.
+    fn release(&mut self, role: Role, out: &mut Vec<Action>) {
+        let Some(connection) = self.connections[role.index()] else {
+            return;
+        };
+        let Phase::Held { confirmed } = connection.phase else {
+            return;
+        };
         self.connections[role.index()] = Some(Connection {
             phase: Phase::OpenConfirm,
-            facts: Some(facts),
-            hold,
+            ..connection
         });
+        out.push(Action::Cancel(Timer::Collision));
         out.push(Action::SendKeepalive(role));
-        self.restart_hold(role, hold, out);
-        self.restart_keepalive(role, hold, out);
+        self.restart_hold(role, connection.hold, out);
+        self.restart_keepalive(role, connection.hold, out);
+        // A dial that is still under way would only make the next collision.
+        if self.dialing == Dialing::UnderWay {
+            out.push(Action::CancelDial);
+            self.wait_to_dial(self.settings.connect_retry, Jitter::Quarter, out);
+        }
+        if confirmed {
+            self.on_keepalive(role, out);
+        }
+    }
+
+    /// The preferred connection took too long: the one that the peer has answered on is taken.
+    fn on_collision_timer(&mut self, out: &mut Vec<Action>) {
+        if let Some(role) = Role::ALL.into_iter().find(|r| self.is_held(*r)) {
+            let cause = DownCause::Sent(ceased(cease::COLLISION));
+            self.drop_connection(role.other(), cause, out);
+        }
     }
 
     /// OPEN checks of RFC 4271 §6.2, RFC 6286 §2.2 and RFC 7607.
@@ -318,6 +391,12 @@ impl Peer {
         };
         match connection.phase {
             Phase::OpenSent => self.fail(role, unexpected(Phase::OpenSent), out),
+            Phase::Held { .. } => {
+                self.connections[role.index()] = Some(Connection {
+                    phase: Phase::Held { confirmed: true },
+                    ..connection
+                });
+            }
             Phase::OpenConfirm => {
                 self.connections[role.index()] = Some(Connection {
                     phase: Phase::Established,
@@ -389,12 +468,13 @@ impl Peer {
     fn on_timer(&mut self, timer: Timer, out: &mut Vec<Action>) {
         match timer {
             Timer::Dial => self.on_dial_timer(out),
+            Timer::Collision => self.on_collision_timer(out),
             Timer::Hold(role) if self.phase(role).is_some() => {
                 self.fail(role, Notification::new(ErrorCode::HoldTimer, 0), out);
             }
             Timer::Keepalive(role) => {
                 if let Some(connection) = self.connections[role.index()]
-                    && connection.phase != Phase::OpenSent
+                    && connection.phase.is_confirmed()
                 {
                     out.push(Action::SendKeepalive(role));
                     self.restart_keepalive(role, connection.hold, out);
@@ -455,8 +535,10 @@ impl Peer {
         }
         out.push(Action::Close(role));
         out.push(Action::Cancel(Timer::Hold(role)));
-        if connection.phase != Phase::OpenSent {
+        if connection.phase.is_confirmed() {
             out.push(Action::Cancel(Timer::Keepalive(role)));
+        } else if connection.phase != Phase::OpenSent {
+            out.push(Action::Cancel(Timer::Collision));
         }
         if connection.phase == Phase::Established {
             self.settled = false;
@@ -563,7 +645,7 @@ fn is_cease(notify: &Notification) -> bool {
 /// RFC 6608: which state a message was unexpected in.
 const fn unexpected(phase: Phase) -> Notification {
     let subcode = match phase {
-        Phase::OpenSent => 1,
+        Phase::OpenSent | Phase::Held { .. } => 1,
         Phase::OpenConfirm => 2,
         Phase::Established => 3,
     };

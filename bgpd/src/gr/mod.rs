@@ -1,4 +1,4 @@
-//! Graceful restart (RFC 4724), as two pure machines: [`Helper`] for a peer that restarts, [`Restarter`] for
+//! Graceful restart (RFC 4724, RFC 9494), as two pure machines: [`Helper`] for a peer that restarts, [`Restarter`] for
 //! our own restart.
 //!
 //! The restarter differs from RFC 4724 §4.1 on purpose in one point: best paths are chosen and installed at

@@ -51,6 +51,8 @@ pub struct Rib {
 enum Sweep {
     Remove,
     RemoveMarked(u16),
+    /// Stale paths, unless they are long-lived stale.
+    RemoveStale,
     Mark(u16),
     LongLived,
 }
@@ -249,8 +251,9 @@ impl Rib {
             known.group = None;
         }
         self.sweep(peer.slot, FamilySet::ALL.difference(retain), Sweep::Remove);
-        // RFC 4724 §4.2: what was stale before and has not been announced since goes.
-        self.sweep(peer.slot, retain, Sweep::RemoveMarked(mark::STALE));
+        // RFC 4724 §4.2: what was stale before and has not been announced since goes; long-lived stale paths have a time
+        // of their own.
+        self.sweep(peer.slot, retain, Sweep::RemoveStale);
         self.sweep(peer.slot, retain, Sweep::Mark(mark::STALE));
     }
 
@@ -496,7 +499,10 @@ impl Rib {
             Sweep::RemoveMarked(marks) if path.has(marks) => {
                 return self.remove_swept(family, id, at);
             }
-            Sweep::RemoveMarked(_) => return false,
+            Sweep::RemoveStale if path.has(mark::STALE) && !path.has(mark::LONG_LIVED) => {
+                return self.remove_swept(family, id, at);
+            }
+            Sweep::RemoveMarked(_) | Sweep::RemoveStale => return false,
             Sweep::LongLived if !path.has(mark::STALE) => return false,
             Sweep::LongLived if self.base.attrs.key(path.attr).no_llgr => {
                 return self.remove_swept(family, id, at);

@@ -22,8 +22,8 @@ use crate::fsm::{Action, DownCause, Event, Jitter, OpenFacts, Peer, Role, State,
 use crate::speaker::settings::SessionSettings;
 use crate::transport::{Connection, Target, Transport};
 use crate::wire::{
-    Capability, Codec, Family, GracefulRestart, GracefulRestartFamily, Message, Negotiated,
-    Notification, Open, PeerKind, RouteRefresh, Update,
+    AddPathMode, Capability, Codec, Family, GracefulRestart, GracefulRestartFamily,
+    LongLivedFamily, Message, Negotiated, Notification, Open, PeerKind, RouteRefresh, Update,
 };
 use link::{Link, LinkEvent, LinkReport};
 
@@ -445,6 +445,7 @@ impl Session {
         let target = Target {
             remote: SocketAddr::new(self.around.peer, self.settings.port),
             source: self.settings.source,
+            interface: self.settings.interface.clone(),
             protection: self.settings.protection.clone(),
         };
         let transport = Arc::clone(&self.around.transport);
@@ -502,6 +503,16 @@ impl Session {
             Capability::EnhancedRouteRefresh,
             Capability::ExtendedMessage,
         ]);
+        if settings.add_path != AddPathMode::OFF {
+            let mode = |family| (family, settings.add_path);
+            capabilities.push(Capability::AddPath(
+                settings.families.iter().map(mode).collect(),
+            ));
+        }
+        if settings.extended_next_hop && settings.families.contains(Family::IPV4_UNICAST) {
+            let over_v6 = (Family::IPV4_UNICAST, Family::IPV6_UNICAST.afi);
+            capabilities.push(Capability::ExtendedNextHop(vec![over_v6]));
+        }
         if settings.restart_time > 0 {
             let preserved = |family: Family| GracefulRestartFamily {
                 family,
@@ -513,6 +524,16 @@ impl Session {
                 restart_time: settings.restart_time.min(4095),
                 families: settings.families.iter().map(preserved).collect(),
             }));
+            if let Some(stale_time) = settings.long_lived {
+                let kept = |family| LongLivedFamily {
+                    family,
+                    forwarding_preserved: true,
+                    stale_time,
+                };
+                capabilities.push(Capability::LongLivedGracefulRestart(
+                    settings.families.iter().map(kept).collect(),
+                ));
+            }
         }
         Open {
             asn: settings.local_as,

@@ -7,6 +7,8 @@
 //! What it does not do: it reads no resources and no files; [`settings::Settings`] come from outside and are
 //! applied by difference, so that only the neighbours concerned notice.
 
+mod admission;
+mod dynamic;
 mod listening;
 mod neighbours;
 mod paths;
@@ -15,7 +17,7 @@ pub mod settings;
 mod status;
 mod table;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -31,6 +33,8 @@ use crate::rib::{Gateway, NextHopState, PeerSlot, Rib};
 use crate::session::PeerReport;
 use crate::sink::Sink;
 use crate::transport::{Connection, Transport};
+use crate::wire::Prefix;
+use admission::Admission;
 use listening::Listening;
 use neighbours::Running;
 use settings::Settings;
@@ -133,6 +137,9 @@ struct State {
     neighbours: BTreeMap<IpAddr, Running>,
     slots: BTreeMap<PeerSlot, IpAddr>,
     listening: Vec<Listening>,
+    admission: Admission,
+    /// Neighbours and ranges whose password could not be set on a listening socket: nothing is accepted from them.
+    unprotected: BTreeSet<Prefix>,
     paths: Option<paths::Watch>,
     restarter: Restarter<IpAddr>,
     /// Waits of our restart that end with this batch.
@@ -175,6 +182,8 @@ impl State {
             neighbours: BTreeMap::new(),
             slots: BTreeMap::new(),
             listening: Vec::new(),
+            admission: Admission::default(),
+            unprotected: BTreeSet::new(),
             paths: None,
             restarting: watch::Sender::new(true),
             reports: mpsc::channel(QUEUE),
@@ -194,7 +203,7 @@ impl State {
         self.watch_paths().await;
         self.originate(&BTreeMap::new(), &first.originated);
         for (address, neighbour) in &first.neighbours {
-            self.add(*address, neighbour);
+            self.add(*address, neighbour, None);
         }
         let progress = self.restarter.poll();
         self.on_progress(progress);
@@ -279,6 +288,7 @@ impl State {
             self.recheck();
         }
         self.helper_timers(now);
+        self.forget_dynamic(now);
     }
 
     /// Everything that peers can tell about these families has been taken in. What follows from it waits until

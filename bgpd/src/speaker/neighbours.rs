@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::info;
 
+use super::dynamic::Dynamic;
 use super::restart::EndOfRib;
 use super::settings::{Neighbour, SessionSettings, Settings};
 use super::{State, unix_now};
@@ -38,6 +39,8 @@ pub(super) struct Running {
     pub(super) helper: Helper,
     pub(super) helper_timers: BTreeMap<HelperTimer, Instant>,
     pub(super) shown: Shown,
+    /// It came by itself.
+    pub(super) dynamic: Option<Dynamic>,
 }
 
 /// What people see of a neighbour.
@@ -53,7 +56,8 @@ pub(super) struct Shown {
 
 impl Running {
     pub(super) fn next_timer(&self) -> Option<Instant> {
-        self.helper_timers.values().min().copied()
+        let expires = self.dynamic.and_then(|d| d.expires);
+        self.helper_timers.values().copied().chain(expires).min()
     }
 
     /// Resolves once the task has ended.
@@ -91,19 +95,20 @@ impl State {
         {
             self.remove(*address);
         }
+        self.configure_dynamic(&old);
         self.listen().await;
         self.watch_paths().await;
         self.originate(&old.originated, &settings.originated);
         for (address, neighbour) in &settings.neighbours {
             match old.neighbours.get(address) {
-                None => self.add(*address, neighbour),
+                None => self.add(*address, neighbour, None),
                 Some(before) if before != neighbour => self.change(*address, before, neighbour),
                 Some(_) => {}
             }
         }
     }
 
-    pub(super) fn add(&mut self, address: IpAddr, config: &Neighbour) {
+    pub(super) fn add(&mut self, address: IpAddr, config: &Neighbour, dynamic: Option<Dynamic>) {
         let Some(slot) = self.rib.register() else {
             tracing::error!(peer = %address, "no room for another neighbour");
             return;
@@ -116,7 +121,9 @@ impl State {
             restarting: self.restarting.subscribe(),
             seed: self.environment.seed ^ hash(address),
         };
-        self.change_key(address, None, config.session.protection.password.as_deref());
+        if dynamic.is_none() {
+            self.change_key(address, None, config.session.protection.password.as_deref());
+        }
         let session = Session::new(surroundings, session_settings(config), queue);
         info!(peer = %address, name = config.name.as_deref(), "neighbour added");
         let running = Running {
@@ -138,22 +145,26 @@ impl State {
                 updates_in: 0,
                 updates_out: 0,
             },
+            dynamic,
         };
         self.slots.insert(slot, address);
         self.neighbours.insert(address, running);
     }
 
-    fn remove(&mut self, address: IpAddr) {
+    pub(super) fn remove(&mut self, address: IpAddr) {
         let Some(running) = self.neighbours.remove(&address) else {
             return;
         };
         info!(peer = %address, "neighbour removed");
         self.command(&running, Command::Stop(ceased(cease::PEER_DECONFIGURED)));
-        self.change_key(
-            address,
-            running.config.session.protection.password.as_deref(),
-            None,
-        );
+        if running.dynamic.is_none() {
+            self.change_key(
+                address,
+                running.config.session.protection.password.as_deref(),
+                None,
+            );
+        }
+        self.admission.forget(address);
         self.slots.remove(&running.slot);
         if running.live.is_some() {
             self.rib.handle(RibInput::PeerDown {
@@ -167,7 +178,7 @@ impl State {
         self.on_progress(progress);
     }
 
-    fn change(&mut self, address: IpAddr, before: &Neighbour, after: &Neighbour) {
+    pub(super) fn change(&mut self, address: IpAddr, before: &Neighbour, after: &Neighbour) {
         let Some(running) = self.neighbours.get_mut(&address) else {
             return;
         };
@@ -177,12 +188,15 @@ impl State {
             let command = Command::Configure(session_settings(after));
             let running = &self.neighbours[&address];
             self.command(running, command);
+            let named = running.dynamic.is_none();
             let password = |n: &Neighbour| n.session.protection.password.clone();
-            self.change_key(
-                address,
-                password(before).as_deref(),
-                password(after).as_deref(),
-            );
+            if named {
+                self.change_key(
+                    address,
+                    password(before).as_deref(),
+                    password(after).as_deref(),
+                );
+            }
             return;
         }
         let refresh = before.exchange.import != after.exchange.import
@@ -232,6 +246,9 @@ impl State {
                     running.shown.since = unix_now();
                 }
                 running.shown.state = state;
+                if let Some(dynamic) = &mut running.dynamic {
+                    dynamic.on_state(state, Instant::now());
+                }
                 running.shown.info = info;
             }
             Report::Up(up) => {

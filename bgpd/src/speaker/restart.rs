@@ -84,22 +84,41 @@ fn offered(negotiated: &Negotiated) -> Option<PeerRestart> {
         .filter(|f| f.forwarding_preserved)
         .map(|f| f.family)
         .collect();
+    let carried = negotiated.codec.families;
+    let long = negotiated.long_lived.iter();
+    let long: Vec<_> = long.filter(|f| carried.contains(f.family)).collect();
+    let mut long_lived = [0; 2];
+    for family in &long {
+        if let Some(index) = family.family.index() {
+            long_lived[index] = family.stale_time;
+        }
+    }
     Some(PeerRestart {
-        families: named.intersection(negotiated.codec.families),
-        forwarding: kept.intersection(negotiated.codec.families),
+        long_lived,
+        long_lived_forwarding: long
+            .iter()
+            .filter(|f| f.forwarding_preserved)
+            .map(|f| f.family)
+            .collect(),
+        families: named.intersection(carried),
+        forwarding: kept.intersection(carried),
         restart_time: gr.restart_time,
     })
 }
 
 impl State {
     pub(super) fn session_up(&mut self, address: IpAddr, up: SessionUp) {
-        let Some(running) = self.neighbours.get(&address) else {
+        let Some(running) = self.neighbours.get_mut(&address) else {
             return;
         };
-        let offer = offered(&up.negotiated);
+        let actions = running
+            .helper
+            .handle(HelperEvent::Up(offered(&up.negotiated)));
+        // What the helper has not given up waits for End-of-RIB.
+        let preserved = running.helper.stale();
+        let running = &self.neighbours[&address];
         let config = self.rib_config(address, running, &up);
         let peer = running.id();
-        let preserved = offer.map(|o| o.forwarding).unwrap_or_default();
         self.rib.handle(RibInput::PeerUp {
             peer,
             config,
@@ -113,14 +132,12 @@ impl State {
             None => FamilySet::EMPTY,
         };
         let restarted = restart.is_some_and(|gr| gr.restarting);
-        let running = self.neighbours.get_mut(&address);
-        let actions = running.map(|r| {
-            r.live = Some(up);
-            r.full = false;
-            r.end_of_rib.reset();
-            r.helper.handle(HelperEvent::Up(offer))
-        });
-        self.help(address, actions.unwrap_or_default());
+        if let Some(running) = self.neighbours.get_mut(&address) {
+            running.live = Some(up);
+            running.full = false;
+            running.end_of_rib.reset();
+        }
+        self.help(address, actions);
         let progress = self.restarter.on(Heard::Up {
             peer: address,
             awaited,
@@ -144,8 +161,13 @@ impl State {
         if !retain.is_empty() {
             info!(peer = %address, families = ?retain, "keeping the neighbour's routes while it restarts");
         }
+        // What is still stale from an earlier loss goes before the loss of this session makes more routes stale.
+        let (before, after): (Vec<_>, Vec<_>) = actions
+            .into_iter()
+            .partition(|action| matches!(action, HelperAction::Sweep(_)));
+        self.help(address, before);
         self.rib.handle(RibInput::PeerDown { peer, retain });
-        self.help(address, actions);
+        self.help(address, after);
     }
 
     /// Our own restart is over for some families: neighbours may learn that they have heard everything.
@@ -204,6 +226,13 @@ impl State {
                 }
                 HelperAction::Sweep(families) => {
                     self.rib.handle(RibInput::StaleExpired {
+                        slot: running.slot,
+                        families,
+                    });
+                }
+                HelperAction::LongLived(families) => {
+                    info!(peer = %address, ?families, "the neighbour is away for long: its routes are the last choice now");
+                    self.rib.handle(RibInput::LongLivedStale {
                         slot: running.slot,
                         families,
                     });

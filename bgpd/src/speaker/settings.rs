@@ -10,7 +10,7 @@ use cali_control::status::PeerKind as Origin;
 use crate::policy::Policy;
 use crate::rib::{LocalRoute, NextHopMode, RibConfig};
 use crate::transport::Protection;
-use crate::wire::{FamilySet, NextHop, Prefix};
+use crate::wire::{AddPathMode, FamilySet, NextHop, Prefix};
 
 /// All settings of a speaker.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +25,8 @@ pub struct Settings {
     pub listen: Vec<SocketAddr>,
     /// Neighbours by address.
     pub neighbours: BTreeMap<IpAddr, Neighbour>,
+    /// Prefixes whose addresses may become neighbours by connecting.
+    pub ranges: Vec<Range>,
     /// Routes that start here.
     pub originated: BTreeMap<Prefix, LocalRoute>,
 }
@@ -37,6 +39,18 @@ impl Settings {
         config.cluster_id = self.cluster_id;
         config
     }
+}
+
+/// Neighbours that are not named, only the prefix that they come from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Range {
+    /// Where they come from. Of several that hold an address, the longest counts; a neighbour that is named counts
+    /// more than any.
+    pub prefix: Prefix,
+    /// Most of them at a time.
+    pub limit: u16,
+    /// What each of them is; they are never dialled.
+    pub neighbour: Neighbour,
 }
 
 /// One neighbour.
@@ -75,8 +89,17 @@ pub struct SessionSettings {
     pub keepalive: Option<u16>,
     /// Restart time of our graceful restart capability, in seconds; 0 leaves the capability out.
     pub restart_time: u16,
+    /// How long the peer may keep our routes after the restart time, in seconds (RFC 9494, 24 bits); `None` leaves the
+    /// capability out, and a neighbour's routes are not kept that long either. Needs a restart time.
+    pub long_lived: Option<u32>,
     /// Families to exchange.
     pub families: FamilySet,
+    /// Several paths for one prefix (RFC 7911), in each direction.
+    pub add_path: AddPathMode,
+    /// IPv4 routes may have IPv6 next hops (RFC 8950).
+    pub extended_next_hop: bool,
+    /// Interface of a neighbour with a link-local address, which means nothing without it.
+    pub interface: Option<Arc<str>>,
     /// Wait between dials.
     pub connect_retry: Duration,
     /// Watch the path by BFD (RFC 5882). A change of it does not touch the session.
@@ -103,7 +126,11 @@ impl SessionSettings {
             hold_time: 240,
             keepalive: None,
             restart_time: 120,
+            long_lived: None,
             families: FamilySet::ALL,
+            add_path: AddPathMode::OFF,
+            extended_next_hop: false,
+            interface: None,
             connect_retry: Duration::from_secs(5),
             bfd: None,
             blocked: None,

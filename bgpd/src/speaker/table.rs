@@ -53,7 +53,7 @@ impl State {
             reflector_client: exchange.reflector_client,
             allow_own_as: exchange.allow_own_as,
             enforce_first_as: negotiated.codec.peer == PeerKind::Ebgp,
-            long_lived: false,
+            long_lived: !negotiated.long_lived.is_empty(),
             enhanced_refresh: negotiated.enhanced_refresh,
             max_prefixes: exchange.max_prefixes,
             import: Arc::clone(&exchange.import),

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use tokio::sync::{Mutex as AsyncMutex, mpsc};
 
 use super::{Connection, Listener, Target, Transport};
+use crate::wire::Prefix;
 
 /// Bytes that one end may be ahead of the other.
 const WINDOW: usize = 64 * 1024;
@@ -106,6 +107,10 @@ impl Listener for MemoryListener {
     }
 
     fn set_key(&self, _peer: IpAddr, _password: Option<&str>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_key_of_prefix(&self, _peers: Prefix, _password: Option<&str>) -> io::Result<()> {
         Ok(())
     }
 

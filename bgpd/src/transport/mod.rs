@@ -8,12 +8,14 @@ pub mod tcp;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
 use crate::bfd::monitor::{Monitor, Report};
+use crate::wire::Prefix;
 
 /// A byte stream between two speakers.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
@@ -50,6 +52,8 @@ pub struct Target {
     pub remote: SocketAddr,
     /// The source address to bind, if it is fixed.
     pub source: Option<IpAddr>,
+    /// The interface of a link-local peer.
+    pub interface: Option<Arc<str>>,
     /// How packets are protected.
     pub protection: Protection,
 }
@@ -79,6 +83,11 @@ pub trait Transport: Send + Sync + 'static {
     async fn dial(&self, target: &Target) -> io::Result<Connection>;
     /// Starts to listen.
     async fn listen(&self, address: SocketAddr) -> io::Result<Box<dyn Listener>>;
+    /// Whether a connection came in over the interface of this name.
+    fn came_over(&self, connection: &Connection, interface: &str) -> bool {
+        let _ = (connection, interface);
+        true
+    }
     /// Starts to watch paths by BFD, where this transport has paths that can be watched.
     fn watch_paths(&self, seed: u64) -> io::Result<Option<(Monitor, mpsc::Receiver<Report>)>> {
         let _ = seed;
@@ -94,6 +103,8 @@ pub trait Listener: Send + Sync {
     /// Sets the key that a peer must use; `None` takes it away. An error means that connections of this
     /// peer would not be protected, and must not be taken.
     fn set_key(&self, peer: IpAddr, password: Option<&str>) -> io::Result<()>;
+    /// The same for all peers of a prefix that have no key of their own.
+    fn set_key_of_prefix(&self, peers: Prefix, password: Option<&str>) -> io::Result<()>;
     /// The address that is listened on.
     fn local(&self) -> SocketAddr;
 }

@@ -5,12 +5,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use async_trait::async_trait;
+use ipnetwork::IpNetwork;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 
 use super::{Connection, Listener, Stream, Target, Transport};
 use crate::bfd::monitor::{Monitor, Report};
+use crate::wire::Prefix;
 
 /// Pending connections that the kernel keeps: hundreds of nodes may come back at once.
 const BACKLOG: i32 = 4096;
@@ -63,8 +65,14 @@ impl Stream for TcpStream {
 impl Transport for Tcp {
     async fn dial(&self, target: &Target) -> io::Result<Connection> {
         let socket = new_socket(&target.remote)?;
+        let scope = target
+            .interface
+            .as_deref()
+            .map(interface_index)
+            .transpose()?;
+        let remote = scoped(target.remote, scope);
         if let Some(source) = target.source {
-            socket.bind(&SocketAddr::new(source, 0).into())?;
+            socket.bind(&scoped(SocketAddr::new(source, 0), scope).into())?;
         }
         if let Some(hops) = target.protection.ttl_hops {
             guard_ttl(&socket, target.remote.is_ipv4(), hops)?;
@@ -74,8 +82,15 @@ impl Transport for Tcp {
                 .map_err(io::Error::other)?;
         }
         let socket = TcpSocket::from_std_stream(socket.into());
-        let stream = socket.connect(target.remote).await?;
+        let stream = socket.connect(remote).await?;
         connection(stream)
+    }
+
+    fn came_over(&self, connection: &Connection, interface: &str) -> bool {
+        let SocketAddr::V6(remote) = connection.remote else {
+            return true;
+        };
+        remote.scope_id() == 0 || interface_index(interface).is_ok_and(|i| i == remote.scope_id())
     }
 
     fn watch_paths(&self, seed: u64) -> io::Result<Option<(Monitor, mpsc::Receiver<Report>)>> {
@@ -90,6 +105,23 @@ impl Transport for Tcp {
         let listener = TcpListener::from_std(socket.into())?;
         let local = listener.local_addr()?;
         Ok(Box::new(Listening { listener, local }))
+    }
+}
+
+/// The number that the kernel has for an interface now; it may be another one after the interface was made anew.
+fn interface_index(name: &str) -> io::Result<u32> {
+    nix::net::if_::if_nametoindex(name)
+        .map_err(|errno| io::Error::other(format!("interface {name:?}: {}", errno.desc())))
+}
+
+/// A link-local address with its interface; others need none.
+fn scoped(address: SocketAddr, scope: Option<u32>) -> SocketAddr {
+    match (address, scope) {
+        (SocketAddr::V6(mut v6), Some(scope)) if v6.ip().is_unicast_link_local() => {
+            v6.set_scope_id(scope);
+            SocketAddr::V6(v6)
+        }
+        (other, _) => other,
     }
 }
 
@@ -117,6 +149,12 @@ impl Listener for Listening {
 
     fn set_key(&self, peer: IpAddr, password: Option<&str>) -> io::Result<()> {
         cali_netlink::tcp::set_md5_key(&self.listener, peer, password.map(str::as_bytes))
+            .map_err(io::Error::other)
+    }
+
+    fn set_key_of_prefix(&self, peers: Prefix, password: Option<&str>) -> io::Result<()> {
+        let peers = IpNetwork::new(peers.addr(), peers.len()).map_err(io::Error::other)?;
+        cali_netlink::tcp::set_md5_key_of_prefix(&self.listener, peers, password.map(str::as_bytes))
             .map_err(io::Error::other)
     }
 

@@ -13,6 +13,19 @@ pub struct AddPathMode {
     pub send: bool,
 }
 
+impl AddPathMode {
+    /// One path for each prefix.
+    pub const OFF: Self = Self {
+        receive: false,
+        send: false,
+    };
+    /// Both directions.
+    pub const BOTH: Self = Self {
+        receive: true,
+        send: true,
+    };
+}
+
 /// One family of a [`GracefulRestart`] capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GracefulRestartFamily {

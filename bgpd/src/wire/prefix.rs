@@ -71,6 +71,12 @@ impl Prefix {
     pub fn contains(&self, other: &Self) -> bool {
         other.len >= self.len && Self::new(other.addr, self.len) == Some(*self)
     }
+
+    /// Whether an address lies inside this prefix.
+    pub fn contains_addr(&self, addr: IpAddr) -> bool {
+        let host = if addr.is_ipv4() { 32 } else { 128 };
+        Self::new(addr, host).is_some_and(|host| self.contains(&host))
+    }
 }
 
 impl fmt::Display for Prefix {
