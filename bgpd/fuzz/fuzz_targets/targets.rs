@@ -43,7 +43,7 @@ fn ours() -> Open {
 }
 
 /// Reads a stream as a session would; what can be read is written and read again.
-pub fn message(octets: &[u8]) {
+pub(crate) fn message(octets: &[u8]) {
     let mut framer = Framer::new();
     let mut codec = Codec::basic(Sort::Ibgp);
     let mut buffer = BytesMut::from(octets);
@@ -138,7 +138,7 @@ fn speaker(network: &Network, n: u8, neighbours: &[u8]) -> (Speaker, tokio::task
 }
 
 /// Sends a stream to a speaker, which must be there afterwards and have its other session still.
-pub fn session(octets: &[u8]) {
+pub(crate) fn session(octets: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)

@@ -1,7 +1,7 @@
 //! Speakers in one process on virtual time, and a peer whose every octet the test chooses.
 #![allow(dead_code, clippy::unwrap_used)]
 
-pub mod raw;
+pub(crate) mod raw;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -18,24 +18,24 @@ use bgpd::wire::{Attributes, FamilySet, Prefix};
 use cali_control::status::{BgpRequest, BgpResponse, BgpStatus, PeerKind, SessionState};
 use tokio::task::JoinHandle;
 
-pub fn addr(n: u8) -> IpAddr {
+pub(crate) fn addr(n: u8) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(10, 0, 0, n))
 }
 
-pub fn id(n: u8) -> Ipv4Addr {
+pub(crate) fn id(n: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 0, 0, n)
 }
 
-pub fn prefix(text: &str) -> Prefix {
+pub(crate) fn prefix(text: &str) -> Prefix {
     text.parse().unwrap()
 }
 
-pub fn accept() -> Arc<Policy> {
+pub(crate) fn accept() -> Arc<Policy> {
     Arc::new(Policy::accept_all())
 }
 
 /// A speaker's settings: its number, its AS, its neighbours as (number, AS), what it originates.
-pub fn settings(n: u8, asn: u32, neighbours: &[(u8, u32)], routes: &[&str]) -> Settings {
+pub(crate) fn settings(n: u8, asn: u32, neighbours: &[(u8, u32)], routes: &[&str]) -> Settings {
     let neighbour = |(peer, peer_as): &(u8, u32)| {
         let mut session = SessionSettings::new(asn, id(n), Some(*peer_as));
         session.source = Some(addr(n));
@@ -79,15 +79,15 @@ pub fn settings(n: u8, asn: u32, neighbours: &[(u8, u32)], routes: &[&str]) -> S
     }
 }
 
-pub struct Running {
-    pub n: u8,
-    pub speaker: Speaker,
-    pub task: JoinHandle<()>,
-    pub sink: Memory,
+pub(crate) struct Running {
+    pub(crate) n: u8,
+    pub(crate) speaker: Speaker,
+    pub(crate) task: JoinHandle<()>,
+    pub(crate) sink: Memory,
 }
 
 impl Running {
-    pub fn start(network: &Network, n: u8, settings: Settings) -> Self {
+    pub(crate) fn start(network: &Network, n: u8, settings: Settings) -> Self {
         let sink = Memory::default();
         let environment = Environment {
             transport: Arc::new(network.host(&[addr(n)])),
@@ -105,14 +105,14 @@ impl Running {
         }
     }
 
-    pub async fn status(&self) -> BgpStatus {
+    pub(crate) async fn status(&self) -> BgpStatus {
         match self.speaker.ask(BgpRequest::Status).await.unwrap() {
             BgpResponse::Status(status) => status,
             other => panic!("{other:?}"),
         }
     }
 
-    pub async fn wait(&self, what: &str, condition: impl Fn(&BgpStatus, &Contents) -> bool) {
+    pub(crate) async fn wait(&self, what: &str, condition: impl Fn(&BgpStatus, &Contents) -> bool) {
         for _ in 0..6000 {
             let (status, contents) = (self.status().await, self.sink.contents());
             if condition(&status, &contents) {
@@ -128,7 +128,7 @@ impl Running {
         );
     }
 
-    pub async fn has(&self, text: &str) {
+    pub(crate) async fn has(&self, text: &str) {
         let wanted = prefix(text);
         self.wait(&format!("waiting for {text}"), |_, c| {
             c.paths.contains_key(&wanted)
@@ -137,13 +137,13 @@ impl Running {
     }
 
     /// Stops as a crash does: nothing is said to anybody.
-    pub async fn crash(self) {
+    pub(crate) async fn crash(self) {
         self.task.abort();
         let _ = self.task.await;
     }
 }
 
-pub fn established(status: &BgpStatus, count: usize) -> bool {
+pub(crate) fn established(status: &BgpStatus, count: usize) -> bool {
     status
         .peers
         .iter()

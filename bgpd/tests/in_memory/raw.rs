@@ -15,15 +15,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::addr;
 
 /// A connection with the messages that came in on it.
-pub struct Raw {
-    pub connection: Connection,
+pub(crate) struct Raw {
+    pub(crate) connection: Connection,
     framer: Framer,
     buffer: BytesMut,
     codec: Codec,
 }
 
 /// What a raw peer of this number says first.
-pub fn open(n: u8, asn: u32) -> Open {
+pub(crate) fn open(n: u8, asn: u32) -> Open {
     let kept = GracefulRestartFamily {
         family: Family::IPV4_UNICAST,
         forwarding_preserved: true,
@@ -47,7 +47,7 @@ pub fn open(n: u8, asn: u32) -> Open {
 }
 
 /// What both sides use once OPENs of [`open`] are exchanged.
-pub fn codec() -> Codec {
+pub(crate) fn codec() -> Codec {
     Codec {
         four_octet_as: true,
         families: FamilySet::IPV4,
@@ -56,7 +56,7 @@ pub fn codec() -> Codec {
 }
 
 /// An UPDATE of an external peer that announces these prefixes.
-pub fn announcement(n: u8, asn: u32, prefixes: &[Prefix]) -> Vec<Bytes> {
+pub(crate) fn announcement(n: u8, asn: u32, prefixes: &[Prefix]) -> Vec<Bytes> {
     let attributes = Attributes {
         as_path: AsPath::from_sequence(&[asn]),
         ..Attributes::default()
@@ -75,13 +75,13 @@ pub fn announcement(n: u8, asn: u32, prefixes: &[Prefix]) -> Vec<Bytes> {
 }
 
 /// The octets of a message before OPENs have been exchanged.
-pub fn octets(message: &Message) -> Bytes {
+pub(crate) fn octets(message: &Message) -> Bytes {
     message.encode(&Codec::basic(PeerKind::Ebgp)).unwrap()
 }
 
 impl Raw {
     /// Dials speaker `to` from the address of `n`.
-    pub async fn dial(network: &Network, n: u8, to: u8) -> std::io::Result<Self> {
+    pub(crate) async fn dial(network: &Network, n: u8, to: u8) -> std::io::Result<Self> {
         let target = Target {
             remote: SocketAddr::new(addr(to), 179),
             source: None,
@@ -98,13 +98,13 @@ impl Raw {
     }
 
     /// Writes; what the other end does with it is its affair.
-    pub async fn write(&mut self, octets: &[u8]) {
+    pub(crate) async fn write(&mut self, octets: &[u8]) {
         let write = self.connection.stream.write_all(octets);
         let _ = tokio::time::timeout(Duration::from_secs(1), write).await;
     }
 
     /// The next message; `None` at the end of the stream or after a while.
-    pub async fn next(&mut self, limit: Duration) -> Option<Message> {
+    pub(crate) async fn next(&mut self, limit: Duration) -> Option<Message> {
         let read = async {
             loop {
                 if let Ok(Some(frame)) = self.framer.next(&mut self.buffer) {
@@ -120,7 +120,7 @@ impl Raw {
     }
 
     /// Becomes Established as an external peer of this AS.
-    pub async fn establish(&mut self, n: u8, asn: u32) {
+    pub(crate) async fn establish(&mut self, n: u8, asn: u32) {
         self.write(&octets(&Message::Open(open(n, asn)))).await;
         self.write(&octets(&Message::Keepalive)).await;
         let first = self.next(Duration::from_secs(5)).await;
