@@ -28,7 +28,13 @@ const CTA_STATUS: u16 = 3;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_MARK: u16 = 8;
 const CTA_ID: u16 = 12;
+const CTA_TUPLE_MASTER: u16 = 14;
 const CTA_ZONE: u16 = 18;
+const CTA_FILTER: u16 = 25;
+/// `CTA_FILTER_ORIG_FLAGS` and `CTA_FILTER_REPLY_FLAGS`: which fields of the tuple count.
+const CTA_FILTER_FLAGS: [u16; 2] = [1, 2];
+/// `CTA_FILTER_F_CTA_IP_SRC` of `nf_internals.h`, the same in every kernel that has `CTA_FILTER`.
+const FILTER_SOURCE: u32 = 1;
 
 /// One direction of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,6 +78,17 @@ pub struct Flow {
     pub timeout: u32,
     /// The kernel's id of the entry.
     pub id: u32,
+    /// The flow that this one belongs to, where a helper expected it (the data connection of FTP).
+    pub master: Option<Tuple>,
+}
+
+/// One end of a flow, as a filter that the kernel applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum End {
+    /// Who sent the first packet.
+    Originator(IpAddr),
+    /// Who answers, after any translation of the destination.
+    Responder(IpAddr),
 }
 
 impl Flow {
@@ -126,6 +143,56 @@ impl Conntrack {
             .map_err(|cause| Error::new("dump", "conntrack", cause))
     }
 
+    /// The flows that have this end. The kernel walks its whole table, but only these flows cross the socket.
+    pub fn dump_end(&self, end: End) -> Result<Vec<Flow>> {
+        let (tuple, flags, address) = match end {
+            End::Originator(address) => (CTA_TUPLE_ORIG, CTA_FILTER_FLAGS[0], address),
+            End::Responder(address) => (CTA_TUPLE_REPLY, CTA_FILTER_FLAGS[1], address),
+        };
+        let (family, source) = if address.is_ipv6() {
+            (AF_INET6, 3)
+        } else {
+            (AF_INET, 1)
+        };
+        let write = |writer: &mut Writer, sequence| {
+            writer.begin(CT_GET, NLM_F_REQUEST | NLM_F_DUMP, sequence);
+            writer.raw(&[family, 0, 0, 0]);
+            let nest = writer.nest(tuple);
+            let addresses = writer.nest(1);
+            writer.ip(source, address);
+            writer.end(addresses);
+            writer.end(nest);
+            let filter = writer.nest(CTA_FILTER);
+            writer.u32(flags, FILTER_SOURCE);
+            writer.end(filter);
+            writer.finish();
+        };
+        self.socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .dump(write, read)
+            .map_err(|cause| Error::new("dump", format!("conntrack entries of {address}"), cause))
+    }
+
+    /// Removes every flow of the namespace.
+    pub fn flush(&self) -> Result<()> {
+        let result = self
+            .socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .batch(1, |writer, _, sequence| {
+                writer.begin(CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, sequence);
+                writer.raw(&[0; NFGENMSG]);
+                writer.finish();
+                Ok(())
+            })
+            .pop();
+        match result {
+            Some(Err(cause)) => Err(Error::new("flush", "conntrack", cause)),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes the flows for which `which` holds; says how many there were.
     ///
     /// Costs a dump of the whole table: collect addresses and tuples, and call it once for all of them. An entry that
@@ -153,7 +220,7 @@ impl Conntrack {
         self.delete_matching(|flow| addresses.iter().any(|address| flow.involves(*address)))
     }
 
-    /// Removes these very flows; one result each.
+    /// Removes these very flows; one result each. One that is gone already is reported as not found.
     pub fn delete_all(&self, flows: &[Flow]) -> Vec<Result<()>> {
         let results = self
             .socket
@@ -306,5 +373,6 @@ fn read(message: &Message<'_>) -> Option<Flow> {
         zone: attrs.find(CTA_ZONE).and_then(Attr::get_be16).unwrap_or(0),
         timeout: number(CTA_TIMEOUT),
         id: number(CTA_ID),
+        master: attrs.find(CTA_TUPLE_MASTER).and_then(read_tuple),
     })
 }

@@ -26,6 +26,7 @@ pub mod neighbour;
 mod netlink;
 pub mod netns;
 pub mod nexthop;
+pub mod nflog;
 pub mod nft;
 pub mod probe;
 pub mod process;

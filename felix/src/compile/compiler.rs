@@ -9,7 +9,9 @@ use cali_netlink::nft::{
 };
 use foldhash::HashMap;
 
+use super::collapse::{Allowed, Thresholds, Union, allows_only, collapse};
 use super::desired::Desired;
+use super::evaluate::Suspects;
 use super::expr::{self, Side, counter};
 use super::known_sets::KnownSets;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
@@ -25,11 +27,21 @@ const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Whose content a chain holds: what must be rendered again when something below changes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Unit {
+pub(super) enum Unit {
     // Stacks come first: what they use decides which other chains are wanted.
     Stack(Arc<str>),
     Policy(ObjectKey, Direction),
     Profile(Arc<str>, Direction),
+}
+
+impl Unit {
+    fn chain(&self) -> Arc<str> {
+        match self {
+            Self::Stack(name) => name.clone(),
+            Self::Policy(id, direction) => names::policy_chain(id, *direction),
+            Self::Profile(name, direction) => names::profile_chain(name, *direction),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -38,29 +50,32 @@ struct KnownStack {
     users: usize,
     /// Stacks that `Pass` leads to.
     next: Vec<Arc<str>>,
+    /// Policies that are written out together with others.
+    inlined: BTreeSet<ObjectKey>,
 }
 
 /// What a rendered chain depends on.
 #[derive(Debug, Default)]
-struct Needs {
+pub(super) struct Needs {
     sets: BTreeSet<IpSetId>,
-    literals: BTreeSet<Arc<str>>,
+    /// What is named by its content: sets, maps and chains.
+    pub(super) shared: BTreeSet<Arc<str>>,
 }
 
 #[derive(Debug)]
-struct KnownEndpoint {
-    endpoint: Arc<Endpoint>,
+pub(super) struct KnownEndpoint {
+    pub(super) endpoint: Arc<Endpoint>,
     stacks: [Arc<str>; 2],
 }
 
 /// The desired state of table `inet calico`.
 pub struct Compiler {
     settings: Settings,
-    desired: Desired,
+    pub(super) desired: Desired,
     sets: KnownSets,
-    policies: HashMap<ObjectKey, Arc<Rules>>,
-    profiles: HashMap<Arc<str>, Arc<Rules>>,
-    endpoints: HashMap<ObjectKey, KnownEndpoint>,
+    pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
+    pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
+    pub(super) endpoints: HashMap<ObjectKey, KnownEndpoint>,
     /// Endpoints by interface. One interface belongs to one endpoint; should two claim it, the
     /// first by name has it.
     interfaces: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
@@ -68,9 +83,16 @@ pub struct Compiler {
     /// Stacks that ask a policy or profile.
     askers: HashMap<Unit, BTreeSet<Arc<str>>>,
     needs: HashMap<Unit, Needs>,
-    set_users: HashMap<IpSetId, BTreeSet<Unit>>,
-    literal_users: HashMap<Arc<str>, usize>,
+    pub(super) set_users: HashMap<IpSetId, BTreeSet<Unit>>,
+    /// How many units lead to what is named by its content.
+    pub(super) shared_users: HashMap<Arc<str>, usize>,
+    pub(super) unions: HashMap<Arc<str>, Union>,
+    pub(super) set_unions: HashMap<IpSetId, BTreeSet<Arc<str>>>,
     dirty: BTreeSet<Unit>,
+    /// Whose flows may have got another verdict, and the policies and profiles behind others.
+    pub(super) suspects: Suspects,
+    pub(super) changed_policies: BTreeSet<ObjectKey>,
+    pub(super) changed_profiles: BTreeSet<Arc<str>>,
 }
 
 impl Default for Compiler {
@@ -93,8 +115,13 @@ impl Default for Compiler {
             askers: HashMap::default(),
             needs: HashMap::default(),
             set_users: HashMap::default(),
-            literal_users: HashMap::default(),
+            shared_users: HashMap::default(),
+            unions: HashMap::default(),
+            set_unions: HashMap::default(),
             dirty: BTreeSet::new(),
+            suspects: Suspects::default(),
+            changed_policies: BTreeSet::new(),
+            changed_profiles: BTreeSet::new(),
         };
         for map in [names::FROM_WORKLOAD, names::TO_WORKLOAD] {
             compiler.desired.put_set(SetProgram::new(Set::verdict_map(
@@ -109,6 +136,14 @@ impl Default for Compiler {
 }
 
 impl Compiler {
+    /// A compiler that sees other costs than the kernel has: for tests.
+    #[must_use]
+    pub fn with_thresholds(thresholds: Thresholds) -> Self {
+        let mut compiler = Self::default();
+        compiler.sets.thresholds = thresholds;
+        compiler
+    }
+
     /// Takes a batch in.
     pub fn apply(&mut self, batch: &Batch) {
         for delta in &batch.deltas {
@@ -153,26 +188,43 @@ impl Compiler {
                 .sets
                 .create(&mut self.desired, id, *kind, origin, members),
             Delta::IpSetChange { id, added, removed } => {
+                self.suspect_members(id, added, removed);
                 if self.sets.change(&mut self.desired, id, added, removed) {
                     self.dirty
                         .extend(self.set_users.get(id).into_iter().flatten().cloned());
                 }
+                self.update_unions(id, added, removed);
             }
             Delta::IpSetRemove { id } => self.sets.remove(&mut self.desired, id),
             Delta::Policy { id, rules } => {
                 let former = self.policies.insert(id.clone(), rules.clone());
+                if former.is_some() {
+                    self.changed_policies.insert(id.clone());
+                }
                 for direction in DIRECTIONS {
                     let unit = Unit::Policy(id.clone(), direction);
-                    let written_out =
+                    let passes =
                         passes(rules, direction) || former.iter().any(|old| passes(old, direction));
-                    if written_out && let Some(stacks) = self.askers.get(&unit) {
-                        self.dirty.extend(stacks.iter().cloned().map(Unit::Stack));
+                    let reshaped = former.as_ref().is_none_or(|old| {
+                        allows_only(old, direction) != allows_only(rules, direction)
+                            || old.of(direction).len() != rules.of(direction).len()
+                    });
+                    for name in self.askers.get(&unit).into_iter().flatten() {
+                        let inlined = || {
+                            let known = self.stacks.get(name);
+                            known.is_some_and(|known| known.inlined.contains(id))
+                        };
+                        if passes || reshaped || inlined() {
+                            self.dirty.insert(Unit::Stack(name.clone()));
+                        }
                     }
                     self.dirty.insert(unit);
                 }
             }
             Delta::Profile { name, rules } => {
-                self.profiles.insert(name.clone(), rules.clone());
+                if self.profiles.insert(name.clone(), rules.clone()).is_some() {
+                    self.changed_profiles.insert(name.clone());
+                }
                 self.dirty
                     .extend(DIRECTIONS.map(|direction| Unit::Profile(name.clone(), direction)));
             }
@@ -188,6 +240,27 @@ impl Compiler {
             }
             Delta::Endpoint { id, endpoint } => self.put_endpoint(id, endpoint),
             Delta::EndpointRemove { id } => self.remove_endpoint(id),
+        }
+    }
+
+    /// Puts the place for forbidden flows up, or takes it away, see [`super::held_set`].
+    pub fn set_holding(&mut self, holding: bool) {
+        let (chains, sets) = super::held::names();
+        if holding {
+            // What is there may be in use.
+            if !self.desired.program.sets.contains_key(&sets[0]) {
+                for set in super::held::sets() {
+                    self.desired.put_set(set);
+                }
+            }
+            for chain in super::held::chains() {
+                self.desired.put_chain(chain);
+            }
+        } else {
+            chains
+                .iter()
+                .for_each(|chain| self.desired.remove_chain(chain));
+            sets.iter().for_each(|set| self.desired.remove_set(set));
         }
     }
 
@@ -223,6 +296,14 @@ impl Compiler {
             .or_default()
             .insert(id.clone());
         if let Some(former) = former {
+            let same_policy = former.endpoint.profiles == endpoint.profiles
+                && DIRECTIONS.iter().all(|direction| {
+                    former.endpoint.tiers(*direction) == endpoint.tiers(*direction)
+                });
+            if !same_policy {
+                let addresses = &endpoint.addresses;
+                addresses.iter().for_each(|net| self.suspects.add(*net));
+            }
             if former.endpoint.interface != endpoint.interface {
                 self.leave_interface(id, &former.endpoint.interface);
             }
@@ -336,7 +417,9 @@ impl Compiler {
                 .entry(unit.clone())
                 .or_default()
                 .insert(name.clone());
-            self.dirty.insert(unit);
+            if !self.desired.program.chains.contains_key(&unit.chain()) {
+                self.dirty.insert(unit);
+            }
         }
         self.stacks.insert(
             name.clone(),
@@ -344,10 +427,22 @@ impl Compiler {
                 stack,
                 users: 1,
                 next: Vec::new(),
+                inlined: BTreeSet::new(),
             },
         );
         self.dirty.insert(Unit::Stack(name.clone()));
         name
+    }
+
+    /// The direction of a stack and the policies that its chain asks.
+    pub(super) fn asked_by(
+        &self,
+        name: &Arc<str>,
+    ) -> (Direction, impl Iterator<Item = &ObjectKey>) {
+        let known = self.stacks.get(name);
+        let direction = known.map_or(Direction::Ingress, |known| known.stack.direction);
+        let tiers = known.into_iter().flat_map(|known| known.stack.reached());
+        (direction, tiers.flat_map(|tier| &tier.policies))
     }
 
     fn release_stack(&mut self, name: &Arc<str>) {
@@ -371,6 +466,17 @@ impl Compiler {
                 if stacks.is_empty() {
                     self.askers.remove(&unit);
                     self.dirty.insert(unit);
+                } else if let Unit::Policy(id, _) = &unit
+                    && !known.inlined.contains(id)
+                {
+                    // Perhaps the others have it written out.
+                    let inlines = |stack: &Arc<str>| {
+                        let other = self.stacks.get(stack);
+                        other.is_some_and(|other| other.inlined.contains(id))
+                    };
+                    if stacks.iter().any(inlines) {
+                        self.dirty.insert(unit);
+                    }
                 }
             }
         }
@@ -388,11 +494,15 @@ impl Compiler {
             },
             Unit::Policy(id, direction) => {
                 let chain = names::policy_chain(id, *direction);
-                // A policy that passes is written out where it is asked.
+                // A policy that passes is written out where it is asked; others, where that is worth it.
+                let by_itself = self.askers.get(unit).into_iter().flatten().any(|stack| {
+                    let known = self.stacks.get(stack);
+                    known.is_some_and(|known| !known.inlined.contains(id))
+                });
                 let rules = self
                     .policies
                     .get(id)
-                    .filter(|rules| !passes(rules, *direction))
+                    .filter(|rules| by_itself && !passes(rules, *direction))
                     .cloned();
                 self.render_rules(
                     unit,
@@ -457,8 +567,32 @@ impl Compiler {
         let mut rendered = Rendered::default();
         let mut sets = BTreeSet::new();
         let mut next = Vec::new();
+        let mut inlined = BTreeSet::new();
         for (position, tier) in stack.reached().iter().enumerate() {
-            for id in &tier.policies {
+            let mut asked = 0;
+            while let Some(id) = tier.policies.get(asked) {
+                let run = self.allow_run(&tier.policies[asked..], direction);
+                if !run.is_empty() {
+                    let texts: Vec<String> =
+                        run.iter().map(|(id, _)| names::policy_text(id)).collect();
+                    let items = run.iter().zip(&texts).flat_map(|((_, rules), owner)| {
+                        let numbered = rules.of(direction).iter().enumerate();
+                        numbered.map(|(number, rule)| Allowed {
+                            owner,
+                            number,
+                            rule,
+                        })
+                    });
+                    collapse(items, direction, &self.sets, &mut rendered);
+                    for (id, rules) in &run {
+                        inlined.insert((*id).clone());
+                        let rules = rules.of(direction).iter();
+                        sets.extend(rules.flat_map(crate::calc::Rule::set_ids).cloned());
+                    }
+                    asked += run.len();
+                    continue;
+                }
+                asked += 1;
                 let rules = self
                     .policies
                     .get(id)
@@ -506,7 +640,33 @@ impl Compiler {
         );
         if let Some(known) = self.stacks.get_mut(name) {
             let former = std::mem::replace(&mut known.next, next);
+            let were = std::mem::replace(&mut known.inlined, inlined);
+            // Whether a policy needs a chain of its own may have changed.
+            let moved = were.symmetric_difference(&known.inlined);
+            self.dirty
+                .extend(moved.map(|id| Unit::Policy(id.clone(), direction)));
             former.iter().for_each(|next| self.release_stack(next));
+        }
+    }
+
+    /// The policies at the start of these that are to be written out together.
+    fn allow_run<'a>(
+        &self,
+        policies: &'a [ObjectKey],
+        direction: Direction,
+    ) -> Vec<(&'a ObjectKey, Arc<Rules>)> {
+        let run: Vec<(&ObjectKey, Arc<Rules>)> = policies
+            .iter()
+            .map_while(|id| {
+                let rules = self.policies.get(id)?;
+                allows_only(rules, direction).then(|| (id, rules.clone()))
+            })
+            .collect();
+        let lengths = run.iter().map(|(_, rules)| rules.of(direction).len());
+        if self.sets.thresholds.worth_in_tier(lengths) {
+            run
+        } else {
+            Vec::new()
         }
     }
 
@@ -521,14 +681,7 @@ impl Compiler {
         match content {
             Some((rendered, sets, about)) => {
                 needs.sets = sets;
-                for (name, literal) in rendered.literals {
-                    let users = self.literal_users.entry(name.clone()).or_default();
-                    *users += 1;
-                    if *users == 1 {
-                        self.desired.put_set(literal);
-                    }
-                    needs.literals.insert(name);
-                }
+                self.put_shared(&rendered, &mut needs);
                 let chain = Chain {
                     comment: Some(about),
                     ..Chain::regular(chain.clone())
@@ -553,17 +706,11 @@ impl Compiler {
                 }
             }
         }
-        for name in former.literals {
-            if let Some(users) = self.literal_users.get_mut(&name) {
-                *users -= 1;
-                if *users == 0 {
-                    self.literal_users.remove(&name);
-                    self.desired.remove_set(&name);
-                }
-            }
+        for name in former.shared {
+            self.release_shared(&name);
         }
         if !(needs.sets.is_empty()
-            && needs.literals.is_empty()
+            && needs.shared.is_empty()
             && !self.desired.program.chains.contains_key(chain))
         {
             self.needs.insert(unit.clone(), needs);

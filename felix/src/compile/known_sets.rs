@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cali_netlink::nft::{DataType, Elem, Key, KeyType, Set};
 use foldhash::HashMap;
 
+use super::collapse::Thresholds;
 use super::desired::Desired;
 use super::names;
 use super::program::SetProgram;
@@ -19,14 +20,28 @@ const VERSIONS: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 struct KnownSet {
     origin: Arc<str>,
     networks: [usize; 2],
+    members: usize,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct KnownSets(HashMap<IpSetId, KnownSet>);
+pub(super) struct KnownSets {
+    sets: HashMap<IpSetId, KnownSet>,
+    pub(super) thresholds: Thresholds,
+}
 
 impl Sets for KnownSets {
+    fn thresholds(&self) -> Thresholds {
+        self.thresholds
+    }
+
+    fn is_small(&self, id: &IpSetId) -> bool {
+        self.sets
+            .get(id)
+            .is_some_and(|set| set.members <= self.thresholds.small_set)
+    }
+
     fn has_networks(&self, id: &IpSetId, version: IpVersion) -> bool {
-        self.0
+        self.sets
             .get(id)
             .is_some_and(|set| set.networks[version as usize] > 0)
     }
@@ -42,11 +57,12 @@ impl KnownSets {
         origin: &Arc<str>,
         members: &[Member],
     ) {
-        self.0.insert(
+        self.sets.insert(
             id.clone(),
             KnownSet {
                 origin: origin.clone(),
                 networks: [0; 2],
+                members: 0,
             },
         );
         for version in VERSIONS {
@@ -65,7 +81,7 @@ impl KnownSets {
     }
 
     /// Members came or went. Returns whether rules that look the set up must be rendered again,
-    /// because its networks appeared or disappeared.
+    /// because its networks appeared or disappeared, or it became small or large.
     pub(super) fn change(
         &mut self,
         desired: &mut Desired,
@@ -73,9 +89,10 @@ impl KnownSets {
         added: &[Member],
         removed: &[Member],
     ) -> bool {
-        let Some(set) = self.0.get_mut(id) else {
+        let Some(set) = self.sets.get_mut(id) else {
             return false;
         };
+        let small_set = self.thresholds.small_set;
         let before = set.networks;
         for (members, step) in [(added, 1_isize), (removed, -1)] {
             for net in members.iter().filter_map(wide) {
@@ -84,8 +101,10 @@ impl KnownSets {
             }
         }
         let after = set.networks;
+        let was_small = set.members <= small_set;
+        set.members = (set.members + added.len()).saturating_sub(removed.len());
+        let mut reshaped = was_small != (set.members <= small_set);
         let origin = set.origin.clone();
-        let mut reshaped = false;
         for version in VERSIONS {
             let name = names::wide_set(id, version);
             match (before[version as usize] > 0, after[version as usize] > 0) {
@@ -112,7 +131,7 @@ impl KnownSets {
 
     /// Nothing looks the set up any more.
     pub(super) fn remove(&mut self, desired: &mut Desired, id: &IpSetId) {
-        self.0.remove(id);
+        self.sets.remove(id);
         for version in VERSIONS {
             desired.remove_set(&names::exact_set(id, version));
             desired.remove_set(&names::wide_set(id, version));

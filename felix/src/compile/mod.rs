@@ -9,6 +9,8 @@
 //! - egress and ingress are two base chains of the forward hook. `accept` ends only its own base
 //!   chain, so an allowed direction needs no packet mark. `Pass` is a `goto` to the stack of the
 //!   remaining tiers; a policy that passes is therefore written out in its stack instead of shared;
+//! - runs of Allow rules, within a policy and over the policies of a tier, are few lookups: by port to
+//!   small chains, by address to the counter of the policy (`collapse`);
 //! - a selector is one exact set per family, with an interval set beside it only while the selector
 //!   has networks among its members. A pod that comes or goes changes elements, no rule.
 //!
@@ -17,18 +19,26 @@
 //! here talks to the kernel.
 
 mod base;
+mod collapse;
 mod compiler;
 mod desired;
+mod evaluate;
 mod expr;
+mod held;
 mod known_sets;
 mod names;
 mod plan;
 mod program;
 mod rule;
 mod settings;
+mod shared;
 mod stack;
 
+pub use collapse::Thresholds;
 pub use compiler::Compiler;
+pub use evaluate::Suspects;
+pub use held::{HELD_LIMIT, HOLD, can_be_held, held_elements, held_flow, held_set, held_tuple};
+pub use names::policy_text;
 pub use plan::{Plan, PlanOutcome, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
 pub use settings::{DenyAction, HostAction, Settings};

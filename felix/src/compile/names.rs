@@ -35,7 +35,7 @@ pub(super) fn digest(text: &str) -> String {
 }
 
 /// A policy as Calico writes it in log prefixes and chain names, e.g. `np/ns/name`.
-pub(super) fn policy_text(id: &Key) -> String {
+pub fn policy_text(id: &Key) -> String {
     let kind = match id.kind {
         Kind::NetworkPolicy => "np",
         Kind::GlobalNetworkPolicy => "gnp",
@@ -99,6 +99,34 @@ pub(super) fn wide_set(id: &IpSetId, version: IpVersion) -> Arc<str> {
 /// A set that belongs to the text of rules: ports or networks, named by its content.
 pub(super) fn literal_set(what: &str, content: &str) -> Arc<str> {
     format!("cali-{what}-{}", digest(content)).into()
+}
+
+/// A chain of rules for one port, named by its content.
+pub(super) fn leaf_chain(content: &str) -> Arc<str> {
+    format!("cali-l-{}", digest(content)).into()
+}
+
+/// Where packets are counted that a map let pass for a policy.
+pub(super) fn counting_chain(owner: &str, direction: Direction) -> Arc<str> {
+    let prefix = match direction {
+        Direction::Ingress => "cali-ai-",
+        Direction::Egress => "cali-ao-",
+    };
+    bounded(format!("{prefix}{owner}"))
+}
+
+/// The map from addresses to counting chains, named by its parts.
+pub(super) fn union_map(version: IpVersion, parts: &[(IpSetId, Arc<str>)]) -> Arc<str> {
+    let text = parts
+        .iter()
+        .map(|(id, chain)| format!("{id} {chain}"))
+        .collect::<Vec<_>>()
+        .join(",");
+    let family = match version {
+        IpVersion::V4 => 4,
+        IpVersion::V6 => 6,
+    };
+    format!("cali{family}0u-{}", digest(&text)).into()
 }
 
 pub(super) const FROM_WORKLOAD: &str = "cali-from-wl";

@@ -143,13 +143,17 @@ impl Planner {
                 self.transaction.flush_chain(name);
             }
         }
-        for name in touched.chains.iter().filter(gone) {
-            self.transaction.delete_chain(name);
-        }
+        // And the elements of a map hold the chains that they lead to.
         for name in &touched.sets {
-            if current.sets.contains_key(name) && !desired.sets.contains_key(name) {
+            if let (Some(set), None) = (current.sets.get(name), desired.sets.get(name)) {
+                if set.set.data.is_some() && !set.elements.is_empty() {
+                    self.transaction.flush_set(name);
+                }
                 self.transaction.delete_set(name);
             }
+        }
+        for name in touched.chains.iter().filter(gone) {
+            self.transaction.delete_chain(name);
         }
     }
 
@@ -207,6 +211,10 @@ fn element_changes<'a>(
         let Some(wanted) = desired.sets.get(name) else {
             continue;
         };
+        // Elements that expire are not part of the program.
+        if wanted.set.timeout {
+            continue;
+        }
         let known = current.sets.get(name);
         let keys = known
             .into_iter()

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use cali_api::Cidr;
 use cali_netlink::nft::{DataType, Elem, Expr, Key, KeyType, Rule as NftRule, Set};
 
+use super::collapse::{Thresholds, Union};
 use super::expr::{self, Side};
 use super::names;
-use super::program::SetProgram;
+use super::program::{ChainProgram, SetProgram};
 use crate::calc::{IpSetId, IpVersion, PeerMatch, PortRange, Rule};
 
 const ICMP: u8 = 1;
@@ -21,15 +22,24 @@ const ICMPV6: u8 = 58;
 
 /// What rendering needs to know of the sets in use.
 pub(super) trait Sets {
+    /// From where on rules become lookups.
+    fn thresholds(&self) -> Thresholds;
+    /// Whether the set has at most [`Thresholds::small_set`] members.
+    fn is_small(&self, id: &IpSetId) -> bool;
     /// Whether the set has networks among its members, so that its interval set is there.
     fn has_networks(&self, id: &IpSetId, version: IpVersion) -> bool;
 }
 
-/// Kernel rules and the sets of constants that they look up.
+/// Kernel rules, and what they lead to that is named by its content.
 #[derive(Debug, Default)]
 pub(super) struct Rendered {
     pub(super) rules: Vec<NftRule>,
+    /// Sets and maps of constants.
     pub(super) literals: BTreeMap<Arc<str>, SetProgram>,
+    /// Chains that several places may share.
+    pub(super) chains: BTreeMap<Arc<str>, ChainProgram>,
+    /// Maps that follow the members of sets.
+    pub(super) unions: BTreeMap<Arc<str>, Union>,
 }
 
 /// The alternatives of one condition, each a list of expressions; empty when it can never hold.

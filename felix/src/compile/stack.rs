@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use cali_netlink::nft::{Expr, Rule as NftRule, Verdict};
 
+use super::collapse::{self, Allowed};
 use super::expr::counter;
 use super::names;
 use super::rule::{Rendered, Sets};
@@ -97,7 +98,20 @@ pub(super) struct Endings<'a> {
 impl Endings<'_> {
     /// Adds the kernel rules of all rules.
     pub(super) fn render(&self, rules: &[Rule], sets: &impl Sets, into: &mut Rendered) {
-        for (number, rule) in rules.iter().enumerate() {
+        let mut number = 0;
+        while let Some(rule) = rules.get(number) {
+            let run = sets.thresholds().run_within(rules, number);
+            if run > 0 {
+                let items = rules[number..number + run].iter().enumerate();
+                let items = items.map(|(index, rule)| Allowed {
+                    owner: self.owner,
+                    number: number + index,
+                    rule,
+                });
+                collapse::collapse(items, self.direction, sets, into);
+                number += run;
+                continue;
+            }
             let verdict = self.verdict(rule.action, number);
             let action = match rule.action {
                 Action::Allow => "allow",
@@ -110,6 +124,7 @@ impl Endings<'_> {
                 self.owner, self.direction
             ));
             into.push(rule, sets, &verdict, &text);
+            number += 1;
         }
     }
 

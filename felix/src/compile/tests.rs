@@ -20,12 +20,12 @@ struct Rig {
 }
 
 impl Rig {
-    fn new() -> Self {
+    fn new(thresholds: Thresholds) -> Self {
         let mut graph = Graph::new("here".into());
         graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
         let mut rig = Self {
             graph,
-            compiler: Compiler::default(),
+            compiler: Compiler::with_thresholds(thresholds),
             kernel: Program::absent(),
             transactions: 0,
         };
@@ -139,8 +139,10 @@ proptest! {
     #[test]
     fn any_history_compiles_to_the_program_of_a_fresh_start(
         steps in prop::collection::vec((any_step(), any::<bool>()), 1..50),
+        eager in any::<bool>(),
     ) {
-        let mut rig = Rig::new();
+        let thresholds = if eager { Thresholds::EAGER } else { Thresholds::default() };
+        let mut rig = Rig::new(thresholds);
         let mut last: Vec<Update> = Vec::new();
         for (update, flush) in steps {
             let broken = matches!(update.value.as_deref(), Some(cali_api::AnyResource::NetworkPolicy(policy))
@@ -156,7 +158,7 @@ proptest! {
             }
         }
         rig.flush();
-        let mut fresh = Rig::new();
+        let mut fresh = Rig::new(thresholds);
         last.into_iter().rev().for_each(|update| fresh.graph.on_update(update));
         fresh.flush();
         let program = rig.compiler.program();

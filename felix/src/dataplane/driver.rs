@@ -17,7 +17,9 @@ use tracing::{error, info, warn};
 
 use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
-use super::host::{self, Connections, Interfaces};
+use super::flow_guard::FlowGuard;
+use super::host::{self, Interfaces};
+use super::metrics::Metrics;
 use super::resources::Resources;
 use super::ruleset::Ruleset;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
@@ -43,6 +45,8 @@ pub struct Config {
     pub routes: KernelSettings,
     /// How long a tunnel device outlives the last pool that asked for it.
     pub tunnel_linger: Duration,
+    /// Where the dataplane's metrics are registered.
+    pub metrics: prometheus::Registry,
 }
 
 impl Config {
@@ -54,6 +58,7 @@ impl Config {
             backend: Backend::default(),
             routes: KernelSettings::default(),
             tunnel_linger: Duration::from_secs(60),
+            metrics: prometheus::Registry::new(),
         }
     }
 }
@@ -123,7 +128,8 @@ impl Dataplane {
             resources,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
-            connections: Connections::open(&netlink),
+            flows: FlowGuard::open(&netlink),
+            metrics: Metrics::new(&config.metrics),
             netlink,
             tunnel_state: tunnels.state(),
             _tunnels: tunnels,
@@ -240,7 +246,8 @@ struct Driver {
     resources: Resources,
     endpoints: Endpoints,
     interfaces: Interfaces,
-    connections: Connections,
+    flows: FlowGuard,
+    metrics: Metrics,
     netlink: Netlink,
     tunnel_state: watch::Receiver<TunnelState>,
     _tunnels: Tunnels,
@@ -274,6 +281,7 @@ impl Driver {
                 self.step_at,
                 self.ruleset_due(now),
                 self.bystanders.next_due(),
+                self.flows.next_due(),
             ]
             .into_iter()
             .flatten()
@@ -323,6 +331,7 @@ impl Driver {
         match &event {
             SyncEvent::Updates(updates) => {
                 for update in updates {
+                    self.metrics.on_update(update.key.kind, Instant::now());
                     self.resources.on_update(update, &mut self.route_inputs);
                 }
             }
@@ -418,8 +427,13 @@ impl Driver {
             changes = self.on_batch(&batch);
         }
         if self.in_sync {
-            self.ruleset.apply(self.compiler.program(), Instant::now());
+            let start = Instant::now();
+            self.ruleset.apply(self.compiler.program(), start);
+            let (took, settled) = (start.elapsed(), self.ruleset.is_settled());
+            self.metrics.on_step(took, settled, Instant::now());
         }
+        self.flows.free(&changes.freed);
+        self.judge_flows();
         self.wish_tunnels();
         let (gone, new): (VecDeque<_>, VecDeque<_>) = changes
             .routes
@@ -428,7 +442,8 @@ impl Driver {
         if !gone.is_empty() && self.routes.apply(gone.into()).await.is_err() {
             return;
         }
-        self.connections.end(&changes.freed);
+        // Now that nothing leads to the former owners any more.
+        self.flows.end_freed(&mut self.ruleset, Instant::now());
         for interface in changes.interfaces {
             match self.endpoints.of_interface(&interface) {
                 Some((_, endpoint)) => self.interfaces.set_up(&self.netlink, endpoint),
@@ -461,6 +476,26 @@ impl Driver {
         }
     }
 
+    /// Ends established flows that the rules in the kernel forbid.
+    fn judge_flows(&mut self) {
+        let now = Instant::now();
+        if !self.in_sync || !self.ruleset.is_settled() || !self.flows.is_due(now) {
+            return;
+        }
+        self.flows.judge(
+            &self.netlink,
+            &mut self.compiler,
+            &mut self.ruleset,
+            &self.endpoints,
+            now,
+        );
+        let (ended, held) = self.flows.counts();
+        self.metrics.flows_ended.inc_by(ended);
+        self.metrics
+            .flows_held
+            .set(i64::try_from(held).unwrap_or(i64::MAX));
+    }
+
     fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
         for delta in &batch.deltas {
             if let Delta::Settings(spec) = delta {
@@ -473,6 +508,15 @@ impl Driver {
             }
         }
         self.compiler.apply(batch);
+        let suspects = self.compiler.take_suspects();
+        if batch.in_sync {
+            // Whoever was here before may have enforced another policy.
+            self.flows
+                .adopt(&mut self.compiler, &self.ruleset, Instant::now());
+            self.flows.suspect_all();
+        } else if self.in_sync {
+            self.flows.suspect(suspects);
+        }
         let touched = self.compiler.take_touched();
         if batch.in_sync {
             self.ruleset.touch_all(self.compiler.program());

@@ -32,6 +32,8 @@ pub struct Endpoints {
     claims: BTreeMap<Cidr, BTreeSet<Key>>,
     /// What each prefix leads to now.
     routed: BTreeMap<Cidr, (Key, Arc<str>)>,
+    /// Those that are more than one address: few, if any.
+    wide: BTreeSet<Cidr>,
     interfaces: BTreeMap<Arc<str>, BTreeSet<Key>>,
     /// Preferred source address towards workloads.
     source_v4: Option<IpAddr>,
@@ -55,6 +57,20 @@ impl Endpoints {
     pub fn of_interface(&self, interface: &str) -> Option<(&Key, &Arc<Endpoint>)> {
         let key = self.interfaces.get(interface)?.first()?;
         self.known.get_key_value(key)
+    }
+
+    /// The endpoint that an address leads to.
+    #[must_use]
+    pub fn owner_of(&self, addr: IpAddr) -> Option<&Key> {
+        if let Some((key, _)) = self.routed.get(&Cidr::host(addr)) {
+            return Some(key);
+        }
+        self.wide
+            .iter()
+            .filter(|prefix| prefix.contains(addr))
+            .max_by_key(|prefix| prefix.prefix_len())
+            .and_then(|prefix| self.routed.get(prefix))
+            .map(|(key, _)| key)
     }
 
     /// Takes the graph's changes in.
@@ -161,10 +177,14 @@ impl Endpoints {
                     Candidate::new(spec, key.to_string()),
                 ));
                 self.routed.insert(prefix, (key, interface));
+                if !prefix.is_host() {
+                    self.wide.insert(prefix);
+                }
             }
             None => {
                 changes.routes.push(Input::Remove(Source::Workload, prefix));
                 self.routed.remove(&prefix);
+                self.wide.remove(&prefix);
                 self.claims.remove(&prefix);
             }
         }

@@ -1,10 +1,8 @@
-//! Settings of the host and of the workloads' interfaces, neighbours, and connections that must end.
+//! Settings of the host and of the workloads' interfaces, and neighbours.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cali_netlink::conntrack::Conntrack;
 use cali_netlink::{Change, Error, MacAddr, Neighbour, Netlink, sysctl};
 use tracing::{debug, warn};
 
@@ -120,39 +118,5 @@ impl Interfaces {
     /// Why the interface is not set up.
     pub(super) fn problem(&self, interface: &str) -> Option<&String> {
         self.problems.get(interface)
-    }
-}
-
-/// Ends the connections of addresses that have left their endpoint, before somebody else gets them.
-#[derive(Debug)]
-pub(super) struct Connections(Option<Conntrack>);
-
-impl Connections {
-    /// Without connection tracking there is nothing to end.
-    pub(super) fn open(netlink: &Netlink) -> Self {
-        match Conntrack::open(netlink.netns()) {
-            Ok(conntrack) => Self(Some(conntrack)),
-            Err(error) => {
-                warn!(%error, "connections of former endpoints cannot be ended");
-                Self(None)
-            }
-        }
-    }
-
-    /// Ends all connections from and to the addresses.
-    pub(super) fn end(&self, addresses: &BTreeSet<IpAddr>) {
-        let addresses: Vec<IpAddr> = addresses.iter().copied().collect();
-        let Some(conntrack) = self.0.as_ref().filter(|_| !addresses.is_empty()) else {
-            return;
-        };
-        match conntrack.delete_addresses(&addresses) {
-            Ok(ended) => debug!(
-                ?addresses,
-                ended, "ended the connections of former endpoints"
-            ),
-            Err(error) => {
-                warn!(?addresses, %error, "connections of former endpoints cannot be ended")
-            }
-        }
     }
 }

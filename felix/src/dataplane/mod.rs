@@ -15,7 +15,10 @@
 mod bystanders;
 mod driver;
 mod endpoints;
+mod flow_guard;
+mod flow_judge;
 mod host;
+mod metrics;
 mod resources;
 mod ruleset;
 mod state;

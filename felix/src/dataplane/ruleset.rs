@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use cali_netlink::Error;
 use cali_netlink::nft::{
-    Chain, Changed, Elem, Expr, Key, Nft, NftEvent, Object, Rejected, Rule, TableName, Verdict,
+    Chain, Changed, Elem, Expr, Key, Nft, NftEvent, Object, Rejected, Rule, Set, TableName,
+    Transaction, Verdict,
 };
 use tracing::{info, warn};
 
@@ -64,6 +65,8 @@ pub struct Ruleset {
     failures: u32,
     not_before: Option<Instant>,
     problem: Option<String>,
+    /// Sets whose elements expire were made anew, without elements.
+    emptied: bool,
 }
 
 impl Ruleset {
@@ -94,7 +97,59 @@ impl Ruleset {
             failures: 0,
             not_before: None,
             problem: None,
+            emptied: false,
         })
+    }
+
+    /// The elements of a set whose elements expire.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn expiring(&self, set: &Set) -> Result<Vec<Elem>, Error> {
+        if !self.current.sets.contains_key(&set.name) {
+            return Ok(Vec::new());
+        }
+        self.nft.elements(&self.table, set)
+    }
+
+    /// Adds and removes elements of sets whose elements expire: they are not part of the program. The sets are in the
+    /// kernel already.
+    ///
+    /// # Errors
+    /// The kernel refuses them.
+    pub fn change_expiring(
+        &mut self,
+        set: &Set,
+        gone: &[Elem],
+        new: &[Elem],
+    ) -> Result<(), Box<Rejected>> {
+        let present = if gone.is_empty() {
+            BTreeSet::new()
+        } else {
+            // An element that has expired cannot be removed, and would take the transaction with it.
+            let listed = self.expiring(set).unwrap_or_default();
+            listed.into_iter().map(|elem| elem.key).collect()
+        };
+        let gone: Vec<&Elem> = gone
+            .iter()
+            .filter(|elem| present.contains(&elem.key))
+            .collect();
+        let mut transaction = Transaction::new(self.table.clone());
+        if !gone.is_empty() {
+            transaction.delete_elements(set, gone);
+        }
+        if !new.is_empty() {
+            transaction.add_elements(set, new);
+        }
+        if transaction.is_empty() {
+            return Ok(());
+        }
+        self.nft.commit(transaction).map(|_| ()).map_err(Box::new)
+    }
+
+    /// Whether sets whose elements expire have lost them since the last call.
+    pub fn take_emptied(&mut self) -> bool {
+        std::mem::take(&mut self.emptied)
     }
 
     /// Everything is to be compared with the wish at the next [`Self::apply`]: at start.
@@ -307,6 +362,11 @@ impl Ruleset {
             }
             match self.nft.commit(plan.transaction) {
                 Ok(committed) => {
+                    let timed = |(name, set): (&Arc<str>, &SetProgram)| {
+                        set.set.timeout
+                            && (plan.outcome.rebuilds || !self.current.sets.contains_key(name))
+                    };
+                    self.emptied |= effective.sets.iter().any(timed);
                     let effective = effective.into_owned();
                     self.current.adopt(
                         &effective,
@@ -466,6 +526,8 @@ fn differences(believed: &Program, seen: &Program) -> Vec<String> {
     }
     for (name, set) in &believed.sets {
         match seen.sets.get(name) {
+            // What expires is not part of the program.
+            Some(_) if set.set.timeout => {}
             None => found.push(format!("set {name} is gone")),
             Some(other) => {
                 let same = |key| match (set.elements.get(key), other.elements.get(key)) {

@@ -183,8 +183,18 @@ impl Transaction {
         );
     }
 
+    /// Makes the table. It belongs to the socket of this [`super::Nft`]: nobody else can change it, and it goes with the
+    /// last clone of the handle (`NFT_TABLE_F_OWNER`, Linux 5.12).
+    pub fn add_owned_table(&mut self) {
+        self.add_table_with(2);
+    }
+
     /// Makes the table.
     pub fn add_table(&mut self) {
+        self.add_table_with(0);
+    }
+
+    fn add_table_with(&mut self, flags: u32) {
         self.begin(
             message::NEWTABLE,
             NLM_F_CREATE,
@@ -192,7 +202,7 @@ impl Transaction {
             Object::Table(self.table.clone()),
         );
         self.writer.text(1, &self.table.name);
-        self.writer.be32(2, 0);
+        self.writer.be32(2, flags);
         self.writer.finish();
     }
 
