@@ -8,6 +8,7 @@ mod bgp;
 mod bgp_table;
 mod columns;
 mod converted;
+mod flow;
 mod ipam;
 mod lab;
 mod manifests;
@@ -40,6 +41,12 @@ enum Command {
     Delete(resources::Delete),
     /// Show resources
     Get(resources::Get),
+    /// Explain what happens to a flow: who allows or denies it, and the way it takes
+    Trace(flow::Trace),
+    /// Show which flows between pods a file would allow or deny, without applying it
+    Diff(flow::Diff),
+    /// Follow the flows of this node's pods: allowed or denied, and why
+    Flows(flow::Flows),
     /// Look at this node
     #[command(subcommand)]
     Node(node::Command),
@@ -80,6 +87,9 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Validate(files) => resources::write(Verb::Validate, &files).await?,
             Command::Delete(delete) => resources::delete(&delete).await?,
             Command::Get(get) => resources::get(&get).await?,
+            Command::Trace(arguments) => return flow::trace(&arguments).await,
+            Command::Diff(arguments) => return flow::diff(&arguments).await,
+            Command::Flows(arguments) => return flow::flows(&arguments).await,
             Command::Node(command) => return node::run(&command).await,
             Command::Bgp(command) => bgp::run(&command).await?,
             Command::Ipam(command) => ipam::run(&command).await?,
