@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: bench-bgp help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
+.PHONY: bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -44,6 +44,10 @@ test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked
 test-vm: ## kernel tests on Debian's kernels, in a virtual machine (KVM=1: with hardware support)
 	@scripts/setup vm
 	scripts/vm/test
+
+bench-policy: setup ## what policy costs: a change, a start, packets (root; SCENARIO=large|small|set|packets, ROUNDS=n)
+	cargo build --release -p cali-bench --bin policy
+	$(SUDO) target/release/policy $(SCENARIO) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench-bgp: setup ## BGP daemons side by side under load (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
 	scripts/peers

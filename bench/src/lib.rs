@@ -1,5 +1,7 @@
 //! Benchmarks of Cali, side by side with the peers that users have today.
 //!
-//! [`bgp`] compares `bgpd` with other BGP daemons under one load generator. Nothing here is part of the product.
+//! [`bgp`] compares `bgpd` with other BGP daemons under one load generator; [`policy`] measures what policy costs, from the
+//! datastore's words to the packets of a pod. Nothing here is part of the product.
 
 pub mod bgp;
+pub mod policy;
