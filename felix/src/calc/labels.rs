@@ -117,6 +117,8 @@ pub(super) struct LabelIndex<I, S> {
     by_identity: HashMap<ClassIdentity, u32>,
     class_of: HashMap<I, u32>,
     parents: HashMap<Arc<str>, Parent>,
+    /// Classes by label and value of their own, by which the classes that a new selector may match are found.
+    own: HashMap<Arc<str>, HashMap<Arc<str>, HashSet<u32>>>,
     selectors: HashMap<S, Entry>,
     /// Selectors by one condition that whatever they match must satisfy.
     buckets: HashMap<Bucket, HashSet<S>>,
@@ -133,6 +135,7 @@ impl<I, S> Default for LabelIndex<I, S> {
             by_identity: HashMap::default(),
             class_of: HashMap::default(),
             parents: HashMap::default(),
+            own: HashMap::default(),
             selectors: HashMap::default(),
             buckets: HashMap::default(),
             texts: Interner::default(),
@@ -235,10 +238,16 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             return;
         }
         let mut classes = HashSet::default();
-        for (number, class) in &mut self.classes {
+        let candidates = self
+            .candidates(&selector)
+            .unwrap_or_else(|| self.classes.keys().copied().collect());
+        for number in candidates {
+            let Some(class) = self.classes.get_mut(&number) else {
+                continue;
+            };
             self.evaluations += 1;
             if selector.matches(&effective(&class.identity, &self.parents)) {
-                classes.insert(*number);
+                classes.insert(number);
                 class.matching.insert(id.clone());
                 for item in &class.items {
                     changes.push(MatchChange {
@@ -253,6 +262,37 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             self.buckets.entry(bucket).or_default().insert(id.clone());
         }
         self.selectors.insert(id, Entry { selector, classes });
+    }
+
+    /// The classes that a selector may match, by the restriction that leaves the fewest; `None` where no label must have
+    /// a value.
+    fn candidates(&self, selector: &Selector) -> Option<HashSet<u32>> {
+        let with = |label: &str, value: &str| {
+            let own = self
+                .own
+                .get(label)
+                .and_then(|values| values.get(value))
+                .into_iter()
+                .flatten();
+            let inherited = self
+                .parents
+                .values()
+                .filter(move |parent| parent.labels.get(label).is_some_and(|it| **it == *value))
+                .flat_map(|parent| &parent.classes);
+            own.chain(inherited).copied().collect::<Vec<u32>>()
+        };
+        selector
+            .restrictions()
+            .into_iter()
+            .filter_map(|(label, restriction)| match restriction {
+                Restriction::OneOf(values) => {
+                    let found = values.iter().flat_map(|value| with(&label, value));
+                    Some(found.collect::<Vec<u32>>())
+                }
+                Restriction::Present => None,
+            })
+            .min_by_key(Vec::len)
+            .map(|found| found.into_iter().collect())
     }
 
     /// Removes a selector.
@@ -329,6 +369,14 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
                 .classes
                 .insert(number);
         }
+        for (label, value) in &*identity.labels {
+            self.own
+                .entry(label.clone())
+                .or_default()
+                .entry(value.clone())
+                .or_default()
+                .insert(number);
+        }
         self.by_identity.insert(identity.clone(), number);
         self.classes.insert(
             number,
@@ -399,6 +447,9 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             return;
         };
         self.by_identity.remove(&class.identity);
+        for (label, value) in &*class.identity.labels {
+            self.forget_own(label, value, number);
+        }
         for id in &class.matching {
             if let Some(entry) = self.selectors.get_mut(id) {
                 entry.classes.remove(&number);
@@ -409,6 +460,21 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
                 parent.classes.remove(&number);
             }
             self.drop_unused_parent(name);
+        }
+    }
+
+    fn forget_own(&mut self, label: &str, value: &str, number: u32) {
+        let Some(values) = self.own.get_mut(label) else {
+            return;
+        };
+        if let Some(classes) = values.get_mut(value) {
+            classes.remove(&number);
+            if classes.is_empty() {
+                values.remove(value);
+            }
+        }
+        if values.is_empty() {
+            self.own.remove(label);
         }
     }
 

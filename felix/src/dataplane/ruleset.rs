@@ -367,7 +367,6 @@ impl Ruleset {
                             && (plan.outcome.rebuilds || !self.current.sets.contains_key(name))
                     };
                     self.emptied |= effective.sets.iter().any(timed);
-                    let effective = effective.into_owned();
                     self.current.adopt(
                         &effective,
                         &self.open,
