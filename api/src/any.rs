@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use crate::decode::{self, DecodeError};
 use crate::metadata::StringMap;
 use crate::resource::{NoStatus, Spec};
+use crate::schema::{Probe, Stop};
 use crate::{Key, Kind, ObjectMeta, Resource, kubernetes, v3};
 
 macro_rules! any_resource {
@@ -51,6 +52,16 @@ macro_rules! any_resource {
             fn decode(kind: Kind, fields: Map<String, Value>) -> Result<Self, DecodeError> {
                 match kind { $(Kind::$kind => decode::resource(fields).map(|object| Self::$kind(Box::new(object)))),+ }
             }
+        }
+
+        /// Asks the specification's type of a kind what it reads.
+        pub(crate) fn probe_spec(kind: Kind, probe: Probe<'_>) -> Result<(), Stop> {
+            match kind { $(Kind::$kind => <$spec>::deserialize(probe).map(drop)),+ }
+        }
+
+        /// Asks the status' type of a kind what it reads.
+        pub(crate) fn probe_status(kind: Kind, probe: Probe<'_>) -> Result<(), Stop> {
+            match kind { $(Kind::$kind => <$status>::deserialize(probe).map(drop)),+ }
         }
 
         $(

@@ -16,6 +16,7 @@ pub mod manifest;
 mod metadata;
 mod names;
 mod resource;
+pub mod schema;
 pub mod selector;
 mod text;
 pub mod update;

@@ -3,6 +3,7 @@
 //! A back end's tests call [`crate::behaviour_suite!`] with a way to make an empty store.
 
 mod streams;
+mod survival;
 mod watches;
 mod writes;
 
@@ -13,6 +14,7 @@ use cali_api::{AnyResource, Key, Kind};
 use serde_json::{Value, json};
 
 pub use self::streams::*;
+pub use self::survival::stream_survives;
 pub use self::watches::*;
 pub use self::writes::*;
 use crate::Datastore;

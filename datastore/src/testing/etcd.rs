@@ -76,6 +76,18 @@ impl Etcd {
         );
     }
 
+    /// Forgets all changes before now: who has not seen them must list again.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub async fn compact(&self) {
+        let endpoints = [self.endpoint()];
+        let mut client = etcd_client::Client::connect(endpoints, None).await.expect("etcd answers");
+        let answer = client.get("/", None).await.expect("etcd answers");
+        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        client.compact(revision, None).await.expect("etcd compacts");
+    }
+
     /// Kills it, until [`Etcd::restart`].
     pub fn stop(&mut self) {
         self.process.kill();

@@ -47,15 +47,23 @@ impl Process {
     pub(super) fn wait(&mut self, mut ready: impl FnMut() -> bool) {
         let limit = Instant::now() + START;
         while !ready() {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                panic!("the server ended with {status}:\n{}", self.log_end());
-            }
+            self.check();
             assert!(
                 Instant::now() < limit,
                 "the server does not answer:\n{}",
                 self.log_end()
             );
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Checks that the server still runs.
+    ///
+    /// # Panics
+    /// With the end of its log, if not.
+    pub(super) fn check(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            panic!("the server ended with {status}:\n{}", self.log_end());
         }
     }
 
