@@ -14,6 +14,8 @@ use crate::{Error, sync};
 const KEPT: usize = 8;
 /// Changes between two troubles.
 const STEPS: usize = 25;
+/// Nothing here takes that long unless it hangs.
+const LIMIT: Duration = Duration::from_secs(300);
 const COUNTER: &str = "counter";
 
 /// A call that is repeated until the datastore answers.
@@ -77,7 +79,10 @@ impl Reader {
                 }
                 None => {
                     assert!(!name.contains("kept"), "{name} was never deleted");
-                    assert!(self.seen.remove(&update.key).is_some(), "{name} was not there");
+                    assert!(
+                        self.seen.remove(&update.key).is_some(),
+                        "{name} was not there"
+                    );
                 }
             }
         }
@@ -92,8 +97,7 @@ pub async fn stream_survives(store: Store, rounds: usize, mut trouble: impl Asyn
     }
     let mut stream = sync::start(Arc::clone(&store), &[Kind::NetworkSet]);
     let (done, mut finished) = tokio::sync::watch::channel(false);
-    let reading = Arc::clone(&store);
-    let reader = tokio::spawn(async move {
+    let reader = async {
         let mut reader = Reader::default();
         let mut wanted: Option<BTreeMap<Key, Revision>> = None;
         loop {
@@ -108,30 +112,32 @@ pub async fn stream_survives(store: Store, rounds: usize, mut trouble: impl Asyn
             tokio::select! {
                 event = stream.recv() => reader.take(event.expect("the stream goes on")),
                 _ = finished.changed(), if wanted.is_none() => {
-                    let list = insist(async || reading.list(Kind::NetworkSet, None).await).await.expect("list");
+                    let list = insist(async || store.list(Kind::NetworkSet, None).await).await.expect("list");
                     wanted = Some(list.items.iter().map(|item| (item.object.key(), item.revision.clone())).collect());
                 }
             }
         }
-    });
-    let mut count = 0;
-    for round in 0..rounds {
-        for step in 0..STEPS {
-            count += 1;
-            set(&store, &format!("kept{}", count % KEPT), count).await;
-            let passing = format!("passing{}", step % 5);
-            if step % 2 == 0 {
-                set(&store, &passing, count).await;
-            } else {
-                drop_set(&store, &passing).await;
-            }
-            if step == STEPS / 2 {
-                trouble(round).await;
+    };
+    let writer = async {
+        let mut count = 0;
+        for round in 0..rounds {
+            for step in 0..STEPS {
+                count += 1;
+                set(&store, &format!("kept{}", count % KEPT), count).await;
+                let passing = format!("passing{}", step % 5);
+                if step % 2 == 0 {
+                    set(&store, &passing, count).await;
+                } else {
+                    drop_set(&store, &passing).await;
+                }
+                if step == STEPS / 2 {
+                    trouble(round).await;
+                }
             }
         }
-    }
-    done.send(true).expect("the reader is there");
-    let seen = tokio::time::timeout(Duration::from_secs(60), reader).await;
-    let seen = seen.expect("the stream comes to what is stored").expect("the reader is content");
+        done.send(true).expect("the reader is there");
+    };
+    let ((), seen) = tokio::join!(writer, tokio::time::timeout(LIMIT, reader));
+    let seen = seen.expect("the stream comes to what is stored");
     assert!(seen >= KEPT, "only {seen} objects");
 }

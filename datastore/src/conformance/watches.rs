@@ -87,7 +87,10 @@ pub async fn watch_tells_only_its_kinds_in_commit_order(store: Store) {
     }
     for kind in ["NetworkSet", "IPPool"] {
         let of_kind = |all: &[String]| -> Vec<String> {
-            all.iter().filter(|told| told.contains(kind)).cloned().collect()
+            all.iter()
+                .filter(|told| told.contains(kind))
+                .cloned()
+                .collect()
         };
         assert_eq!(of_kind(&seen), of_kind(&expected));
     }

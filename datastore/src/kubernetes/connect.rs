@@ -95,7 +95,7 @@ impl Settings {
         Ok(config)
     }
 
-    pub(super) async fn connect(&self) -> Result<Client, Error> {
+    pub(crate) async fn connect(&self) -> Result<Client, Error> {
         let mut config = self.config().await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         Client::try_from(config)

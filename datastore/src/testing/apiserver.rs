@@ -54,8 +54,9 @@ fn certificates(folder: &Path) {
     write(folder, "ca.crt", &authority.pem());
     write(folder, "server.crt", &server.pem());
     write(folder, "server.key", &server_key.serialize_pem());
-    write(folder, "accounts.key", &key().serialize_pem());
-    // An empty authority for clients' certificates is not accepted; tokens are used.
+    let accounts = key();
+    write(folder, "accounts.key", &accounts.serialize_pem());
+    write(folder, "accounts.pub", &accounts.public_key_pem());
 }
 
 impl ApiServer {
@@ -67,7 +68,11 @@ impl ApiServer {
         let programs = PathBuf::from(script(&["kubernetes"]));
         let folder = tempfile::tempdir().expect("a temporary folder");
         certificates(folder.path());
-        write(folder.path(), "tokens.csv", &format!("{ADMIN_TOKEN},admin,admin,\"system:masters\"\n"));
+        write(
+            folder.path(),
+            "tokens.csv",
+            &format!("{ADMIN_TOKEN},admin,admin,\"system:masters\"\n"),
+        );
         write(folder.path(), "token", ADMIN_TOKEN);
         let port = free_port();
         let kubeconfig = json!({
@@ -87,7 +92,10 @@ impl ApiServer {
             .arg("--kubeconfig")
             .arg(folder.path().join("kubeconfig"))
             .args(["--controllers=namespace-controller", "--leader-elect=false"])
-            .args(["--bind-address=127.0.0.1", &format!("--secure-port={}", free_port())])
+            .args([
+                "--bind-address=127.0.0.1",
+                &format!("--secure-port={}", free_port()),
+            ])
             .arg("--cert-dir")
             .arg(folder.path());
         let started = Self {
@@ -100,7 +108,8 @@ impl ApiServer {
         };
         let mut started = started;
         started.ready().await;
-        started.controllers = Process::start(&mut command, &started.folder.path().join("controllers.log"));
+        started.controllers =
+            Process::start(&mut command, &started.folder.path().join("controllers.log"));
         started
     }
 
@@ -109,12 +118,15 @@ impl ApiServer {
         loop {
             self.server.check();
             let client = self.client().await;
-            let request = Request::new("/").get("readyz", &GetParams::default()).expect("a request");
-            let answer = tokio::time::timeout(Duration::from_secs(5), client.request_text(request)).await;
-            if matches!(answer, Ok(Ok(text)) if text == "ok") {
+            let request = Request::new("")
+                .get("readyz", &GetParams::default())
+                .expect("a request");
+            let answer =
+                tokio::time::timeout(Duration::from_secs(5), client.request_text(request)).await;
+            if matches!(&answer, Ok(Ok(text)) if text == "ok") {
                 return;
             }
-            assert!(Instant::now() < limit, "the API server is not ready");
+            assert!(Instant::now() < limit, "the API server is not ready: {answer:?}");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -127,7 +139,12 @@ impl ApiServer {
     /// Kills the API server if it runs, starts it again, and waits until it is ready.
     pub async fn restart(&mut self) {
         self.server.kill();
-        self.server = launch(&self.programs, self.folder.path(), self.port, &self.etcd.endpoint());
+        self.server = launch(
+            &self.programs,
+            self.folder.path(),
+            self.port,
+            &self.etcd.endpoint(),
+        );
         self.ready().await;
     }
 
@@ -180,7 +197,9 @@ impl ApiServer {
         for definition in definitions {
             let name = definition["metadata"]["name"].as_str().expect("a name");
             let parameters = PatchParams::apply("cali-test").force();
-            let request = at().patch(name, &parameters, &Patch::Apply(definition)).expect("a request");
+            let request = at()
+                .patch(name, &parameters, &Patch::Apply(definition))
+                .expect("a request");
             if let Err(error) = client.request::<Value>(request).await {
                 panic!("{name}: {error}");
             }
@@ -191,7 +210,10 @@ impl ApiServer {
             let established = |object: &Value| {
                 object["status"]["conditions"]
                     .as_array()
-                    .is_some_and(|all| all.iter().any(|one| one["type"] == "Established" && one["status"] == "True"))
+                    .is_some_and(|all| {
+                        all.iter()
+                            .any(|one| one["type"] == "Established" && one["status"] == "True")
+                    })
             };
             loop {
                 let request = at().get(name, &GetParams::default()).expect("a request");
@@ -199,7 +221,11 @@ impl ApiServer {
                 if established(&object) {
                     break;
                 }
-                assert!(Instant::now() < limit, "{name} is not served: {}", object["status"]);
+                assert!(
+                    Instant::now() < limit,
+                    "{name} is not served: {}",
+                    object["status"]
+                );
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -214,7 +240,11 @@ impl ApiServer {
         let request = Request::new("/api/v1/namespaces")
             .create(&PostParams::default(), body.to_string().into_bytes())
             .expect("a request");
-        self.client().await.request::<Value>(request).await.expect("a namespace");
+        self.client()
+            .await
+            .request::<Value>(request)
+            .await
+            .expect("a namespace");
     }
 }
 
@@ -229,11 +259,22 @@ fn launch(programs: &Path, folder: &Path, port: u16, etcd: &str) -> Process {
         .arg(format!("--tls-private-key-file={}", file("server.key")))
         .arg(format!("--cert-dir={}", folder.display()))
         .arg(format!("--token-auth-file={}", file("tokens.csv")))
-        .arg(format!("--service-account-key-file={}", file("accounts.key")))
-        .arg(format!("--service-account-signing-key-file={}", file("accounts.key")))
-        .args(["--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.96.0.0/16"])
-        .args(["--authorization-mode=RBAC", "--disable-admission-plugins=ServiceAccount"])
-        // A client that is gone is noticed soon, and the log stays small.
-        .args(["--shutdown-delay-duration=0s", "-v=1"]);
+        .arg(format!(
+            "--service-account-key-file={}",
+            file("accounts.pub")
+        ))
+        .arg(format!(
+            "--service-account-signing-key-file={}",
+            file("accounts.key")
+        ))
+        .args([
+            "--service-account-issuer=https://kubernetes.default.svc",
+            "--service-cluster-ip-range=10.96.0.0/16",
+        ])
+        .args([
+            "--authorization-mode=RBAC",
+            "--disable-admission-plugins=ServiceAccount",
+        ])
+        .arg("-v=0");
     Process::start(&mut command, &folder.join("apiserver.log"))
 }

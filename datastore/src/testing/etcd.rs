@@ -82,9 +82,13 @@ impl Etcd {
     /// If it does not answer.
     pub async fn compact(&self) {
         let endpoints = [self.endpoint()];
-        let mut client = etcd_client::Client::connect(endpoints, None).await.expect("etcd answers");
+        let mut client = etcd_client::Client::connect(endpoints, None)
+            .await
+            .expect("etcd answers");
         let answer = client.get("/", None).await.expect("etcd answers");
-        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let revision = answer
+            .header()
+            .map_or(0, etcd_client::ResponseHeader::revision);
         client.compact(revision, None).await.expect("etcd compacts");
     }
 

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// A busy machine may need long to start a server.
-pub(super) const START: Duration = Duration::from_secs(120);
+pub(super) const START: Duration = Duration::from_secs(60);
 
 /// A running server. Ends with this value.
 #[derive(Debug)]

@@ -1,0 +1,458 @@
+//! The datastore over a real kube-apiserver: the behaviour suite with both groups of definitions, what only Kubernetes
+//! has (views, secrets, schemas), and a server that fails.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use cali_api::schema::{Group, defined, definition};
+use cali_api::{AnyResource, Key, Kind};
+use cali_datastore::conformance::{self, Store, View};
+use cali_datastore::kubernetes::{Kubernetes, Settings};
+use cali_datastore::testing::ApiServer;
+use cali_datastore::{Datastore, Error, sync};
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::core::Request;
+use serde_json::{Value, json};
+
+type Behaviour = fn(Store) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+
+macro_rules! behaviours {
+    ($($name:ident)+) => {
+        &[$((stringify!($name), |store| Box::pin(conformance::$name(store)))),+]
+    };
+}
+
+/// All but those that store what is a view here, or that count namespaces.
+const BEHAVIOURS: &[(&str, Behaviour)] = behaviours! {
+    create_gives_identity_and_revision
+    create_twice_is_refused
+    create_with_a_revision_is_refused
+    update_swaps_only_the_expected_revision
+    update_keeps_identity
+    delete_honours_the_revision
+    recreated_object_has_another_identity
+    list_is_limited_to_kind_and_namespace
+    invalid_objects_are_refused
+    overlapping_pools_are_refused
+    defaults_are_filled_in
+    apply_creates_updates_and_leaves_alone
+    apply_keeps_what_others_own
+    watch_continues_a_list_without_a_gap
+    watch_tells_only_its_kinds_in_commit_order
+    foreign_revisions_are_gone
+    concurrent_updates_lose_nothing
+    sync_sends_everything_then_in_sync
+};
+
+fn definitions(group: Group) -> Vec<Value> {
+    defined().map(|kind| definition(kind, group)).collect()
+}
+
+async fn cluster(groups: &[Group]) -> ApiServer {
+    let server = ApiServer::start().await;
+    for group in groups {
+        server.define(&definitions(*group)).await;
+    }
+    for name in ["a", "b"] {
+        server.namespace(name).await;
+    }
+    server
+}
+
+fn store(server: &ApiServer, group: &str) -> Store {
+    Arc::new(Kubernetes::new(Settings {
+        group: Some(group.to_owned()),
+        ..server.settings()
+    }))
+}
+
+async fn clean(store: &Store) {
+    for kind in [Kind::NetworkSet, Kind::IPPool, Kind::Tier] {
+        for item in store.list(kind, None).await.expect("list").items {
+            store
+                .delete(&item.object.key(), None)
+                .await
+                .expect("delete");
+        }
+    }
+    // Namespaces end when their controller says so.
+    for item in store
+        .list(Kind::K8sNamespace, None)
+        .await
+        .expect("list")
+        .items
+    {
+        let key = item.object.key();
+        if key.name.starts_with('n') {
+            store.delete(&key, None).await.expect("delete");
+            while store.get(&key).await.is_ok() {
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn raw(server: &ApiServer, path: &str, body: Value) -> Value {
+    let request = Request::new(path)
+        .create(&PostParams::default(), body.to_string().into_bytes())
+        .expect("a request");
+    let client = server.kubeconfig();
+    let kubeconfig = kube::config::Kubeconfig::read_from(client).expect("a kubeconfig");
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
+        .await
+        .expect("a configuration");
+    let client = kube::Client::try_from(config).expect("a client");
+    client
+        .request(request)
+        .await
+        .expect("the object is accepted")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_behaviour_suite_passes_with_both_groups() {
+    let server = cluster(&Group::ALL).await;
+    for group in ["projectcalico.org/v3", "crd.projectcalico.org/v1"] {
+        for (name, behaviour) in BEHAVIOURS {
+            let store = store(&server, group);
+            clean(&store).await;
+            println!("{group}: {name}");
+            let done = tokio::time::timeout(conformance::PATIENCE * 2, behaviour(store)).await;
+            assert!(done.is_ok(), "{group}: {name} hangs");
+        }
+        clean(&store(&server, group)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn views_secrets_and_schemas() {
+    let server = cluster(&[Group::V3]).await;
+    let store: Store = Arc::new(Kubernetes::new(server.settings()));
+    nodes_are_annotations(&server, &store).await;
+    namespaces_are_profiles(&store).await;
+    secrets_are_read(&server, &store).await;
+    bad_manifests_are_refused(&server);
+    good_manifests_are_read(&server, &store).await;
+    unreadable_objects_keep_their_last_version(&server, &store).await;
+    ipam_objects_are_swapped(&store).await;
+}
+
+async fn nodes_are_annotations(server: &ApiServer, store: &Store) {
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": {"name": "n1", "labels": {"zone": "z"}, "annotations": {"other/x": "1"}},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.7"}]}
+    });
+    raw(server, "/api/v1/nodes", node).await;
+    let key = Key::cluster(Kind::Node, "n1");
+    let list = store.list(Kind::Node, None).await.expect("list");
+    let mut watch = store
+        .watch(&[Kind::Node], &list.revision)
+        .await
+        .expect("watch");
+    let read = store.get(&key).await.expect("get");
+    let AnyResource::Node(node) = read.object.as_ref() else {
+        panic!("{read:?}")
+    };
+    let mut edited = node.as_ref().clone();
+    edited.spec.bgp.get_or_insert_default().ipv4_address = "192.0.2.7/24".parse().ok();
+    let written = store.update(edited.clone().into()).await.expect("update");
+    let AnyResource::Node(now) = written.object.as_ref() else {
+        panic!("{written:?}")
+    };
+    assert_eq!(now.spec.bgp, edited.spec.bgp);
+    assert_eq!(now.metadata.labels["zone"], "z");
+    let stale = store.update(edited.into()).await;
+    assert!(matches!(stale, Err(Error::Conflict { .. })), "{stale:?}");
+    let native = store
+        .get(&Key::cluster(Kind::K8sNode, "n1"))
+        .await
+        .expect("get");
+    let annotations = &native.object.metadata().annotations;
+    assert_eq!(annotations["projectcalico.org/IPv4Address"], "192.0.2.7/24");
+    assert_eq!(annotations["other/x"], "1");
+    let told = watch.next().await.expect("an event").expect("no error");
+    assert!(
+        matches!(&told, cali_datastore::WatchEvent::Put(v) if v.object.key() == key),
+        "{told:?}"
+    );
+}
+
+async fn namespaces_are_profiles(store: &Store) {
+    let mut stream = sync::start(Arc::clone(store), &[Kind::Profile]);
+    let mut view = View::default();
+    view.until(&mut stream, View::in_sync).await;
+    let names = ["kns.a", "kns.default", "projectcalico-default-allow"];
+    for name in names {
+        assert!(
+            view.objects
+                .contains_key(&Key::cluster(Kind::Profile, name)),
+            "{name}"
+        );
+    }
+    let key = Key::cluster(Kind::Profile, "kns.shop");
+    store
+        .create(conformance::namespace("shop", "one"))
+        .await
+        .expect("create");
+    view.until(&mut stream, |v| v.objects.contains_key(&key))
+        .await;
+    store.get(&key).await.expect("the view can be read");
+    store
+        .delete(&Key::cluster(Kind::K8sNamespace, "shop"), None)
+        .await
+        .expect("delete");
+    view.until(&mut stream, |v| !v.objects.contains_key(&key))
+        .await;
+    assert!(view.spurious_deletions.is_empty());
+}
+
+async fn secrets_are_read(server: &ApiServer, store: &Store) {
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "bgp", "namespace": "kube-system"},
+        "stringData": {"rr": "very secret"}
+    });
+    raw(server, "/api/v1/namespaces/kube-system/secrets", secret).await;
+    let read = store
+        .secret("kube-system", "bgp")
+        .await
+        .expect("read")
+        .expect("a secret");
+    assert_eq!(read["rr"], b"very secret");
+    assert_eq!(
+        store.secret("kube-system", "none").await.expect("read"),
+        None
+    );
+}
+
+fn apply(server: &ApiServer, manifest: &Value) -> Result<String, String> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("manifest.json");
+    std::fs::write(&file, manifest.to_string()).expect("a file");
+    let output = server
+        .kubectl(&["apply", "--server-side", "-f", &file.display().to_string()])
+        .output()
+        .expect("kubectl runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(text(&output.stderr))
+    }
+}
+
+fn calico(kind: &str, name: &str, spec: Value) -> Value {
+    json!({"apiVersion": "projectcalico.org/v3", "kind": kind, "metadata": {"name": name}, "spec": spec})
+}
+
+fn bad_manifests_are_refused(server: &ApiServer) {
+    let rule = |rule: Value| json!({"selector": "all()", "ingress": [rule]});
+    for (manifest, complaint) in [
+        (
+            calico(
+                "IPPool",
+                "p",
+                json!({"cidr": "10.0.0.0/16", "blockSize": 12}),
+            ),
+            "blockSize must be between 20 and 32",
+        ),
+        (
+            calico("IPPool", "p", json!({"cidr": "ten"})),
+            "must be a CIDR",
+        ),
+        (calico("IPPool", "p", json!({})), "cidr"),
+        (
+            calico(
+                "IPPool",
+                "p",
+                json!({"cidr": "fd00::/64", "ipipMode": "Always"}),
+            ),
+            "IPIP is only for IPv4",
+        ),
+        (
+            calico(
+                "IPPool",
+                "p",
+                json!({"cidr": "10.0.0.0/16", "ipipMode": "Sometimes"}),
+            ),
+            "Unsupported value",
+        ),
+        (
+            calico(
+                "IPPool",
+                "p",
+                json!({"cidr": "10.0.0.0/16", "natOutgoin": true}),
+            ),
+            "natOutgoin",
+        ),
+        (
+            calico(
+                "GlobalNetworkPolicy",
+                "g",
+                rule(json!({"action": "Allow", "destination": {"ports": [80]}})),
+            ),
+            "ports need protocol",
+        ),
+        (
+            calico(
+                "GlobalNetworkPolicy",
+                "g",
+                rule(json!({"action": "Allow", "source": {"nets": ["10.0.0.0/99"]}})),
+            ),
+            "must be an address or a CIDR",
+        ),
+        (
+            calico("GlobalNetworkPolicy", "g", rule(json!({"action": "Alow"}))),
+            "Allow",
+        ),
+        (
+            calico("GlobalNetworkPolicy", "g", json!({"doNotTrack": true})),
+            "need applyOnForward",
+        ),
+        (
+            calico("HostEndpoint", "h", json!({"node": "n1"})),
+            "interfaceName or expectedIPs",
+        ),
+        (calico("Tier", "a.b", json!({})), "no dots"),
+    ] {
+        let refused = apply(server, &manifest).expect_err(&manifest.to_string());
+        assert!(refused.contains(complaint), "{manifest}: {refused}");
+    }
+}
+
+async fn good_manifests_are_read(server: &ApiServer, store: &Store) {
+    for manifest in [
+        calico(
+            "IPPool",
+            "pool",
+            json!({"cidr": "10.0.0.0/16", "natOutgoing": true}),
+        ),
+        calico(
+            "GlobalNetworkPolicy",
+            "good",
+            json!({"selector": "role == 'db'", "types": ["Ingress"], "ingress": [
+                {"action": "Allow", "protocol": "TCP", "source": {"nets": ["10.0.0.0/8", "fd00::1"]},
+                 "destination": {"ports": [80, "8000:8010", "web"]}},
+                {"action": "Deny", "protocol": 47}
+            ]}),
+        ),
+    ] {
+        apply(server, &manifest).expect("the manifest is accepted");
+    }
+    let pool = store
+        .get(&Key::cluster(Kind::IPPool, "pool"))
+        .await
+        .expect("get");
+    assert_eq!(pool.object.to_json()["spec"]["natOutgoing"], true);
+    let policy = store
+        .get(&Key::cluster(Kind::GlobalNetworkPolicy, "good"))
+        .await
+        .expect("get");
+    assert_eq!(
+        policy.object.to_json()["spec"]["ingress"][0]["destination"]["ports"],
+        json!([80, "8000:8010", "web"])
+    );
+    let moved = calico("IPPool", "pool", json!({"cidr": "10.1.0.0/16"}));
+    let refused = apply(server, &moved).expect_err("immutable");
+    assert!(refused.contains("cannot be changed"), "{refused}");
+}
+
+async fn unreadable_objects_keep_their_last_version(server: &ApiServer, store: &Store) {
+    store
+        .create(conformance::network_set("a", "good", "10.0.0.0/8"))
+        .await
+        .expect("create");
+    let mut stream = sync::start(Arc::clone(store), &[Kind::NetworkSet]);
+    let mut view = View::default();
+    view.until(&mut stream, View::in_sync).await;
+    let patch = json!({"spec": {"nets": ["nonsense"]}});
+    let request = Request::new("/apis/projectcalico.org/v3/namespaces/a/networksets")
+        .patch("good", &PatchParams::default(), &Patch::Merge(&patch))
+        .expect("a request");
+    let config = kube::Config::from_custom_kubeconfig(
+        kube::config::Kubeconfig::read_from(server.kubeconfig()).expect("a kubeconfig"),
+        &Default::default(),
+    )
+    .await
+    .expect("a configuration");
+    kube::Client::try_from(config)
+        .expect("a client")
+        .request::<Value>(request)
+        .await
+        .expect("patched");
+    store
+        .create(conformance::network_set("a", "fence", "10.0.0.0/8"))
+        .await
+        .expect("create");
+    let fence = Key::namespaced(Kind::NetworkSet, "a", "fence");
+    view.until(&mut stream, |v| v.objects.contains_key(&fence))
+        .await;
+    let good = Key::namespaced(Kind::NetworkSet, "a", "good");
+    assert_eq!(
+        view.objects[&good].to_json()["spec"]["nets"],
+        json!(["10.0.0.0/8"])
+    );
+    let list = store.list(Kind::NetworkSet, None).await.expect("list");
+    assert_eq!(
+        list.undecodable
+            .iter()
+            .map(|bad| &bad.key)
+            .collect::<Vec<_>>(),
+        [&good]
+    );
+    let read = store
+        .get(&good)
+        .await
+        .expect_err("it cannot be read")
+        .to_string();
+    assert!(
+        read.contains("NetworkSet(a/good)") && read.contains("nets"),
+        "{read}"
+    );
+}
+
+/// A block is claimed by one of many.
+async fn ipam_objects_are_swapped(store: &Store) {
+    let block = conformance::object(calico(
+        "IPAMBlock",
+        "10-9-0-0-26",
+        json!({"cidr": "10.9.0.0/26", "affinity": "host:n1", "allocations": [null, 0], "unallocated": [0],
+               "attributes": [{"handle_id": "h", "secondary": {"node": "n1"}}]}),
+    ));
+    let first = store.create(block).await.expect("create");
+    assert_eq!(
+        first.object.to_json()["spec"]["allocations"],
+        json!([null, 0])
+    );
+    let mut writers = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let (store, object) = (Arc::clone(store), first.object.as_ref().clone());
+        writers.spawn(async move {
+            let mut value = object.to_json();
+            value["spec"]["sequenceNumber"] = json!(7);
+            value["spec"]["allocations"] = json!([0, 0]);
+            store.update(conformance::object(value)).await.is_ok()
+        });
+    }
+    let won = writers
+        .join_all()
+        .await
+        .into_iter()
+        .filter(|won| *won)
+        .count();
+    assert_eq!(won, 1, "writers under one revision");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stream_survives_restarts_and_compaction() {
+    let mut server = cluster(&[Group::V3]).await;
+    let store: Store = Arc::new(Kubernetes::new(server.settings()));
+    conformance::stream_survives(store, 3, async |round| {
+        if round == 1 {
+            server.stop();
+            server.etcd().compact().await;
+        }
+        server.restart().await;
+    })
+    .await;
+}

@@ -1,0 +1,114 @@
+//! etcd fails, compacts, and asks who one is.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use cali_api::Kind;
+use cali_datastore::etcd::{Etcd, Settings};
+use cali_datastore::testing::{self, Tls};
+use cali_datastore::{Datastore, conformance};
+
+fn settings(server: &testing::Etcd) -> Settings {
+    Settings {
+        endpoints: vec![server.endpoint()],
+        ..Settings::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stream_survives_restarts_and_compaction() {
+    let mut server = testing::Etcd::start();
+    let store: Arc<dyn Datastore> = Arc::new(Etcd::new(settings(&server)));
+    conformance::stream_survives(store, 4, async |round| {
+        if round % 2 == 1 {
+            // While the watches are away, the changes that they have not seen are forgotten.
+            server.restart();
+            server.compact().await;
+        } else {
+            server.restart();
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_compacted_revision_is_gone() {
+    let server = testing::Etcd::start();
+    let store = Etcd::new(settings(&server));
+    let first = store
+        .list(Kind::NetworkSet, None)
+        .await
+        .expect("list")
+        .revision;
+    for number in 0..3 {
+        let set = conformance::network_set("a", &format!("n{number}"), "10.0.0.0/8");
+        store.create(set).await.expect("create");
+    }
+    server.compact().await;
+    let mut told = match store.watch(&[Kind::NetworkSet], &first).await {
+        Err(error) => error,
+        Ok(mut watch) => watch
+            .next()
+            .await
+            .expect("an answer")
+            .expect_err("an error"),
+    };
+    if let cali_datastore::Error::Unavailable { .. } = told {
+        told = store
+            .watch(&[Kind::NetworkSet], &first)
+            .await
+            .expect_err("an error");
+    }
+    assert!(
+        matches!(told, cali_datastore::Error::RevisionGone { .. }),
+        "{told:?}"
+    );
+}
+
+fn write(folder: &Path, name: &str, text: &str) -> std::path::PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, text).expect("a file");
+    path
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_needed_and_used() {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut authority = CertificateParams::default();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate().expect("a key"))
+        .expect("an authority");
+    let leaf = |name: &str, host: &str| {
+        let key = KeyPair::generate().expect("a key");
+        let leaf = CertificateParams::new([host.to_owned()])
+            .expect("a name")
+            .signed_by(&key, &authority)
+            .expect("a certificate");
+        (
+            write(folder.path(), &format!("{name}.crt"), &leaf.pem()),
+            write(folder.path(), &format!("{name}.key"), &key.serialize_pem()),
+        )
+    };
+    let ca = write(folder.path(), "ca.crt", &authority.pem());
+    let (certificate, key) = leaf("server", "127.0.0.1");
+    let server = testing::Etcd::start_with(Some(Tls {
+        ca: ca.clone(),
+        certificate,
+        key,
+    }));
+    let mut with = settings(&server);
+    with.ca = Some(ca);
+    let without = with.clone();
+    with.certificate = Some(leaf("client", "calico"));
+    let store = Etcd::new(with);
+    store
+        .create(conformance::pool("p", "10.0.0.0/16"))
+        .await
+        .expect("create");
+    let refused = Etcd::new(without).list(Kind::IPPool, None).await;
+    assert!(
+        refused.is_err(),
+        "a client without a certificate: {refused:?}"
+    );
+}
