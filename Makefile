@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-vm
+.PHONY: bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -23,7 +23,7 @@ lab: build ## bring up three nodes on this machine and show what runs there
 lab-down: ## take the lab away again
 	$(SUDO) $(BIN)/calictl lab down $(LAB)
 
-test: setup lint test-unit test-netns test-lab test-interop ## every test of the repository
+test: setup lint test-unit test-netns test-lab test-interop test-apiserver ## every test of the repository
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check
@@ -40,6 +40,12 @@ test-lab: build ## the three-node lab, end to end (root)
 
 test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked from Debian's packages (root)
 	scripts/test-as-root 'interop_*'
+
+test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real kube-apiserver (built once, some 10 minutes)
+	scripts/peers etcd
+	scripts/kubernetes
+	scripts/test-as-root 'etcd_*'
+	scripts/test-as-root 'apiserver_*'
 
 test-vm: ## kernel tests on Debian's kernels, in a virtual machine (KVM=1: with hardware support)
 	@scripts/setup vm

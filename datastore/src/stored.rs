@@ -11,6 +11,15 @@ use crate::store::Versioned;
 /// Annotations on native objects that belong to Calico's daemons, not to the author of a manifest.
 const OWNED_ANNOTATIONS: [&str; 2] = ["cni.projectcalico.org/", "projectcalico.org/"];
 
+/// Metadata that an API server and its controllers give, and that a manifest that is silent about it does not take away.
+const GIVEN_METADATA: [&str; 5] = [
+    "generation",
+    "finalizers",
+    "ownerReferences",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+];
+
 /// The metadata that the store itself gives to an object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -129,6 +138,11 @@ fn carry_over(kind: Kind, before: &Value, after: &mut Value) {
         && let (Some(status), Value::Object(root)) = (before.get("status"), &mut *after)
     {
         root.insert("status".into(), status.clone());
+    }
+    for name in GIVEN_METADATA {
+        if let Some(value) = before.pointer(&format!("/metadata/{name}")) {
+            metadata(after).entry(name).or_insert_with(|| value.clone());
+        }
     }
     if !kind.is_native() {
         return;

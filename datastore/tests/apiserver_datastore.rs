@@ -10,7 +10,7 @@ use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::conformance::{self, Store, View};
 use cali_datastore::kubernetes::{Kubernetes, Settings};
 use cali_datastore::testing::ApiServer;
-use cali_datastore::{Datastore, Error, sync};
+use cali_datastore::{Error, sync};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
 use serde_json::{Value, json};
@@ -76,19 +76,23 @@ async fn clean(store: &Store) {
                 .expect("delete");
         }
     }
-    // Namespaces end when their controller says so.
-    for item in store
+    // Namespaces end when their controller says so, several at a time.
+    let namespaces = store
         .list(Kind::K8sNamespace, None)
         .await
         .expect("list")
-        .items
-    {
-        let key = item.object.key();
-        if key.name.starts_with('n') {
-            store.delete(&key, None).await.expect("delete");
-            while store.get(&key).await.is_ok() {
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            }
+        .items;
+    let of_tests: Vec<Key> = namespaces
+        .iter()
+        .map(|item| item.object.key())
+        .filter(|key| key.name.starts_with('n'))
+        .collect();
+    for key in &of_tests {
+        store.delete(key, None).await.expect("delete");
+    }
+    for key in &of_tests {
+        while store.get(key).await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     }
 }
@@ -114,6 +118,10 @@ async fn the_behaviour_suite_passes_with_both_groups() {
     let server = cluster(&Group::ALL).await;
     for group in ["projectcalico.org/v3", "crd.projectcalico.org/v1"] {
         for (name, behaviour) in BEHAVIOURS {
+            // Pods are the API server's own, whatever the group; and without a kubelet a deleted one does not go.
+            if group != "projectcalico.org/v3" && *name == "apply_keeps_what_others_own" {
+                continue;
+            }
             let store = store(&server, group);
             clean(&store).await;
             println!("{group}: {name}");

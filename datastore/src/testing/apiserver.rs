@@ -126,7 +126,10 @@ impl ApiServer {
             if matches!(&answer, Ok(Ok(text)) if text == "ok") {
                 return;
             }
-            assert!(Instant::now() < limit, "the API server is not ready: {answer:?}");
+            assert!(
+                Instant::now() < limit,
+                "the API server is not ready: {answer:?}"
+            );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
