@@ -156,15 +156,13 @@ pub fn established_flow(pods: &[NetNs], path: Path) -> Result<(UdpSocket, UdpSoc
 /// Both ends use the flow, so that it is an established one.
 pub fn greet(client: &UdpSocket, server: &UdpSocket) -> Result<()> {
     const HELLO: &[u8] = b"hello";
-    client.send(HELLO)?;
-    // What was sent to measure may still wait there.
+    // What was sent to measure still fills the buffer.
     let mut data = [0; PAYLOAD];
-    let from = loop {
-        let (len, from) = server.recv_from(&mut data).context("the first packet")?;
-        if &data[..len] == HELLO {
-            break from;
-        }
-    };
+    server.set_nonblocking(true)?;
+    while server.recv(&mut data).is_ok() {}
+    server.set_nonblocking(false)?;
+    client.send(HELLO)?;
+    let (_, from) = server.recv_from(&mut data).context("the first packet")?;
     server.send_to(HELLO, from)?;
     client.recv(&mut data).context("the answer")?;
     Ok(())
