@@ -47,7 +47,7 @@ test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real
 	scripts/test-as-root 'etcd_*'
 	scripts/test-as-root 'apiserver_*'
 
-test-vm: ## kernel tests on Debian's kernels, in a virtual machine (KVM=1: with hardware support)
+test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm
 	scripts/vm/test
 

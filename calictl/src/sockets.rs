@@ -44,7 +44,7 @@ async fn ask<Q: Serialize, A: DeserializeOwned>(
         writer.send(request).await?;
         Ok(reader.expect().await?)
     };
-    tokio::time::timeout(LIMIT, conversation)
+    tokio::time::timeout(cali_lab::patient(LIMIT), conversation)
         .await
         .with_context(|| {
             format!(

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, NodeName, Revision};
 use cali_netlink::testing::TestNs;
-use cali_routes::{Candidate, Input, NextHop, RouteSpec, Source};
+use cali_routes::{Backend, Candidate, Input, NextHop, RouteSpec, Source};
 use felix::dataplane::{Config, Dataplane, State, StatusSink};
 use tokio::sync::mpsc;
 
@@ -77,6 +77,10 @@ struct Host {
 
 impl Host {
     async fn new(id: u8, ns: TestNs, label: &str) -> Self {
+        Self::with(id, ns, label, Backend::Bgp).await
+    }
+
+    async fn with(id: u8, ns: TestNs, label: &str, backend: Backend) -> Self {
         let pod = TestNs::new(label);
         let (_, eth0) = ns.veth("calipod", &pod, "eth0").await;
         pod.address(eth0, &format!("192.168.{id}.5/32")).await;
@@ -84,7 +88,10 @@ impl Host {
         pod.ip("route add default via 169.254.1.1 dev eth0");
         ns.ip("route add default via 10.1.0.254");
         let (updates, stream) = mpsc::channel(16);
-        let config = Config::new(NodeName::from(format!("node{id}")));
+        let config = Config {
+            backend,
+            ..Config::new(NodeName::from(format!("node{id}")))
+        };
         let dataplane =
             Dataplane::start(config, ns.netlink().clone(), stream, Box::new(Quiet)).unwrap();
         Self {
@@ -229,5 +236,55 @@ fn switching_through_all_modes_loses_no_packet_between_neighbours() {
         println!("{sent} sent, {received} received");
         // The last one may still be on its way when ping is told to end.
         assert!(sent > 30 && sent - received <= 1, "{text}");
+    });
+}
+
+/// `host-gw`: no encapsulation and no BGP. Block affinities give the routes, by the nodes' own addresses; a node beyond a router
+/// gets none, and the reason is told.
+#[test]
+fn without_encapsulation_and_bgp_neighbours_are_routed_by_their_addresses() {
+    run(async {
+        let (first, second) = (TestNs::new("hostgw"), TestNs::new("hostgw"));
+        let (eth_a, eth_b) = first.veth("eth0", &second, "eth0").await;
+        first.address(eth_a, "10.1.0.1/24").await;
+        second.address(eth_b, "10.1.0.2/24").await;
+        let hosts = [
+            Host::with(1, first, "hostgw", Backend::None).await,
+            Host::with(2, second, "hostgw", Backend::None).await,
+        ];
+        for host in &hosts {
+            let mut all = cluster();
+            all.push(pool("Never"));
+            all.push(set(
+                r#"{"apiVersion":"projectcalico.org/v3","kind":"Node","metadata":{"name":"far"},
+                    "spec":{"bgp":{"ipv4Address":"10.2.0.3/24"}}}"#,
+            ));
+            all.push(set(
+                r#"{"apiVersion":"projectcalico.org/v3","kind":"BlockAffinity","metadata":{"name":"far-b"},
+                    "spec":{"state":"confirmed","node":"far","cidr":"192.168.3.0/26","deleted":false}}"#,
+            ));
+            host.send(all).await;
+            host.updates
+                .send(SyncEvent::Status(SyncStatus::InSync))
+                .await
+                .unwrap();
+        }
+        for host in &hosts {
+            host.route("dev eth0 proto 80").await;
+        }
+        let said = hosts[0]
+            .pod
+            .run("ping", &["-c", "3", "-i", "0.1", "-W", "2", "192.168.2.5"]);
+        assert_eq!(sent_and_received(&said), (3, 3), "{said}");
+        let routes = hosts[0].dataplane.handle().routes().view().await.unwrap();
+        let far = routes
+            .iter()
+            .find(|route| route.prefix.to_string() == "192.168.3.0/26")
+            .unwrap();
+        assert!(!far.programmed, "{far:?}");
+        assert_eq!(
+            far.problem.as_deref(),
+            Some("node far is not on-link: its block needs BGP or encapsulation")
+        );
     });
 }

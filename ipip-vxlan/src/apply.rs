@@ -5,14 +5,20 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_netlink::events::{Event, EventStream, Group, Notice};
-use cali_netlink::{Error, Netlink};
+use cali_netlink::{Error, Link, Netlink, WgKey};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::devices::{apply_device, retire_device};
 use crate::entries::{Entries, Indices};
 use crate::plan::{Plan, Settings, Underlay, plan};
-use crate::{IPIP_DEVICE, Resolver, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE};
+use crate::reverse_path::{self, ReversePath};
+use crate::transition::Transition;
+use crate::wireguard::apply::Crypt;
+use crate::{
+    Holders, IPIP_DEVICE, Receives, Resolver, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE, WireguardSettings,
+    wireguard,
+};
 
 /// Time in which further reasons for a look at the devices are collected.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -32,6 +38,10 @@ pub struct Wish {
     pub resolver: Resolver,
     /// Settings.
     pub settings: Settings,
+    /// Settings of the encryption.
+    pub wireguard: WireguardSettings,
+    /// Which node holds which prefix: what lies behind each peer.
+    pub holders: Holders,
     /// The datastore is in sync: devices that no pool asks for may go.
     pub in_sync: bool,
     /// How long a device outlives the last pool that asked for it: peers see a pool's edit later than this node, and
@@ -46,6 +56,8 @@ impl Wish {
         Self {
             resolver,
             settings: Settings::default(),
+            wireguard: WireguardSettings::default(),
+            holders: Holders::new(),
             in_sync: false,
             linger: Duration::from_secs(60),
         }
@@ -60,6 +72,12 @@ pub type GatewaysInUse = BTreeSet<(String, IpAddr)>;
 pub struct TunnelState {
     /// Devices that are as planned.
     pub devices: BTreeSet<&'static str>,
+    /// MTU of each device that carries or may carry pods' packets, WireGuard's and lingering ones among them.
+    pub mtus: BTreeMap<String, u32>,
+    /// What this node can receive: its word for others, once its pods' MTU fits.
+    pub receives: Receives,
+    /// Public keys of the WireGuard devices that encrypt, for IPv4 and IPv6.
+    pub keys: [Option<WgKey>; 2],
     /// Remote endpoints whose entries are in the kernel.
     pub endpoints: usize,
     /// What is not as planned, for people.
@@ -109,6 +127,9 @@ impl Tunnels {
                 entries: true,
             },
             retry_at: None,
+            crypts: [Crypt::new(true), Crypt::new(false)],
+            reverse_path: ReversePath::default(),
+            transition: Transition::default(),
             state: state_out,
         };
         Ok(Self {
@@ -142,6 +163,10 @@ struct Applier {
     unasked_since: BTreeMap<&'static str, Instant>,
     look: Look,
     retry_at: Option<Instant>,
+    /// WireGuard over IPv4 and over IPv6.
+    crypts: [Crypt; 2],
+    reverse_path: ReversePath,
+    transition: Transition,
     state: watch::Sender<TunnelState>,
 }
 
@@ -156,6 +181,9 @@ impl Applier {
                 self.retry_at,
                 self.entries.next_due(now),
                 self.linger_end(now),
+                self.transition.end(self.wish.borrow().linger, now),
+                self.crypts[0].next_due(),
+                self.crypts[1].next_due(),
                 Some(next_audit),
             ];
             let due = due.into_iter().flatten().min().unwrap_or(next_audit);
@@ -262,6 +290,7 @@ impl Applier {
             problems.push(error.to_string());
             Underlay::default()
         });
+        self.transition.see(&wish.resolver, now);
         let asked = plan(&wish.resolver, &wish.settings, &underlay);
         problems.extend(asked.problems.iter().map(ToString::to_string));
         let needed = self.needed(&asked, &in_use, &wish, now);
@@ -273,9 +302,11 @@ impl Applier {
             self.read_entries(now, &mut problems);
         }
         problems.extend(self.entries.write(&self.netlink, &self.indices, now));
+        self.encrypt(&wish, &underlay, now, &mut problems).await;
+        self.relax(&wish, now);
         self.retire(&next, wish.in_sync, &mut problems).await;
         self.plan = next;
-        self.publish(problems);
+        self.publish(&wish, now, problems);
     }
 
     /// What routes use, and devices that linger with all their entries.
@@ -293,7 +324,9 @@ impl Applier {
                 continue;
             }
             let since = *self.unasked_since.entry(device).or_insert(now);
-            if now.saturating_duration_since(since) < wish.linger {
+            if now.saturating_duration_since(since) < wish.linger
+                || Transition::behind(&wish.resolver)
+            {
                 let entries = self.plan.vteps.keys().filter(|(owner, _)| owner == device);
                 needed.extend(entries.map(|(owner, gateway)| ((*owner).to_owned(), *gateway)));
                 // A device without entries lingers as well: peers may send to it.
@@ -329,6 +362,7 @@ impl Applier {
             }
             match apply_device(&self.netlink, name, device).await {
                 Ok((index, fresh)) => {
+                    reverse_path::loosen(&self.netlink, name);
                     if self.indices.insert(name, index) != Some(index) || fresh {
                         self.look.entries = true;
                     }
@@ -384,39 +418,107 @@ impl Applier {
         }
     }
 
+    /// WireGuard, in each family that is to be encrypted.
+    async fn encrypt(
+        &mut self,
+        wish: &Wish,
+        underlay: &Underlay,
+        now: Instant,
+        problems: &mut Vec<String>,
+    ) {
+        for (crypt, v4) in self.crypts.iter_mut().zip([true, false]) {
+            let settings = &wish.wireguard;
+            if settings.family(v4).enabled {
+                let plan = wireguard::plan(&wish.resolver, &wish.holders, settings, underlay, v4);
+                crypt.look(&self.netlink, settings, plan, problems).await;
+                if let Some((device, _)) = crypt.state(settings).device {
+                    reverse_path::loosen(&self.netlink, &device);
+                }
+            } else {
+                crypt
+                    .rest(
+                        &self.netlink,
+                        settings,
+                        wish.in_sync,
+                        wish.linger,
+                        now,
+                        problems,
+                    )
+                    .await;
+            }
+        }
+    }
+
+    /// Whether packets may come in more ways than one, and what that means for the links of the underlay.
+    fn relax(&mut self, wish: &Wish, now: Instant) {
+        let encrypted = self
+            .crypts
+            .iter()
+            .any(|crypt| crypt.state(&wish.wireguard).device.is_some());
+        let needed = encrypted
+            || !self.unasked_since.is_empty()
+            || self.transition.lasts(wish.linger, now)
+            || Transition::behind(&wish.resolver);
+        let own = wish.resolver.local().and_then(|local| local.v4);
+        let links: Vec<String> = match self.carrier(own) {
+            Ok(link) => link.into_iter().map(|link| link.name).collect(),
+            Err(_) => Vec::new(),
+        };
+        self.reverse_path.underlay(&self.netlink, &links, needed);
+    }
+
+    /// The link that has an address of the node.
+    fn carrier(&self, own: Option<cali_netlink::IpNetwork>) -> Result<Option<Link>, Error> {
+        let Some(own) = own else {
+            return Ok(None);
+        };
+        let addresses = self.netlink.dump_addresses(None)?;
+        match addresses
+            .iter()
+            .find(|address| address.address.ip() == own.ip())
+        {
+            Some(address) => self.netlink.link_by_index(address.ifindex),
+            None => Ok(None),
+        }
+    }
+
     /// The MTU of the links that carry the node's own addresses.
     fn underlay(&self, resolver: &Resolver) -> Result<Underlay, Error> {
         let Some(local) = resolver.local() else {
             return Ok(Underlay::default());
         };
-        let addresses = self.netlink.dump_addresses(None)?;
-        let mtu = |own: Option<cali_netlink::IpNetwork>| -> Result<Option<u32>, Error> {
-            let own = own.map(|own| own.ip());
-            let Some(carrier) = addresses
-                .iter()
-                .find(|address| Some(address.address.ip()) == own)
-            else {
-                return Ok(None);
-            };
-            Ok(self
-                .netlink
-                .link_by_index(carrier.ifindex)?
-                .map(|link| link.mtu))
-        };
         Ok(Underlay {
-            mtu_v4: mtu(local.v4)?,
-            mtu_v6: mtu(local.v6)?,
+            mtu_v4: self.carrier(local.v4)?.map(|link| link.mtu),
+            mtu_v6: self.carrier(local.v6)?.map(|link| link.mtu),
         })
     }
 
-    fn publish(&self, problems: Vec<String>) {
+    fn publish(&self, wish: &Wish, now: Instant, problems: Vec<String>) {
+        let devices: BTreeSet<&'static str> = self
+            .indices
+            .keys()
+            .copied()
+            .filter(|name| self.plan.devices.contains_key(name))
+            .collect();
+        let crypts = [0, 1].map(|at| self.crypts[at].state(&wish.wireguard));
+        let mut mtus: BTreeMap<String, u32> = devices
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), self.plan.devices.get(name)?.mtu)))
+            .collect();
+        mtus.extend(crypts.iter().filter_map(|crypt| crypt.device.clone()));
+        let mut receives = Receives {
+            direct: Transition::asks_direct(&wish.resolver)
+                || self.transition.lasts(wish.linger, now),
+            ..Receives::default()
+        };
+        for device in &devices {
+            receives.add_device(device);
+        }
         let state = TunnelState {
-            devices: self
-                .indices
-                .keys()
-                .copied()
-                .filter(|name| self.plan.devices.contains_key(name))
-                .collect(),
+            mtus,
+            receives,
+            keys: crypts.map(|crypt| crypt.key),
+            devices,
             endpoints: self.entries.fdb.observed().len(),
             problems,
         };
@@ -441,7 +543,7 @@ fn leftover_vxlan() -> crate::DeviceKind {
     }
 }
 
-fn with_cause(problem: &dyn std::error::Error) -> String {
+pub(crate) fn with_cause(problem: &dyn std::error::Error) -> String {
     match problem.source() {
         Some(source) => format!("{problem}: {source}"),
         None => problem.to_string(),

@@ -6,7 +6,7 @@ use cali_api::NodeName;
 use cali_api::v3::{EncapMode, IPPool, Node};
 use cali_netlink::{IpNetwork, MacAddr};
 
-use crate::{Encap, Endpoint, Pool, Scope, Vtep, vtep_mac};
+use crate::{Encap, Endpoint, Pool, RECEIVES_ANNOTATION, Scope, Vtep, WgNode, vtep_mac};
 
 const fn scope(mode: Option<EncapMode>) -> Option<Scope> {
     match mode {
@@ -51,7 +51,24 @@ impl From<&Node> for Endpoint {
             let mac = mac.map_or_else(|| vtep_mac(name, v6), |mac| MacAddr(mac.0));
             addr.map(|addr| Vtep { addr, mac })
         };
+        // A key that cannot be read is no key: the node is reached in its pools' own way.
+        let wireguard = |key: &str, address| WgNode {
+            key: key.parse().ok(),
+            address,
+        };
+        let addresses = spec.wireguard.clone().unwrap_or_default();
+        let status = node.status.clone().unwrap_or_default();
+        let word = node.metadata.annotations.get(RECEIVES_ANNOTATION);
         Self {
+            wireguard_v4: wireguard(
+                &status.wireguard_public_key,
+                addresses.interface_ipv4_address.map(IpAddr::V4),
+            ),
+            wireguard_v6: wireguard(
+                &status.wireguard_public_key_v6,
+                addresses.interface_ipv6_address.map(IpAddr::V6),
+            ),
+            receives: word.and_then(|word| word.parse().ok()),
             v4: spec.ipv4().or_else(|| reached_at(true)),
             v6: spec.ipv6().or_else(|| reached_at(false)),
             vtep_v4: vtep(

@@ -12,6 +12,7 @@
 //! - Receivers are prepared for every encapsulation that any pool names, whether or not a route of
 //!   this node uses it yet (docs/architecture.md §6, the barrier for pool edits).
 //! - Nothing that a route still uses is removed: [`Tunnels`] is told which gateways are in use.
+//! - A way is used towards a node only after both ends have said that they receive it ([`Receives`]).
 //! - A device of our name but of another kind belongs to somebody else. It is reported, never changed.
 
 mod apply;
@@ -22,14 +23,20 @@ mod inputs;
 mod mac;
 mod mtu;
 pub mod plan;
+mod receives;
 mod resolve;
+mod reverse_path;
+mod transition;
+mod wireguard;
 
 pub use apply::{GatewaysInUse, TunnelState, Tunnels, Wish};
 pub use encap::{Encap, Pool, Scope};
 pub use mac::vtep_mac;
 pub use mtu::Overhead;
 pub use plan::{DesiredDevice, DeviceKind, Plan, PlanProblem, Settings, Underlay, VtepEntry};
-pub use resolve::{Endpoint, Resolver, Unresolved, Via, Vtep};
+pub use receives::{ANNOTATION as RECEIVES_ANNOTATION, Receives};
+pub use resolve::{Endpoint, Resolver, Unresolved, Via, Vtep, WgNode};
+pub use wireguard::{FamilySettings, Holders, WireguardSettings};
 
 /// IPv4 VXLAN device, Calico's name.
 pub const VXLAN_V4_DEVICE: &str = "vxlan.calico";

@@ -11,6 +11,10 @@ pub enum Overhead {
     VxlanV4,
     /// The same with an outer IPv6 header.
     VxlanV6,
+    /// Outer IPv4, UDP and WireGuard's header and tag.
+    WireguardV4,
+    /// The same with an outer IPv6 header.
+    WireguardV6,
 }
 
 impl Overhead {
@@ -22,6 +26,8 @@ impl Overhead {
             Self::Ipip => 20,
             Self::VxlanV4 => 20 + 8 + 8 + 14,
             Self::VxlanV6 => 40 + 8 + 8 + 14,
+            Self::WireguardV4 => 20 + 8 + 32,
+            Self::WireguardV6 => 40 + 8 + 32,
         }
     }
 
@@ -30,7 +36,7 @@ impl Overhead {
     #[must_use]
     pub const fn device_mtu(self, underlay: u32) -> u32 {
         let least = match self {
-            Self::VxlanV6 => 1280,
+            Self::VxlanV6 | Self::WireguardV6 => 1280,
             _ => 68,
         };
         let mtu = underlay.saturating_sub(self.bytes());
@@ -47,6 +53,8 @@ mod tests {
         assert_eq!(Overhead::VxlanV4.device_mtu(1500), 1450);
         assert_eq!(Overhead::VxlanV6.device_mtu(1500), 1430);
         assert_eq!(Overhead::Ipip.device_mtu(1500), 1480);
+        assert_eq!(Overhead::WireguardV4.device_mtu(1500), 1440);
+        assert_eq!(Overhead::WireguardV6.device_mtu(1500), 1420);
     }
 
     #[test]

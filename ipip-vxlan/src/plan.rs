@@ -52,7 +52,7 @@ pub struct Underlay {
 }
 
 /// MTU to assume while the underlay link is not known, Calico's value.
-const FALLBACK_UNDERLAY_MTU: u32 = 1460;
+pub(crate) const FALLBACK_UNDERLAY_MTU: u32 = 1460;
 
 /// The attributes that make a device what it is. A device that differs in them is re-created.
 #[derive(Debug, Clone, PartialEq, Eq)]

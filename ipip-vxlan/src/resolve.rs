@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use cali_api::{Cidr, NodeName};
-use cali_netlink::{IpNetwork, MacAddr};
+use cali_netlink::{IpNetwork, MacAddr, WgKey};
 
-use crate::{Encap, IPIP_DEVICE, Pool, Scope, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE};
+use crate::receives;
+use crate::{Encap, IPIP_DEVICE, Pool, Receives, Scope, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE};
 
 /// A VXLAN tunnel endpoint: the address inside the overlay and the MAC of its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +16,22 @@ pub struct Vtep {
     pub addr: IpAddr,
     /// MAC of the node's VXLAN device.
     pub mac: MacAddr,
+}
+
+/// What a node has published of its WireGuard device of one family.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WgNode {
+    /// Public key: the node's word that it encrypts.
+    pub key: Option<WgKey>,
+    /// Address of the device.
+    pub address: Option<IpAddr>,
+}
+
+impl WgNode {
+    const NONE: Self = Self {
+        key: None,
+        address: None,
+    };
 }
 
 /// A node as the encapsulation sees it.
@@ -32,6 +49,12 @@ pub struct Endpoint {
     pub vtep_v6: Option<Vtep>,
     /// Address of the node's IPIP device.
     pub ipip: Option<IpAddr>,
+    /// WireGuard over IPv4.
+    pub wireguard_v4: WgNode,
+    /// WireGuard over IPv6.
+    pub wireguard_v6: WgNode,
+    /// What it says that it receives; a node that says nothing is taken at its addresses.
+    pub receives: Option<Receives>,
 }
 
 impl Endpoint {
@@ -45,6 +68,9 @@ impl Endpoint {
             vtep_v4: None,
             vtep_v6: None,
             ipip: None,
+            wireguard_v4: WgNode::NONE,
+            wireguard_v6: WgNode::NONE,
+            receives: None,
         }
     }
 
@@ -58,6 +84,16 @@ impl Endpoint {
     #[must_use]
     pub const fn vtep(&self, v4: bool) -> Option<Vtep> {
         if v4 { self.vtep_v4 } else { self.vtep_v6 }
+    }
+
+    /// WireGuard of one family.
+    #[must_use]
+    pub const fn wireguard(&self, v4: bool) -> WgNode {
+        if v4 {
+            self.wireguard_v4
+        } else {
+            self.wireguard_v6
+        }
     }
 
     fn has_address(&self, addr: IpAddr) -> bool {
@@ -111,6 +147,14 @@ pub enum Unresolved {
         node: NodeName,
         /// 4 or 6.
         family: u8,
+    },
+    /// One end has not said yet that it receives this way: the barrier of a pool's edit.
+    #[error("node {node} has not said yet that it receives '{way}'")]
+    NotReady {
+        /// The node that has not.
+        node: NodeName,
+        /// The way, as in the node's annotation.
+        way: &'static str,
     },
     /// IPIP carries IPv4 only.
     #[error("pool {0} asks for IPIP, which cannot carry IPv6")]
@@ -231,6 +275,36 @@ impl Resolver {
                 family,
             })?
             .ip();
+        let via = self.way(prefix, node, gateway)?;
+        // Outside all pools nobody has edited anything.
+        if self.pool_of(prefix).is_some() {
+            self.barrier(node, &via)?;
+        }
+        Ok(via)
+    }
+
+    /// Both ends have to have said that they receive this way.
+    ///
+    /// # Errors
+    /// [`Unresolved::NotReady`] names the end that has not.
+    pub fn barrier(&self, node: &Endpoint, via: &Via) -> Result<(), Unresolved> {
+        let silent = self
+            .local()
+            .into_iter()
+            .chain([node])
+            .find(|end| end.receives.is_some_and(|receives| !receives.covers(via)));
+        match silent {
+            None => Ok(()),
+            Some(end) => Err(Unresolved::NotReady {
+                node: end.name.clone(),
+                way: receives::name(via),
+            }),
+        }
+    }
+
+    fn way(&self, prefix: &Cidr, node: &Endpoint, gateway: IpAddr) -> Result<Via, Unresolved> {
+        let v4 = prefix.is_v4();
+        let family = if v4 { 4 } else { 6 };
         let direct = Via::Direct { gateway };
         match self.encap_of(prefix) {
             Encap::None => Ok(direct),
@@ -250,7 +324,7 @@ impl Resolver {
             )),
             Encap::Vxlan(_) => {
                 let vtep = node.vtep(v4).ok_or_else(|| Unresolved::NoVtep {
-                    node: next_hop.clone(),
+                    node: node.name.clone(),
                     family,
                 })?;
                 let device = if v4 { VXLAN_V4_DEVICE } else { VXLAN_V6_DEVICE };
@@ -391,6 +465,32 @@ mod tests {
                 family: 4
             })
         );
+    }
+
+    #[test]
+    fn a_way_is_used_only_after_both_ends_have_said_that_they_receive_it() {
+        let mut r = resolver(Encap::Vxlan(Scope::Always));
+        let say = |r: &mut Resolver, id, word: Option<&str>| {
+            let mut node = node(id, 1);
+            node.receives = word.and_then(|word| word.parse().ok());
+            r.set_node(node);
+        };
+        let not_ready = |id: &str| {
+            Err(Unresolved::NotReady {
+                node: name(id),
+                way: "vxlan",
+            })
+        };
+        say(&mut r, 2, Some("direct"));
+        assert_eq!(via(&r, B2, "node2"), not_ready("node2"));
+        say(&mut r, 2, Some("direct,vxlan"));
+        assert_eq!(via(&r, B2, "node2"), vxlan([192, 168, 2, 1]));
+        say(&mut r, 1, Some("direct"));
+        assert_eq!(via(&r, B2, "node2"), not_ready("node1"));
+        say(&mut r, 1, Some("direct,vxlan"));
+        // One that says nothing is one of Calico's.
+        say(&mut r, 2, None);
+        assert_eq!(via(&r, B2, "node2"), vxlan([192, 168, 2, 1]));
     }
 
     #[test]

@@ -264,7 +264,7 @@ pub fn supervisor(plan: &Plan, folder: &Folder, calictl: &Path) -> Result<Pid, E
         .process_group(0);
     // Dropping the handle leaves it running, as it should.
     let mut child = command.spawn().map_err(io_error("start the supervisor"))?;
-    let limit = Instant::now() + Duration::from_secs(5);
+    let limit = Instant::now() + crate::patient(Duration::from_secs(5));
     while Instant::now() < limit {
         if let Some(pid) = folder.supervisor() {
             return Ok(pid);

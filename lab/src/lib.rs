@@ -15,3 +15,12 @@ pub mod probe;
 pub mod state;
 pub mod supervise;
 pub mod topology;
+
+/// How long something may take: `CALI_LAB_PATIENCE` times as long as on a usual machine, for one that is emulated.
+#[must_use]
+pub fn patient(limit: std::time::Duration) -> std::time::Duration {
+    let factor = std::env::var("CALI_LAB_PATIENCE")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    limit * factor.unwrap_or(1)
+}

@@ -163,7 +163,7 @@ impl Runtime<'_> {
     }
 
     fn add(&self, pod: &Pod, container_id: &str, netns: &str) -> Result<Value, Error> {
-        let limit = Instant::now() + ADD_LIMIT;
+        let limit = Instant::now() + crate::patient(ADD_LIMIT);
         loop {
             match self.call("ADD", pod, container_id, &format!("/run/netns/{netns}")) {
                 Err(Error::Plugin {

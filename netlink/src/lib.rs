@@ -6,6 +6,7 @@
 //! - [`events`]: notifications, on a socket of their own.
 //! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
 //! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
+//! - [`wireguard`]: keys and peers of WireGuard devices, over generic netlink.
 //! - [`process`]: a process held by a descriptor.
 //! - [`reconcile`]: the pure planner that every kernel programmer here uses.
 //! - [`probe`]: what this host can do, said so that an operator can act on it.
@@ -19,6 +20,7 @@ pub mod conntrack;
 pub mod error;
 pub mod events;
 pub mod fdpass;
+mod genetlink;
 pub mod link;
 mod link_change;
 pub mod mac;
@@ -41,6 +43,7 @@ pub mod tcp;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod wire;
+pub mod wireguard;
 
 pub use address::Address;
 pub use error::{Cause, Error, Result};
@@ -59,6 +62,7 @@ pub use process::Process;
 pub use reconcile::Reconciler;
 pub use route::{Hop, Route, RouteDecision, RouteFilter, RouteKey, RouteKind, Scope, Target};
 pub use rule::Rule;
+pub use wireguard::{WgChange, WgDevice, WgKey, WgPeer, Wireguard};
 
 /// One change of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]

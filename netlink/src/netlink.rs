@@ -131,6 +131,18 @@ impl Netlink {
         }
     }
 
+    /// The number that this namespace has given to another one ([`Link::link_netns`]); `None` if it has given none.
+    pub fn number_of(&self, other: &NetNs) -> Result<Option<i32>> {
+        use std::os::fd::{AsFd as _, AsRawFd as _};
+        let fd = other.as_fd().as_raw_fd().cast_unsigned();
+        self.socket()
+            .query(
+                |writer, sequence| link::write_nsid_query(writer, fd, sequence),
+                link::read_nsid,
+            )
+            .map_err(|cause| Error::new("find the number of", other.to_string(), cause))
+    }
+
     /// All addresses, or those of one device.
     pub fn dump_addresses(&self, ifindex: Option<IfIndex>) -> Result<Vec<Address>> {
         let write =

@@ -1,6 +1,6 @@
-//! What the host must be able to do before a node starts, and what it does without otherwise.
+//! What the host must be able to do before a node starts. What a pool's encapsulation needs is not among it: without its
+//! module that pool waits, which the tunnels report, and all others work.
 
-use cali_api::v3::{EncapMode, IPPool};
 use cali_netlink::probe::{Capability, Missing, probe};
 
 /// Without these there is no node.
@@ -27,29 +27,6 @@ pub async fn check_essential() -> Result<(), Lacking> {
     check(ESSENTIAL).await
 }
 
-/// Tries what these pools need.
-pub async fn check_pools(pools: &[IPPool]) -> Result<(), Lacking> {
-    check(&needed_by(pools)).await
-}
-
-/// The capabilities that the encapsulations of these pools need.
-fn needed_by(pools: &[IPPool]) -> Vec<Capability> {
-    let mut needed = Vec::new();
-    if pools
-        .iter()
-        .any(|pool| pool.spec.vxlan() != EncapMode::Never)
-    {
-        needed.push(Capability::Vxlan);
-    }
-    if pools
-        .iter()
-        .any(|pool| pool.spec.ipip() != EncapMode::Never)
-    {
-        needed.push(Capability::IpIp);
-    }
-    needed
-}
-
 async fn check(wanted: &[Capability]) -> Result<(), Lacking> {
     let missing: Vec<Missing> = probe(wanted)
         .await
@@ -60,37 +37,5 @@ async fn check(wanted: &[Capability]) -> Result<(), Lacking> {
         Ok(())
     } else {
         Err(Lacking(missing))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use cali_api::v3::IPPoolSpec;
-
-    use super::*;
-
-    #[test]
-    fn pools_need_what_they_encapsulate_with() {
-        let pool = |vxlan, ipip| {
-            let spec = IPPoolSpec::new("10.0.0.0/16".parse().unwrap());
-            IPPool::named(
-                "p",
-                IPPoolSpec {
-                    vxlan_mode: Some(vxlan),
-                    ipip_mode: Some(ipip),
-                    ..spec
-                },
-            )
-        };
-        let none = pool(EncapMode::Never, EncapMode::Never);
-        assert_eq!(needed_by(std::slice::from_ref(&none)), []);
-        assert_eq!(
-            needed_by(&[none, pool(EncapMode::CrossSubnet, EncapMode::Never)]),
-            [Capability::Vxlan]
-        );
-        assert_eq!(
-            needed_by(&[pool(EncapMode::Never, EncapMode::Always)]),
-            [Capability::IpIp]
-        );
     }
 }

@@ -6,7 +6,8 @@
 //! | dataplane (`felix`) | everything, `bgpd`'s best paths, pods from the CNI server | kernel: rules, routes, tunnels, interfaces |
 //! | CNI server | calls of the plugin, pods | interfaces of pods, their addresses |
 //! | tunnel addresses | pools, own node | IPAM, Node resource |
-//! | MTU | pools, settings, devices | a file for the CNI server |
+//! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
+//! | word | tunnels, MTU | what this node receives, in the Node resource |
 //! | sockets | | status; best paths of `bgpd` |
 //! | supervisor | | the process `bgpd` |
 //!
@@ -19,7 +20,6 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cali_api::update::SyncEvent;
-use cali_api::v3::IPPool;
 use cali_api::{AnyResource, Kind, NodeName};
 use cali_cni::server::{Server, Settings as CniSettings};
 use cali_control::paths;
@@ -33,7 +33,7 @@ use felix::dataplane::{Config, Dataplane, Handle, StatusLog};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::capabilities::{Lacking, check_pools};
+use crate::capabilities::Lacking;
 use crate::endpoints::Endpoints;
 use crate::fan_out::FanOut;
 use crate::mtu::{self, MtuFile};
@@ -43,6 +43,7 @@ use crate::startup::{self, StartError};
 use crate::status_socket::{self, Identity, NodeAddresses, Sources};
 use crate::supervisor::{Program, Supervisor};
 use crate::tunnel_addresses::TunnelAddresses;
+use crate::word::Teller;
 
 /// Why the daemon could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -53,9 +54,6 @@ pub enum DaemonError {
     /// The host.
     #[error(transparent)]
     Host(#[from] Lacking),
-    /// The pools could not be read.
-    #[error("cannot read the pools")]
-    Pools(#[source] cali_datastore::Error),
     /// The source of changes.
     #[error(transparent)]
     Source(#[from] typha::source::SourceError),
@@ -99,12 +97,6 @@ pub async fn run(
     stop: impl Future<Output = ()>,
 ) -> Result<(), DaemonError> {
     startup::prepare(&settings, &datastore, &netlink).await?;
-    check_pools(
-        &read_pools(datastore.as_ref())
-            .await
-            .map_err(DaemonError::Pools)?,
-    )
-    .await?;
     let mut parts = Parts::default();
     let running = start(&settings, datastore, netlink, &mut parts).await?;
     let result = tokio::select! {
@@ -160,19 +152,6 @@ impl Parts {
     }
 }
 
-async fn read_pools(datastore: &dyn Datastore) -> Result<Vec<IPPool>, cali_datastore::Error> {
-    let list = datastore.list(Kind::IPPool, None).await?;
-    let pool = |object: &AnyResource| match object {
-        AnyResource::IPPool(pool) => Some((**pool).clone()),
-        _ => None,
-    };
-    Ok(list
-        .items
-        .iter()
-        .filter_map(|item| pool(&item.object))
-        .collect())
-}
-
 /// What must live as long as the daemon and has no end of its own.
 struct Running {
     supervisor: Option<Supervisor>,
@@ -214,12 +193,22 @@ async fn start(
     let events = fan_out.part("MTU", mtu::KINDS);
     let links = netlink.events(&[Group::Link]).map_err(kernel("devices"))?;
     let path = paths::state_dir().join("mtu");
+    let (applied, pods) = watch::channel(None);
     let file = MtuFile {
         path,
         netlink: netlink.clone(),
         node: settings.node_name.clone(),
+        dataplane: handle.state(),
+        applied,
     };
     parts.run("MTU", file.run(events, links));
+    let teller = Teller {
+        datastore: datastore.clone(),
+        node: settings.node_name.clone(),
+        state: handle.state(),
+        pods,
+    };
+    parts.run("word", teller.run());
 
     let keeper = KeeperSettings::new(paths::state_dir().join("ipam.journal"));
     let keeper = Keeper::open(allocator, keeper)

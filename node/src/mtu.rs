@@ -1,21 +1,30 @@
-//! The MTU of pods: the underlay's, less what the pools' encapsulations add. Written to a file that the CNI server reads.
+//! The MTU of pods: the underlay's, less what the encapsulations add that pools ask for or that still stand. It is written
+//! to a file that the CNI server reads, and given to the pods that run, both ends of their interfaces.
 //!
-//! [`pod_mtu`] decides; [`MtuFile`] follows pools and settings.
+//! [`pod_mtu`] decides; [`MtuFile`] follows pools, settings and devices. A lower MTU is in force before this node says that
+//! it receives an encapsulation that needs it ([`crate::word`]); a higher one comes after the devices that needed the lower
+//! one are gone.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cali_api::update::{SyncEvent, SyncStatus};
-use cali_api::v3::{EncapMode, IPPool};
+use cali_api::v3::{EncapMode, FelixConfigurationSpec, IPPool};
 use cali_api::{AnyResource, Key, Kind};
 use cali_netlink::events::{Event, EventStream};
 use cali_netlink::{Error, Link, Netlink};
-use ipip_vxlan::Overhead;
+use felix::dataplane::State;
+use ipip_vxlan::{Overhead, TunnelState};
 use regex::Regex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use crate::pod_links;
 use crate::startup::write_file;
 
+/// Wait after a failure.
+const RETRY: Duration = Duration::from_secs(2);
 /// `mtuIfacePattern`: the names of physical devices, and of those in a container or virtual machine.
 pub const UNDERLAY: &str = "^((en|wl|ww|sl|ib)[Pcopsx].*|(eth|wlan|wwan).*)";
 /// MTU where no device matches, as in Calico.
@@ -23,11 +32,14 @@ const FALLBACK: u32 = 1460;
 /// The kinds that matter here.
 pub const KINDS: &[Kind] = &[Kind::IPPool, Kind::FelixConfiguration];
 
-/// The largest MTU with which a pod's packet fits into every encapsulation that a pool names.
+/// The largest MTU with which a pod's packet fits into every encapsulation that a pool or the settings ask for, and into
+/// every tunnel device that stands.
 pub fn pod_mtu<'a>(
     links: &[Link],
     underlay: &Regex,
     pools: impl IntoIterator<Item = &'a IPPool>,
+    encrypted: [bool; 2],
+    tunnels: &TunnelState,
 ) -> u32 {
     let operational = links
         .iter()
@@ -40,82 +52,143 @@ pub fn pod_mtu<'a>(
             (_, _, true) => Overhead::VxlanV4.bytes(),
             (_, _, false) => Overhead::VxlanV6.bytes(),
         };
-    host - pools.into_iter().map(overhead).max().unwrap_or(0).min(host)
+    let layers = [Overhead::WireguardV4, Overhead::WireguardV6];
+    let layers = layers.iter().zip(encrypted).filter(|(_, on)| *on);
+    let asked = pools
+        .into_iter()
+        .map(overhead)
+        .chain(layers.map(|(layer, _)| layer.bytes()));
+    let asked = host - asked.max().unwrap_or(0).min(host);
+    let standing = tunnels.mtus.values().copied().min();
+    asked.min(standing.unwrap_or(u32::MAX))
 }
 
-/// Keeps the file right.
+/// Keeps the file and the running pods right.
 #[derive(Debug)]
 pub struct MtuFile {
-    /// Where it is.
+    /// Where the file is.
     pub path: PathBuf,
     /// The host's devices.
     pub netlink: Netlink,
     /// Name of this node, for its own settings.
     pub node: String,
+    /// Tunnel devices.
+    pub dataplane: watch::Receiver<Arc<State>>,
+    /// The MTU that all running pods have, for whoever waits for it.
+    pub applied: watch::Sender<Option<u32>>,
+}
+
+/// What the MTU follows.
+#[derive(Debug, Default)]
+struct Wish {
+    pools: BTreeMap<Key, IPPool>,
+    settings: BTreeMap<Key, FelixConfigurationSpec>,
+}
+
+impl Wish {
+    fn on_updates(&mut self, updates: Vec<cali_api::update::Update>) {
+        for update in updates {
+            match update.value.as_deref() {
+                Some(AnyResource::IPPool(pool)) => {
+                    self.pools.insert(update.key, (**pool).clone());
+                }
+                Some(AnyResource::FelixConfiguration(config)) => {
+                    self.settings.insert(update.key, config.spec.clone());
+                }
+                _ => {
+                    self.pools.remove(&update.key);
+                    self.settings.remove(&update.key);
+                }
+            }
+        }
+    }
+
+    /// A setting of this node, else of the cluster.
+    fn setting<T>(
+        &self,
+        node: &str,
+        get: impl Fn(&FelixConfigurationSpec) -> Option<T>,
+    ) -> Option<T> {
+        [format!("node.{node}"), "default".to_owned()]
+            .into_iter()
+            .filter_map(|name| {
+                self.settings
+                    .get(&Key::cluster(Kind::FelixConfiguration, name))
+            })
+            .find_map(get)
+    }
 }
 
 impl MtuFile {
     /// Runs until the stream or the notifications end.
     pub async fn run(
-        self,
+        mut self,
         mut events: mpsc::Receiver<SyncEvent>,
         mut links: EventStream,
     ) -> String {
-        let mut pools: BTreeMap<Key, IPPool> = BTreeMap::new();
-        let mut patterns: BTreeMap<Key, String> = BTreeMap::new();
+        let mut wish = Wish::default();
         let mut in_sync = false;
+        let mut again: Option<Instant> = None;
         loop {
             tokio::select! {
                 event = events.recv() => match event {
                     None => return "the stream of changes ended".to_owned(),
                     Some(SyncEvent::Status(status)) => in_sync |= status == SyncStatus::InSync,
-                    Some(SyncEvent::Updates(updates)) => {
-                        for update in updates {
-                            match update.value.as_deref() {
-                                Some(AnyResource::IPPool(pool)) => drop(pools.insert(update.key, (**pool).clone())),
-                                Some(AnyResource::FelixConfiguration(config)) => {
-                                    let pattern = config.spec.mtu_iface_pattern.clone().unwrap_or_default();
-                                    patterns.insert(update.key, pattern);
-                                }
-                                _ => {
-                                    pools.remove(&update.key);
-                                    patterns.remove(&update.key);
-                                }
-                            }
-                        }
-                    }
+                    Some(SyncEvent::Updates(updates)) => wish.on_updates(updates),
                 },
                 event = links.next() => match event {
                     Ok(Event::Link(_) | Event::Overflow) => {}
                     Ok(_) => continue,
                     Err(error) => return error.to_string(),
                 },
+                changed = self.dataplane.changed() => if changed.is_err() {
+                    return "the dataplane has ended".to_owned();
+                },
+                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
             }
-            if in_sync && let Err(error) = self.write(&pools, &self.underlay(&patterns)) {
-                tracing::warn!(%error, "the pods' MTU is not known");
+            again = None;
+            if !in_sync {
+                continue;
+            }
+            if let Err(error) = self.apply(&wish).await {
+                tracing::warn!(%error, "the pods' MTU is not as it should be");
+                again = Some(Instant::now() + RETRY);
             }
         }
     }
 
-    /// The pattern of this node, else of the cluster, else the built-in one.
-    fn underlay(&self, patterns: &BTreeMap<Key, String>) -> String {
-        let keys = [format!("node.{}", self.node), "default".to_owned()];
-        let mut set = keys
-            .into_iter()
-            .filter_map(|name| patterns.get(&Key::cluster(Kind::FelixConfiguration, name)));
-        set.find(|pattern| !pattern.is_empty())
-            .cloned()
-            .unwrap_or_else(|| UNDERLAY.to_owned())
-    }
-
-    fn write(&self, pools: &BTreeMap<Key, IPPool>, underlay: &str) -> Result<(), MtuError> {
-        let underlay = Regex::new(underlay).map_err(MtuError::Pattern)?;
-        let mtu = pod_mtu(
-            &self.netlink.dump_links().map_err(MtuError::Links)?,
-            &underlay,
-            pools.values(),
-        );
-        write_file(&self.path, mtu.to_string().as_bytes()).map_err(MtuError::File)
+    async fn apply(&mut self, wish: &Wish) -> Result<(), MtuError> {
+        let pattern = wish.setting(&self.node, |spec| {
+            spec.mtu_iface_pattern
+                .clone()
+                .filter(|pattern| !pattern.is_empty())
+        });
+        let underlay =
+            Regex::new(pattern.as_deref().unwrap_or(UNDERLAY)).map_err(MtuError::Pattern)?;
+        let encrypted = [
+            wish.setting(&self.node, |spec| spec.wireguard_enabled),
+            wish.setting(&self.node, |spec| spec.wireguard_enabled_v6),
+        ]
+        .map(|on| on.unwrap_or(false));
+        let links = self.netlink.dump_links().map_err(MtuError::Links)?;
+        let tunnels = self.dataplane.borrow_and_update().tunnels.clone();
+        let mtu = pod_mtu(&links, &underlay, wish.pools.values(), encrypted, &tunnels);
+        write_file(&self.path, mtu.to_string().as_bytes()).map_err(MtuError::File)?;
+        let prefixes = wish
+            .setting(&self.node, |spec| spec.interface_prefix.clone())
+            .unwrap_or_else(|| "cali".to_owned());
+        pod_links::set_mtu(&self.netlink, &links, &prefixes, mtu)
+            .await
+            .map_err(MtuError::Pods)?;
+        self.applied.send_if_modified(|applied| {
+            let changed = *applied != Some(mtu);
+            if changed {
+                tracing::info!(mtu, "MTU of pods");
+                *applied = Some(mtu);
+            }
+            changed
+        });
+        Ok(())
     }
 }
 
@@ -127,6 +200,8 @@ enum MtuError {
     Links(Error),
     #[error(transparent)]
     File(crate::startup::StartError),
+    #[error("the interfaces of running pods cannot be changed: {0}")]
+    Pods(Error),
 }
 
 #[cfg(test)]
@@ -177,7 +252,15 @@ mod tests {
             link("cali123", 1200, true),
             link("lo", 65536, true),
         ];
-        let mtu = |pools: &[IPPool]| pod_mtu(&links, &underlay, pools);
+        let mtu = |pools: &[IPPool]| {
+            pod_mtu(
+                &links,
+                &underlay,
+                pools,
+                [false; 2],
+                &TunnelState::default(),
+            )
+        };
         assert_eq!(mtu(&[]), 1500);
         assert_eq!(mtu(&[pool("10.0.0.0/16", Never, Always)]), 1480);
         assert_eq!(
@@ -188,6 +271,18 @@ mod tests {
             1450
         );
         assert_eq!(mtu(&[pool("fd00::/48", Always, Never)]), 1430);
-        assert_eq!(pod_mtu(&[], &underlay, []), FALLBACK);
+        let none = TunnelState::default();
+        assert_eq!(pod_mtu(&[], &underlay, [], [false; 2], &none), FALLBACK);
+        assert_eq!(pod_mtu(&links, &underlay, [], [true, false], &none), 1440);
+        assert_eq!(pod_mtu(&links, &underlay, [], [true, true], &none), 1420);
+        let lingering = TunnelState {
+            mtus: [("vxlan.calico".to_owned(), 1450)].into(),
+            ..none
+        };
+        assert_eq!(
+            pod_mtu(&links, &underlay, [], [false; 2], &lingering),
+            1450,
+            "a device that still receives"
+        );
     }
 }

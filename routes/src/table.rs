@@ -415,7 +415,7 @@ impl RouteTable {
             if !admitted(source, supplier) {
                 continue;
             }
-            match self.way(prefix, candidate, supplier, &mut choice.needs) {
+            match self.way(prefix, candidate, supplier, row, &mut choice.needs) {
                 Ok(way) => {
                     choice.selected = Some(Selected {
                         source,
@@ -456,6 +456,7 @@ impl RouteTable {
             Some(Problem::Encapsulation(Unresolved::NoVtep { .. })) => {
                 !former.way.uses(VXLAN_DEVICES)
             }
+            Some(Problem::Encapsulation(Unresolved::NotReady { .. })) => true,
             _ => false,
         };
         if waiting || !admitted(former.source, supplier) {
@@ -469,6 +470,7 @@ impl RouteTable {
         prefix: &Cidr,
         candidate: &Candidate,
         supplier: Supplier,
+        row: &Row,
         needs: &mut BTreeSet<IpAddr>,
     ) -> Result<Way, Problem> {
         match &candidate.spec {
@@ -488,7 +490,13 @@ impl RouteTable {
                 }
                 Ok(Way::Gateways(vec![gateway]))
             }
-            RouteSpec::NextHops(hops) => self.gateways(prefix, hops, needs),
+            RouteSpec::NextHops(hops) => {
+                let holder = row.candidates.values().find_map(|other| match &other.spec {
+                    RouteSpec::Node(node) => self.resolver.node(node),
+                    _ => None,
+                });
+                self.gateways(prefix, hops, holder, needs)
+            }
         }
     }
 
@@ -497,6 +505,7 @@ impl RouteTable {
         &self,
         prefix: &Cidr,
         hops: &[NextHop],
+        holder: Option<&Endpoint>,
         needs: &mut BTreeSet<IpAddr>,
     ) -> Result<Way, Problem> {
         let mut gateways = BTreeSet::new();
@@ -508,7 +517,7 @@ impl RouteTable {
                     device: device.clone(),
                 }),
                 None => self
-                    .next_hop_via(prefix, hop.address)
+                    .next_hop_via(prefix, hop.address, holder)
                     .and_then(|via| self.gateway(via, needs)),
             };
             match gateway {
@@ -527,10 +536,23 @@ impl RouteTable {
     }
 
     /// BGP carries IPIP pools through the tunnel as well, where the settings give it those pools.
-    fn next_hop_via(&self, prefix: &Cidr, address: IpAddr) -> Result<Via, Problem> {
+    fn next_hop_via(
+        &self,
+        prefix: &Cidr,
+        address: IpAddr,
+        holder: Option<&Endpoint>,
+    ) -> Result<Via, Problem> {
+        let direct = Via::Direct { gateway: address };
         match self.resolver.encap_of(prefix) {
             Encap::Ipip(_) => Ok(self.resolver.resolve_address(prefix, address)?),
-            Encap::None | Encap::Vxlan(_) => Ok(Via::Direct { gateway: address }),
+            Encap::None | Encap::Vxlan(_) => {
+                // The block's holder receives the packet, whichever router it goes by.
+                let receiver = holder.or_else(|| self.resolver.node_with_address(address));
+                if let (Some(receiver), Some(_)) = (receiver, self.resolver.pool_of(prefix)) {
+                    self.resolver.barrier(receiver, &direct)?;
+                }
+                Ok(direct)
+            }
         }
     }
 

@@ -405,6 +405,43 @@ fn feed(table: &mut RouteTable, input: &Input) {
     }
 }
 
+/// The barrier of a pool's edit: the former route stays until both ends have said that they receive the new way.
+#[test]
+fn a_route_changes_its_way_only_after_both_ends_receive_the_new_one() {
+    let mut table = table(Encap::Vxlan(Scope::Always));
+    let say = |table: &mut RouteTable, id, word: &str| {
+        let mut node = endpoint(id, if id == 3 { 2 } else { 1 });
+        node.receives = Some(word.parse().unwrap());
+        table.set_node(node);
+        settle(table);
+        let row = table.row(&cidr(BLOCK2)).unwrap();
+        let device = row.selected.map(|selected| match &selected.way {
+            Way::Gateways(gateways) => gateways[0].device.to_string(),
+            other => format!("{other:?}"),
+        });
+        (
+            device.unwrap_or_default(),
+            row.problem.map(ToString::to_string).unwrap_or_default(),
+        )
+    };
+    for id in [1, 2, 3] {
+        say(&mut table, id, "vxlan");
+    }
+    table.set_pool(pool(Encap::Ipip(Scope::Always)));
+    let (device, problem) = say(&mut table, 1, "ipip,vxlan");
+    assert_eq!(device, "vxlan.calico");
+    assert!(problem.contains("node2 has not said"), "{problem}");
+    assert_eq!(
+        say(&mut table, 2, "ipip,vxlan"),
+        ("tunl0".into(), String::new())
+    );
+    // To no encapsulation, where BGP supplies the route.
+    table.set(Source::Bgp, cidr(BLOCK2), bgp("10.1.0.2"));
+    table.set_pool(pool(Encap::None));
+    assert_eq!(say(&mut table, 1, "direct,ipip").0, "tunl0");
+    assert_eq!(say(&mut table, 2, "direct,ipip").0, "eth0");
+}
+
 proptest! {
     /// Incremental work ends where a table that was told everything at once ends, but for routes that are held.
     #[test]

@@ -25,7 +25,10 @@ pub fn programs() -> PathBuf {
 
 /// The repository.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    // What runs the test says where this crate lies: in a virtual machine that is not where it was built.
+    let own = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    own.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into())
+        .join("..")
 }
 
 /// One claim about a lab.

@@ -1,7 +1,8 @@
 //! End-to-end tests: the built programs, driven as a person drives them, watched through the kernel's own tools.
 //!
 //! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
-//! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by sequence number.
+//! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by
+//! sequence number; [`wire`] looks at the frames of a link.
 
 mod arrows;
 pub mod bgp;
@@ -9,8 +10,18 @@ pub mod kernel;
 pub mod lab;
 pub mod table;
 pub mod traffic;
+pub mod wire;
 
 use std::time::{Duration, Instant};
+
+/// A limit on a slow machine, such as an emulated one: `CALI_LAB_PATIENCE` times as long.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    let factor = std::env::var("CALI_LAB_PATIENCE")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    limit * factor.unwrap_or(1)
+}
 
 /// Waits until the condition yields a value, looking every 10 ms. The error is what the condition said last.
 pub fn eventually<T>(

@@ -36,9 +36,23 @@ impl Ping {
 
     /// The same from a network namespace.
     pub fn in_namespace(namespace: &str, to: &str) -> Result<Self> {
+        Self::every(
+            namespace,
+            to,
+            Duration::from_millis(10),
+            Duration::from_secs(120),
+        )
+    }
+
+    /// A ping in this rhythm, which ends by itself after `limit`.
+    pub fn every(namespace: &str, to: &str, interval: Duration, limit: Duration) -> Result<Self> {
+        let (interval, limit) = (
+            interval.as_secs_f32().to_string(),
+            limit.as_secs().to_string(),
+        );
         let mut child = Command::new("ip")
             .args(["netns", "exec", namespace])
-            .args(["ping", "-n", "-i", "0.01", "-w", "120", to])
+            .args(["ping", "-n", "-i", &interval, "-w", &limit, to])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -82,7 +96,7 @@ impl Ping {
                 .len()
         };
         let enough = answered() + more;
-        crate::eventually(Duration::from_secs(20), || {
+        crate::eventually(crate::patient(Duration::from_secs(20)), || {
             let now = answered();
             if now >= enough {
                 Ok(())

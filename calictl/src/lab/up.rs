@@ -250,7 +250,7 @@ fn run_pods(plan: &Plan, folder: &Folder, programs: &Path, pods: &[Pod]) -> Resu
 
 /// Asks until every node says it is ready, and says what is missing when the limit is reached.
 async fn wait_for_nodes(plan: &Plan) -> Result<()> {
-    let limit = Instant::now() + READY_LIMIT;
+    let limit = Instant::now() + cali_lab::patient(READY_LIMIT);
     for (name, node) in plan.nodes.iter().filter(|(_, node)| node.hosts_pods) {
         loop {
             let missing = match node_status(node).await {
@@ -277,7 +277,7 @@ async fn wait_for_nodes(plan: &Plan) -> Result<()> {
             if Instant::now() >= limit {
                 bail!(
                     "{name} is not ready after {} s: {missing}; its log is in {}",
-                    READY_LIMIT.as_secs(),
+                    cali_lab::patient(READY_LIMIT).as_secs(),
                     plan.folder.join(name).join("log").display()
                 );
             }
@@ -309,7 +309,7 @@ async fn has_mesh(store: &dyn Datastore) -> Result<bool> {
 
 /// Waits until every configured session of every node is established. Returns their number.
 async fn wait_for_sessions(plan: &Plan, mesh: bool) -> Result<usize> {
-    let limit = Instant::now() + READY_LIMIT;
+    let limit = Instant::now() + cali_lab::patient(READY_LIMIT);
     let nodes: Vec<_> = plan
         .nodes
         .iter()
@@ -346,7 +346,7 @@ async fn wait_for_sessions(plan: &Plan, mesh: bool) -> Result<usize> {
         if Instant::now() >= limit {
             bail!(
                 "not all sessions are established after {} s: {}",
-                READY_LIMIT.as_secs(),
+                cali_lab::patient(READY_LIMIT).as_secs(),
                 waiting.join("; ")
             );
         }

@@ -17,6 +17,7 @@ use super::ipsets::{IpSets, Item, NamedPort};
 use super::local::{Local, LocalEndpoint};
 use super::output::{Batch, Delta, Endpoint, IpSetId, PoolNat, Rules};
 use super::rules::{Resolved, SetSpec, resolve};
+use super::tunnel_peers::PeerIndex;
 
 /// Rules that consumers have, and the sets that they hold.
 struct Active {
@@ -53,6 +54,7 @@ pub struct Graph {
     stored: HashMap<Key, Arc<AnyResource>>,
     profiles: HashMap<Arc<str>, Arc<AnyResource>>,
     pools: BTreeMap<Key, PoolNat>,
+    tunnel_peers: PeerIndex,
     configurations: BTreeMap<Key, Arc<AnyResource>>,
     endpoints: HashMap<Key, Arc<Endpoint>>,
     policy_usage: Usage<Key>,
@@ -76,6 +78,7 @@ impl Graph {
             stored: HashMap::default(),
             profiles: HashMap::default(),
             pools: BTreeMap::new(),
+            tunnel_peers: PeerIndex::default(),
             configurations: BTreeMap::new(),
             endpoints: HashMap::default(),
             policy_usage: Usage::default(),
@@ -133,9 +136,17 @@ impl Graph {
                 };
                 self.local.set_tier(&key.name, tier);
             }
+            Kind::Node => {
+                let node = match value.as_deref() {
+                    Some(AnyResource::Node(node)) => Some(&**node),
+                    _ => None,
+                };
+                self.tunnel_peers.set_node(key, node);
+            }
             Kind::IPPool => {
                 match value.as_deref() {
                     Some(AnyResource::IPPool(pool)) => {
+                        self.tunnel_peers.set_pool(key.clone(), Some(pool));
                         let nat = PoolNat {
                             cidr: pool.spec.cidr,
                             nat_outgoing: pool.spec.nat_outgoing,
@@ -143,6 +154,7 @@ impl Graph {
                         self.pools.insert(key, nat);
                     }
                     _ => {
+                        self.tunnel_peers.set_pool(key.clone(), None);
                         self.pools.remove(&key);
                     }
                 }
@@ -201,7 +213,12 @@ impl Graph {
         }
         let mut deltas = Vec::new();
         if std::mem::take(&mut self.settings_dirty) {
+            self.tunnel_peers.touch();
             deltas.push(Delta::Settings(Arc::new(self.settings())));
+        }
+        if self.tunnel_peers.is_dirty() {
+            let settings = self.settings();
+            deltas.extend(self.tunnel_peers.take(&settings).map(Delta::TunnelPeers));
         }
         if std::mem::take(&mut self.pools_dirty) {
             let mut pools: Vec<PoolNat> = self.pools.values().copied().collect();

@@ -11,6 +11,7 @@ mod members;
 mod output;
 mod rules;
 mod snapshot;
+mod tunnel_peers;
 
 use std::sync::Arc;
 
@@ -21,7 +22,7 @@ use cali_api::v3::WorkloadEndpoint;
 pub use graph::Graph;
 pub use output::{
     Action, Batch, Delta, Direction, Endpoint, Icmp, IpSetId, IpSetKind, IpVersion, Member,
-    PeerMatch, PoolNat, PortRange, Rule, Rules, TierDefault, TierPolicies,
+    PeerMatch, PoolNat, PortRange, Rule, Rules, TierDefault, TierPolicies, TunnelPeers,
 };
 pub use snapshot::{Snapshot, Violation};
 

@@ -291,6 +291,17 @@ pub struct PoolNat {
     pub nat_outgoing: bool,
 }
 
+/// Who may send encapsulated packets to this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TunnelPeers {
+    /// Addresses of all nodes, and `externalNodesList`; sorted.
+    pub sources: Vec<Cidr>,
+    /// A pool uses IPIP.
+    pub ipip: bool,
+    /// A pool uses VXLAN.
+    pub vxlan: bool,
+}
+
 /// One change of what this node must enforce.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Delta {
@@ -298,6 +309,8 @@ pub enum Delta {
     Settings(Arc<FelixConfigurationSpec>),
     /// All IP pools, sorted. Sent when they change.
     Pools(Arc<[PoolNat]>),
+    /// Senders of encapsulated packets. Sent when they change.
+    TunnelPeers(Arc<TunnelPeers>),
     /// A set came into use, with all its members.
     IpSetCreate {
         /// Which set.

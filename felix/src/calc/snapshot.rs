@@ -9,7 +9,9 @@ use std::sync::Arc;
 use cali_api::Key;
 use cali_api::v3::FelixConfigurationSpec;
 
-use super::output::{Batch, Delta, Endpoint, IpSetId, IpSetKind, Member, PoolNat, Rules};
+use super::output::{
+    Batch, Delta, Endpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers,
+};
 
 /// A delta that cannot follow what was said before.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +51,8 @@ pub struct Snapshot {
     pub settings: Option<Arc<FelixConfigurationSpec>>,
     /// IP pools.
     pub pools: Vec<PoolNat>,
+    /// Senders of encapsulated packets.
+    pub tunnel_peers: Arc<TunnelPeers>,
     /// IP sets with their members.
     pub sets: BTreeMap<IpSetId, (IpSetKind, BTreeSet<Member>)>,
     /// Active policies.
@@ -79,6 +83,7 @@ impl Snapshot {
         match delta {
             Delta::Settings(settings) => self.settings = Some(settings.clone()),
             Delta::Pools(pools) => self.pools = pools.to_vec(),
+            Delta::TunnelPeers(peers) => self.tunnel_peers = peers.clone(),
             Delta::IpSetCreate {
                 id, kind, members, ..
             } => {

@@ -7,6 +7,7 @@
 //! | `cali-forward-from-wl` | forward 0 | policy of the sending workload |
 //! | `cali-forward-to-wl` | forward +1 | policy of the receiving workload |
 //! | `cali-input-from-wl` | input 0 | policy of a workload that talks to the host |
+//! | `cali-input-tunnels` | input 0 | encapsulated packets come from nodes only |
 //! | `cali-input-host` | input +1 | what the host takes from workloads at all |
 //! | `cali-nat-postrouting` | postrouting nat 110 | NAT outgoing, after kube-proxy's masquerade |
 //!
@@ -26,8 +27,9 @@ use super::names;
 use super::program::{ChainProgram, SetProgram};
 use super::rule::{network_elems, network_set, outermost};
 use super::settings::{HostAction, Settings};
-use crate::calc::{IpVersion, PoolNat, PortRange};
+use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers};
 
+const IPIP: u8 = 4;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// Multicast listener discovery and neighbour discovery, without which a workload has no IPv6
@@ -82,6 +84,43 @@ pub(super) fn pool_sets(pools: &[PoolNat]) -> Vec<SetProgram> {
             network_set(name, version).with(network_elems(&outermost(nets, version)))
         })
         .collect()
+}
+
+/// Senders of encapsulated packets, by family.
+pub(super) fn peer_sets(peers: &TunnelPeers) -> impl Iterator<Item = SetProgram> {
+    [IpVersion::V4, IpVersion::V6].into_iter().map(|version| {
+        network_set(pool_set("nodes", version), version)
+            .with(network_elems(&outermost(&peers.sources, version)))
+    })
+}
+
+/// Encapsulated packets for this host come from nodes only: inside them, anybody could claim any source address. What no
+/// pool uses is somebody else's and passes.
+pub(super) fn input_tunnels(settings: &Settings, peers: &TunnelPeers) -> ChainProgram {
+    let mut rules = Vec::new();
+    let mut only_nodes = |version, what: &[Expr], text: &str| {
+        let stranger = expr::address_in(Side::Source, version, pool_set("nodes", version), true);
+        rules.push(rule(&[&expr::family(version), what, &stranger, &drop()]).comment(text));
+    };
+    if peers.ipip {
+        let what = expr::protocol(IPIP, false);
+        only_nodes(IpVersion::V4, &what, "IPIP from an address of no node");
+    }
+    if peers.vxlan {
+        let port = PortRange {
+            first: settings.vxlan_port,
+            last: settings.vxlan_port,
+        };
+        let to_port = expr::port(Side::Destination, port, false);
+        let what = [expr::protocol(UDP, false), to_port].concat();
+        for version in [IpVersion::V4, IpVersion::V6] {
+            only_nodes(version, &what, "VXLAN from an address of no node");
+        }
+    }
+    ChainProgram::new(
+        base("cali-input-tunnels", ChainType::Filter, Hook::Input, 0),
+        rules,
+    )
 }
 
 fn pool_set(what: &str, version: IpVersion) -> Arc<str> {

@@ -21,6 +21,7 @@ use super::stack::{Endings, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
     Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, PortRange, Rules, TierDefault,
+    TunnelPeers,
 };
 
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
@@ -71,6 +72,7 @@ pub(super) struct KnownEndpoint {
 /// The desired state of table `inet calico`.
 pub struct Compiler {
     settings: Settings,
+    tunnel_peers: Arc<TunnelPeers>,
     pub(super) desired: Desired,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
@@ -99,6 +101,7 @@ impl Default for Compiler {
     fn default() -> Self {
         let mut compiler = Self {
             settings: Settings::default(),
+            tunnel_peers: Arc::default(),
             desired: Desired {
                 program: Program {
                     exists: true,
@@ -131,6 +134,7 @@ impl Default for Compiler {
         }
         compiler.put_base_chains();
         compiler.put_pools(&[]);
+        compiler.put_tunnel_peers();
         compiler
     }
 }
@@ -171,6 +175,7 @@ impl Compiler {
                 if settings != self.settings {
                     self.settings = settings;
                     self.put_base_chains();
+                    self.put_tunnel_peers();
                     self.dirty.extend(self.needs.keys().cloned());
                     let interfaces: Vec<_> = self.interfaces.keys().cloned().collect();
                     interfaces
@@ -179,6 +184,10 @@ impl Compiler {
                 }
             }
             Delta::Pools(pools) => self.put_pools(pools),
+            Delta::TunnelPeers(peers) => {
+                self.tunnel_peers = peers.clone();
+                self.put_tunnel_peers();
+            }
             Delta::IpSetCreate {
                 id,
                 kind,
@@ -268,6 +277,14 @@ impl Compiler {
         for chain in base::chains(&self.settings) {
             self.desired.put_chain(chain);
         }
+    }
+
+    fn put_tunnel_peers(&mut self) {
+        for set in base::peer_sets(&self.tunnel_peers) {
+            self.desired.put_set(set);
+        }
+        let chain = base::input_tunnels(&self.settings, &self.tunnel_peers);
+        self.desired.put_chain(chain);
     }
 
     fn put_pools(&mut self, pools: &[PoolNat]) {

@@ -531,12 +531,20 @@ impl Driver {
             self.resources.tunnels(),
             self.in_sync,
         );
+        let (wireguard, holders) = (self.resources.wireguard(), self.resources.holders());
         self.wish.send_if_modified(|wish| {
-            let same =
-                wish.in_sync == in_sync && wish.settings == *settings && wish.resolver == *resolver;
+            // Who holds what matters to the encryption alone.
+            let encryption =
+                wish.wireguard == *wireguard && (!wireguard.any() || wish.holders == *holders);
+            let same = wish.in_sync == in_sync
+                && encryption
+                && wish.settings == *settings
+                && wish.resolver == *resolver;
             if !same {
                 wish.resolver = resolver.clone();
                 wish.settings = settings.clone();
+                wish.wireguard = wireguard.clone();
+                wish.holders = holders.clone();
                 wish.in_sync = in_sync;
             }
             !same
@@ -579,6 +587,8 @@ impl Driver {
             refused: self.ruleset.refused(),
             unusable: self.graph.problems(),
             notices,
+            wireguard_devices: [true, false]
+                .map(|v4| self.resources.wireguard().family(v4).device.clone()),
             tunnels: self.tunnel_state.borrow_and_update().clone(),
             routes,
         };

@@ -13,7 +13,7 @@ use cali_api::v3::{
 };
 use cali_api::{AnyResource, Cidr, Key, Kind, NodeName};
 use cali_routes::{Backend, Candidate, ClusterRoutes, Input, RouteSpec, Source, Suppliers};
-use ipip_vxlan::{Endpoint, Pool, Resolver, Settings};
+use ipip_vxlan::{Endpoint, FamilySettings, Holders, Pool, Resolver, Settings, WireguardSettings};
 
 /// Kinds that this translation reads.
 pub const KINDS: &[Kind] = &[
@@ -39,6 +39,8 @@ pub struct Resources {
     suppliers: Option<Suppliers>,
     notices: Vec<String>,
     tunnels: Settings,
+    wireguard: WireguardSettings,
+    holders: Holders,
 }
 
 impl Resources {
@@ -56,6 +58,8 @@ impl Resources {
             suppliers: None,
             notices: Vec::new(),
             tunnels: Settings::default(),
+            wireguard: WireguardSettings::default(),
+            holders: Holders::new(),
         }
     }
 
@@ -71,6 +75,18 @@ impl Resources {
         &self.tunnels
     }
 
+    /// Settings of the encryption.
+    #[must_use]
+    pub const fn wireguard(&self) -> &WireguardSettings {
+        &self.wireguard
+    }
+
+    /// Which other node holds which prefix, and which addresses of other nodes' blocks are this node's.
+    #[must_use]
+    pub const fn holders(&self) -> &Holders {
+        &self.holders
+    }
+
     /// What an operator should know of the settings.
     #[must_use]
     pub fn notices(&self) -> &[String] {
@@ -79,6 +95,32 @@ impl Resources {
 
     /// Takes one object in.
     pub fn on_update(&mut self, update: &Update, out: &mut Vec<Input>) {
+        let from = out.len();
+        self.translate(update, out);
+        for input in &out[from..] {
+            match input {
+                Input::Set(Source::BlockAffinity, prefix, candidate) => {
+                    if let RouteSpec::Node(node) = &candidate.spec {
+                        self.holders.insert(*prefix, node.clone());
+                    }
+                }
+                Input::Remove(Source::BlockAffinity, prefix) => {
+                    self.holders.remove(prefix);
+                }
+                _ => {}
+            }
+        }
+        // An address that this node borrowed must not be looked for behind the block's holder.
+        if update.key.kind == Kind::IPAMBlock
+            && let Some(borrowed) = self.borrowed.get(&update.key)
+        {
+            let own = borrowed.iter().filter(|(_, node)| **node == self.local);
+            self.holders
+                .extend(own.map(|(address, node)| (*address, node.clone())));
+        }
+    }
+
+    fn translate(&mut self, update: &Update, out: &mut Vec<Input>) {
         let (key, value) = (&update.key, update.value.as_deref());
         match (key.kind, value) {
             (Kind::IPPool, Some(AnyResource::IPPool(pool))) => {
@@ -138,6 +180,7 @@ impl Resources {
             vxlan_enabled: spec.vxlan_enabled,
             ipip_enabled: spec.ipip_enabled,
         };
+        self.wireguard = wireguard(spec);
         self.felix_routes = spec.program_cluster_routes;
         self.decide(out);
     }
@@ -222,6 +265,60 @@ impl Resources {
         if !now.is_empty() {
             self.borrowed.insert(key.clone(), now);
         }
+    }
+}
+
+/// The part of the settings that is about encryption.
+fn wireguard(spec: &FelixConfigurationSpec) -> WireguardSettings {
+    let defaults = WireguardSettings::default();
+    let family =
+        |default: FamilySettings, enabled: Option<bool>, device: &Option<String>, port, mtu| {
+            FamilySettings {
+                enabled: enabled.unwrap_or(default.enabled),
+                device: device.clone().unwrap_or(default.device),
+                port: Option::unwrap_or(port, default.port),
+                mtu: Option::filter(mtu, |mtu: &u32| *mtu != 0),
+            }
+        };
+    let table = spec.route_table_ranges.as_ref();
+    let table = table
+        .and_then(|ranges| ranges.first().copied())
+        .or(spec.route_table_range);
+    // The sixth bit of ours, as Calico allocates them: accept, pass, drop and two of scratch come before.
+    let mask = spec
+        .nftables_mark_mask
+        .or(spec.iptables_mark_mask)
+        .unwrap_or(0xffff_0000);
+    let sixth = (0..32).map(|bit| 1 << bit).filter(|bit| mask & bit != 0);
+    let keepalive = spec.wireguard_persistent_keep_alive;
+    WireguardSettings {
+        v4: family(
+            defaults.v4,
+            spec.wireguard_enabled,
+            &spec.wireguard_interface_name,
+            spec.wireguard_listening_port,
+            spec.wireguard_mtu,
+        ),
+        v6: family(
+            defaults.v6,
+            spec.wireguard_enabled_v6,
+            &spec.wireguard_interface_name_v6,
+            spec.wireguard_listening_port_v6,
+            spec.wireguard_mtu_v6,
+        ),
+        priority: spec
+            .wireguard_routing_rule_priority
+            .unwrap_or(defaults.priority),
+        table: table.map_or(defaults.table, |range| range.min),
+        mark: sixth
+            .clone()
+            .nth(5)
+            .or_else(|| sixth.last())
+            .unwrap_or(defaults.mark),
+        hosts: spec.wireguard_host_encryption_enabled.unwrap_or(false),
+        keepalive: keepalive.map_or(0, |keepalive| {
+            u16::try_from(keepalive.0.as_secs()).unwrap_or(u16::MAX)
+        }),
     }
 }
 

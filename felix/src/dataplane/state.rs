@@ -43,6 +43,8 @@ pub struct State {
     pub unusable: BTreeMap<Key, Vec<String>>,
     /// Things that an operator should know.
     pub notices: Vec<String>,
+    /// Names of the WireGuard devices for IPv4 and IPv6, as the settings have them.
+    pub wireguard_devices: [String; 2],
     /// Tunnel devices and endpoints.
     pub tunnels: TunnelState,
     /// Routes.

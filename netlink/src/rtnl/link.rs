@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 
 use super::{
     AF_INET6, AF_UNSPEC, RTM_DELADDR, RTM_DELLINK, RTM_DELRULE, RTM_GETADDR, RTM_GETLINK,
-    RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, family,
+    RTM_GETNSID, RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, family,
 };
 use crate::{
     address::Address,
@@ -62,6 +62,22 @@ pub(crate) fn write_address_dump(writer: &mut Writer, ifindex: Option<IfIndex>, 
     header[4..8].copy_from_slice(&ifindex.unwrap_or(0).to_ne_bytes());
     writer.raw(&header);
     writer.finish();
+}
+
+/// Asks for the number of another namespace (`include/uapi/linux/net_namespace.h`).
+pub(crate) fn write_nsid_query(writer: &mut Writer, fd: u32, sequence: u32) {
+    writer.begin(RTM_GETNSID, NLM_F_REQUEST, sequence);
+    writer.raw(&[AF_UNSPEC]);
+    // NETNSA_FD
+    writer.u32(3, fd);
+    writer.finish();
+}
+
+/// The number; `None` inside for a namespace that has none here.
+pub(crate) fn read_nsid(message: &Message<'_>) -> Option<Option<i32>> {
+    // `struct rtgenmsg` is one byte; NETNSA_NSID, where -1 is NETNSA_NSID_NOT_ASSIGNED.
+    let number = Attrs::after(message.payload, 1).find(1)?.get_u32()?;
+    Some(Some(number.cast_signed()).filter(|number| *number >= 0))
 }
 
 pub(crate) fn write_rule_dump(writer: &mut Writer, v6: bool, sequence: u32) {

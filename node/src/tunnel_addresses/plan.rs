@@ -5,15 +5,21 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_api::selector::Selector;
-use cali_api::v3::{AllowedUse, EncapMode, IPPool, Node};
+use cali_api::v3::{AllowedUse, EncapMode, IPPool, Node, NodeStatus};
 use cali_ipam::tunnel::Tunnel;
 
 /// How long an address is kept after the last pool that asked for it stopped doing so. Longer than devices and routes outlive it (peers
 /// see an edit of a pool later than this node), so that the address is not given to a pod while a tunnel still has it.
 pub const LINGER: Duration = Duration::from_secs(120);
 
-/// The tunnels that pools ask for, in Calico's order. (WireGuard is asked for by a key.)
-pub const TUNNELS: [Tunnel; 3] = [Tunnel::Ipip, Tunnel::Vxlan, Tunnel::VxlanV6];
+/// All tunnels, in Calico's order. Pools ask for most of them; WireGuard is asked for by the node's public key.
+pub const TUNNELS: [Tunnel; 5] = [
+    Tunnel::Wireguard,
+    Tunnel::WireguardV6,
+    Tunnel::Ipip,
+    Tunnel::Vxlan,
+    Tunnel::VxlanV6,
+];
 
 /// Where the address of a tunnel stands in the Node resource.
 pub fn published(tunnel: Tunnel, node: &Node) -> Option<IpAddr> {
@@ -61,13 +67,19 @@ pub fn publish(tunnel: Tunnel, node: &mut Node, address: Option<IpAddr>) {
     }
 }
 
-fn wanted_by(tunnel: Tunnel, pool: &IPPool) -> bool {
-    let mode = match tunnel {
-        Tunnel::Ipip => pool.spec.ipip(),
-        Tunnel::Vxlan | Tunnel::VxlanV6 => pool.spec.vxlan(),
-        Tunnel::Wireguard | Tunnel::WireguardV6 => EncapMode::Never,
+fn wanted_by(tunnel: Tunnel, pool: &IPPool, node: &Node) -> bool {
+    let key = |key: fn(&NodeStatus) -> &String| {
+        node.status
+            .as_ref()
+            .is_some_and(|status| !key(status).is_empty())
     };
-    mode != EncapMode::Never && pool.spec.cidr.is_v4() == tunnel.is_v4()
+    let wanted = match tunnel {
+        Tunnel::Ipip => pool.spec.ipip() != EncapMode::Never,
+        Tunnel::Vxlan | Tunnel::VxlanV6 => pool.spec.vxlan() != EncapMode::Never,
+        Tunnel::Wireguard => key(|status| &status.wireguard_public_key),
+        Tunnel::WireguardV6 => key(|status| &status.wireguard_public_key_v6),
+    };
+    wanted && pool.spec.cidr.is_v4() == tunnel.is_v4()
 }
 
 /// What is to be done for one tunnel.
@@ -156,7 +168,7 @@ fn is_eligible(tunnel: Tunnel, pool: &IPPool, node: &Node) -> bool {
         selector.is_empty()
             || Selector::parse(selector).is_ok_and(|s| s.matches(&node.metadata.labels))
     };
-    wanted_by(tunnel, pool)
+    wanted_by(tunnel, pool, node)
         && !pool.spec.disabled
         && pool.metadata.deletion_timestamp.is_none()
         && pool.spec.allows(AllowedUse::Tunnel)
@@ -220,6 +232,21 @@ mod tests {
             plan(&pools, &node(None), &["10.2.0.9"]),
             Action::Publish("10.2.0.9".parse().unwrap())
         );
+    }
+
+    #[test]
+    fn wireguard_gets_an_address_of_any_pool_once_its_key_is_published() {
+        let pools = [pool("a", "10.1.0.0/16", EncapMode::Never)];
+        let mut node = node(None);
+        let plan = |node: &Node| {
+            Planner::default().plan(Tunnel::Wireguard, &pools, node, &[], Instant::now())
+        };
+        assert_eq!(plan(&node), Action::Nothing);
+        node.status = Some(NodeStatus {
+            wireguard_public_key: "key".into(),
+            ..NodeStatus::default()
+        });
+        assert!(matches!(plan(&node), Action::Assign { .. }));
     }
 
     #[test]
