@@ -9,7 +9,7 @@ use std::str::FromStr;
 use crate::{IPIP_DEVICE, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE, Via};
 
 /// The annotation of the Node resource that carries the word: names from [`Receives`]'s text form, with commas.
-pub const ANNOTATION: &str = "cali.projectcalico.org/receives";
+pub const ANNOTATION: &str = "projectcalico.org/receives";
 
 /// Ways in which packets for a node's pods may arrive.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]

@@ -55,7 +55,7 @@ pub fn tell(node: &mut Node, word: &Word) -> bool {
     let before = (node.metadata.annotations.clone(), node.status.clone());
     node.metadata
         .annotations
-        .insert(RECEIVES_ANNOTATION.into(), word.receives.to_string().into());
+        .insert(RECEIVES_ANNOTATION.into(), word.receives.to_string());
     let mut status = node.status.clone().unwrap_or_default();
     status.wireguard_public_key.clone_from(&word.keys[0]);
     status.wireguard_public_key_v6.clone_from(&word.keys[1]);

@@ -313,7 +313,7 @@ fn wireguard(spec: &FelixConfigurationSpec) -> WireguardSettings {
         mark: sixth
             .clone()
             .nth(5)
-            .or_else(|| sixth.last())
+            .or_else(|| sixth.clone().next_back())
             .unwrap_or(defaults.mark),
         hosts: spec.wireguard_host_encryption_enabled.unwrap_or(false),
         keepalive: keepalive.map_or(0, |keepalive| {

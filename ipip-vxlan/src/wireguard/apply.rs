@@ -135,7 +135,9 @@ impl Crypt {
         }
         let lingers = self.made.is_some();
         let since = *self.unasked_since.get_or_insert_with(|| {
-            info!(v4 = self.v4, "WireGuard is not wanted any more");
+            if lingers {
+                info!(v4 = self.v4, "WireGuard is not wanted any more");
+            }
             now
         });
         let place = self.made.clone().unwrap_or_else(|| settings.clone());
