@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cali_api::update::{SyncEvent, SyncStatus};
-use tokio::sync::mpsc;
+use cali_api::v3::LogLevel;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 
-use crate::config::{Local, Notice, Resources, compile};
+use crate::config::{Local, Resources, compile};
+use crate::devices::Devices;
 use crate::speaker::settings::Settings;
 use crate::speaker::{Environment, Speaker};
 
@@ -46,38 +48,63 @@ pub struct Agent {
     local: Local,
     secrets: PathBuf,
     applied: Option<Settings>,
-    notices: Vec<Notice>,
     problem: Option<String>,
+    devices: Option<watch::Receiver<Devices>>,
+    set_level: Option<SetLevel>,
+    level: Option<LogLevel>,
 }
+
+/// Sets how much the log says; `None` is what the environment asked for.
+pub type SetLevel = Box<dyn Fn(Option<LogLevel>) + Send>;
 
 impl Agent {
     /// An agent for a node whose passwords lie in this folder.
     #[must_use]
     pub fn new(local: Local, secrets: PathBuf) -> Self {
         Self {
-            resources: Resources::default(),
+            resources: Resources::of_node(&local.node),
             local,
             secrets,
             applied: None,
-            notices: Vec::new(),
             problem: None,
+            devices: None,
+            set_level: None,
+            level: None,
         }
+    }
+
+    /// Announces also what the kernel forwards straight to interfaces.
+    #[must_use]
+    pub fn with_devices(mut self, devices: watch::Receiver<Devices>) -> Self {
+        self.devices = Some(devices);
+        self
+    }
+
+    /// Lets `logSeverityScreen` take effect.
+    #[must_use]
+    pub fn with_log_level(mut self, set: SetLevel) -> Self {
+        self.set_level = Some(set);
+        self
     }
 
     /// Settings that differ from those applied last, if there can be a speaker now.
     fn next_settings(&mut self) -> Option<Settings> {
         self.local.passwords = read_passwords(&self.secrets, &self.resources);
+        if let Some(devices) = &mut self.devices {
+            self.local.devices = Devices::clone(&devices.borrow_and_update());
+        }
+        self.follow_level();
         match compile(&self.resources, &self.local) {
-            Ok((settings, notices)) => {
+            Ok(settings) => {
                 self.problem = None;
-                for notice in notices.iter().filter(|n| !self.notices.contains(n)) {
+                let known = self.applied.as_ref().map_or(&[][..], |a| &a.host.notices);
+                for notice in settings.host.notices.iter().filter(|n| !known.contains(n)) {
                     warn!(
                         object = notice.object,
                         reason = notice.reason,
                         "left out of the configuration"
                     );
                 }
-                self.notices = notices;
                 (self.applied.as_ref() != Some(&settings)).then_some(settings)
             }
             Err(problem) => {
@@ -94,6 +121,16 @@ impl Agent {
         }
     }
 
+    fn follow_level(&mut self) {
+        let level = self.resources.log_level(&self.local.node);
+        if level != self.level {
+            self.level = level;
+            if let Some(set) = &self.set_level {
+                set(level);
+            }
+        }
+    }
+
     /// Runs until the stream ends. The speaker starts when all resources are known; it is handed to `started`.
     pub async fn run(
         mut self,
@@ -105,7 +142,9 @@ impl Agent {
         let mut running: Option<(Speaker, JoinHandle<()>)> = None;
         let mut in_sync = false;
         let mut due = Instant::now() + SECRETS;
+        let mut devices = self.devices.clone();
         loop {
+            let mut matters = true;
             tokio::select! {
                 event = events.recv() => match event {
                     None => return running.map(|(_, task)| task),
@@ -114,11 +153,13 @@ impl Agent {
                         info!(?status, "resources");
                     }
                     Some(SyncEvent::Updates(updates)) => {
+                        matters = false;
                         for update in &updates {
-                            self.resources.apply(update);
+                            matters |= self.resources.apply(update);
                         }
                     }
                 },
+                () = changed(&mut devices) => {}
                 () = ended(&running) => return running.map(|(_, task)| task),
                 () = sleep_until(due) => {
                     due = Instant::now() + SECRETS;
@@ -144,10 +185,21 @@ impl Agent {
                     continue;
                 }
             }
-            if in_sync {
+            if in_sync && matters {
                 due = due.min(Instant::now() + COALESCE);
             }
         }
+    }
+}
+
+/// Resolves when the kernel's routes to interfaces have changed; never where they are not followed.
+async fn changed(devices: &mut Option<watch::Receiver<Devices>>) {
+    let ended = match devices {
+        Some(devices) => devices.changed().await.is_err(),
+        None => true,
+    };
+    if ended {
+        std::future::pending::<()>().await;
     }
 }
 

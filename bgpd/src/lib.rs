@@ -2,14 +2,17 @@
 //!
 //! The core ([`wire`], [`fsm`], [`gr`], [`rib`], [`policy`], [`config`]) is pure: no sockets, no clock, no randomness;
 //! time and every event come in as values. The edge is [`transport`], [`speaker`] (with a task per neighbour),
-//! [`sink`] and [`control`].
+//! [`sink`], [`devices`] and [`control`].
 
 pub mod agent;
 pub mod bfd;
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod fsm;
 pub mod gr;
+pub mod metrics;
+pub mod mrt;
 pub mod policy;
 pub mod reach;
 pub mod rib;

@@ -1,20 +1,24 @@
 //! The daemon `bgpd`.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bgpd::agent::Agent;
+use bgpd::agent::{Agent, SetLevel};
 use bgpd::config::standalone::{self, Configuration};
 use bgpd::config::{KINDS, Local};
+use bgpd::metrics::Metrics;
 use bgpd::sink::{Nowhere, Sink, kernel::Kernel, node::Node};
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::tcp::Tcp;
-use bgpd::{control, reach};
+use bgpd::{control, devices, reach};
+use cali_api::v3::LogLevel;
 use cali_control::paths;
 use cali_netlink::Netlink;
+use cali_telemetry::{Endpoint, Registry, Serving};
 use clap::{Parser, Subcommand};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -46,6 +50,9 @@ struct Arguments {
         value_name = "FOLDER"
     )]
     secrets: PathBuf,
+    /// Serves Prometheus metrics at this address and port.
+    #[arg(long, env = "CALI_BGP_METRICS_ADDRESS", value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -59,12 +66,18 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("CALI_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt()
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
-        .init();
+        .with_env_filter(log_filter(None))
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    log.init();
+    let set_level = Box::new(move |level| {
+        if let Err(error) = handle.reload(log_filter(level)) {
+            tracing::warn!(%error, "the level of the log cannot be changed");
+        }
+    });
     let result = match &arguments {
         Arguments {
             command: Some(Command::Check { file }),
@@ -73,10 +86,10 @@ fn main() -> ExitCode {
         // A file on the command line counts more than a node's name in the environment.
         Arguments {
             config: Some(file), ..
-        } => run_alone(file),
+        } => run_alone(file, &arguments),
         Arguments {
             node: Some(node), ..
-        } => run_on_node(node, &arguments),
+        } => run_on_node(node, &arguments, set_level),
         _ => Err(anyhow::anyhow!(
             "either --node NAME or --config FILE is needed"
         )),
@@ -88,6 +101,20 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// `CALI_LOG` counts before `logSeverityScreen`, and that before "info".
+fn log_filter(level: Option<LogLevel>) -> EnvFilter {
+    EnvFilter::try_from_env("CALI_LOG").unwrap_or_else(|_| {
+        EnvFilter::new(match level {
+            Some(LogLevel::Trace) => "trace",
+            Some(LogLevel::Debug) => "debug",
+            Some(LogLevel::Info) | None => "info",
+            Some(LogLevel::Warning) => "warn",
+            Some(LogLevel::Error | LogLevel::Fatal | LogLevel::Panic) => "error",
+            Some(LogLevel::None) => "off",
+        })
+    })
 }
 
 fn read_configuration(file: &Path) -> anyhow::Result<Configuration> {
@@ -127,8 +154,10 @@ fn open_control() -> anyhow::Result<UnixListener> {
 }
 
 #[tokio::main]
-async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
-    let environment = environment(kernel()?, Box::new(Node::start(paths::routes_socket())));
+async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> anyhow::Result<()> {
+    let netlink = kernel()?;
+    let devices = devices::follow(netlink.clone()).context("cannot read the kernel's routes")?;
+    let environment = environment(netlink, Box::new(Node::start(paths::routes_socket())));
     let local = Local {
         router_id: arguments.router_id.parse().map_err(anyhow::Error::msg)?,
         node: node.to_owned(),
@@ -137,12 +166,18 @@ async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
     let events = typha::source::from_env(&KINDS, node).context("cannot follow the resources")?;
     let listener = open_control()?;
     let started = std::sync::OnceLock::new();
+    let metrics = Metrics::default();
+    let _serving = serve_metrics(arguments.metrics, &metrics).await?;
     let serve = |speaker: &Speaker| {
+        metrics.of(speaker);
         // The agent starts one speaker only.
         let _ = started.set(speaker.clone());
         tokio::spawn(control::serve(listener, speaker.clone()));
     };
-    let agent = Agent::new(local, arguments.secrets.clone()).run(events, environment, serve);
+    let agent = Agent::new(local, arguments.secrets.clone())
+        .with_devices(devices)
+        .with_log_level(set_level)
+        .run(events, environment, serve);
     tokio::select! {
         task = agent => match task {
             Some(task) => task.await.context("the speaker failed"),
@@ -160,7 +195,7 @@ async fn run_on_node(node: &str, arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 #[tokio::main]
-async fn run_alone(file: &Path) -> anyhow::Result<()> {
+async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let Configuration { settings, install } = read_configuration(file)?;
     let netlink = kernel()?;
     let sink: Box<dyn Sink> = if install {
@@ -171,6 +206,9 @@ async fn run_alone(file: &Path) -> anyhow::Result<()> {
     };
     let listener = open_control()?;
     let (speaker, mut task) = Speaker::start(environment(netlink, sink), settings);
+    let metrics = Metrics::default();
+    metrics.of(&speaker);
+    let _serving = serve_metrics(arguments.metrics, &metrics).await?;
     tokio::spawn(control::serve(listener, speaker.clone()));
     let mut reload = signal(SignalKind::hangup())?;
     loop {
@@ -192,6 +230,21 @@ async fn run_alone(file: &Path) -> anyhow::Result<()> {
             }
         }
     }
+}
+
+/// Serves metrics for as long as the returned value lives, where an address is named.
+async fn serve_metrics(
+    address: Option<SocketAddr>,
+    metrics: &Metrics,
+) -> anyhow::Result<Option<Serving>> {
+    let Some(address) = address else {
+        return Ok(None);
+    };
+    let registry = Registry::new();
+    registry.register(Box::new(metrics.clone()))?;
+    let serving = Endpoint::default().metrics(registry).serve(address).await;
+    let serving = serving.with_context(|| format!("cannot serve metrics at {address}"))?;
+    Ok(Some(serving))
 }
 
 async fn terminated() -> anyhow::Result<&'static str> {

@@ -26,6 +26,9 @@ fn ip(arguments: &str) {
     );
 }
 
+/// Where each node serves its metrics, in its own namespace.
+const METRICS: &str = "127.0.0.1:9179";
+
 struct Node {
     name: String,
     netns: String,
@@ -50,6 +53,7 @@ impl Node {
             format!("bgpd-a{n}-{}", std::process::id()),
         );
         ip(&format!("netns add {netns}"));
+        ip(&format!("-n {netns} link set lo up"));
         let run = folder.join(&name);
         std::fs::create_dir_all(&run).unwrap();
         Self {
@@ -99,6 +103,7 @@ impl Node {
             .env("CALI_RUN_DIR", &self.run)
             .env("DATASTORE_TYPE", "sqlite")
             .env("CALI_SQLITE_PATH", database)
+            .env("CALI_BGP_METRICS_ADDRESS", METRICS)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -112,6 +117,19 @@ impl Node {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// What a scrape in the node's namespace gets.
+    fn metrics(&self) -> String {
+        let (host, port) = METRICS.split_once(':').unwrap();
+        let request = "GET /metrics HTTP/1.1\\r\\nHost: n\\r\\nConnection: close\\r\\n\\r\\n";
+        let script =
+            format!("exec 3<>/dev/tcp/{host}/{port}; printf '{request}' >&3; timeout 10 cat <&3");
+        let out = Command::new("ip")
+            .args(["netns", "exec", &self.netns, "bash", "-c", &script])
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&out.stdout).into_owned()
     }
 
     fn text(&self) -> String {
@@ -253,4 +271,32 @@ async fn nodes_mesh_by_their_resources_and_survive_a_kill() {
         [] as [String; 0],
         "node2 lost routes"
     );
+
+    // A pod of node1 with an address of node2's block, as the kernel has it; and then without.
+    ip(&format!(
+        "-n {} link add cali1 type veth peer name pod1",
+        one.netns
+    ));
+    ip(&format!("-n {} link set cali1 up", one.netns));
+    ip(&format!(
+        "-n {} route add 10.10.2.7/32 dev cali1 proto 80",
+        one.netns
+    ));
+    two.wait("the borrowed address", |f| {
+        Node::announces(f, "10.10.2.7/32")
+    })
+    .await;
+    ip(&format!("-n {} link set cali1 down", one.netns));
+    two.wait("its withdrawal", |f| {
+        Node::withdraws(f).contains(&"10.10.2.7/32".to_owned())
+    })
+    .await;
+    let metrics = one.metrics();
+    for line in [
+        "bgp_peers{state=\"Established\"} 2",
+        "bgp_table_prefixes{family=\"ipv4\"}",
+        "bgp_peer_up{name=\"node2\",peer=\"10.98.0.2\",type=\"node-to-node mesh\"} 1",
+    ] {
+        assert!(metrics.contains(line), "no {line} in\n{metrics}");
+    }
 }

@@ -82,10 +82,10 @@ fn date(days: u64) -> (u64, u64, u64) {
 }
 
 /// ASCII borders, centred headings, cells to the left.
-pub(crate) fn table<const N: usize>(header: &[&str; N], rows: &[[String; N]]) -> String {
-    let mut widths = header.map(str::len);
+pub(crate) fn table<R: AsRef<[String]>>(header: &[&str], rows: &[R]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|name| name.len()).collect();
     for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
+        for (width, cell) in widths.iter_mut().zip(row.as_ref()) {
             *width = (*width).max(cell.chars().count());
         }
     }
@@ -101,13 +101,26 @@ pub(crate) fn table<const N: usize>(header: &[&str; N], rows: &[[String; N]]) ->
     text.push_str("|\n");
     text.push_str(&border);
     for row in rows {
-        for (width, cell) in widths.iter().zip(row) {
+        for (width, cell) in widths.iter().zip(row.as_ref()) {
             text.push_str(&format!("| {cell:<width$} "));
         }
         text.push_str("|\n");
     }
     text.push_str(&border);
     text
+}
+
+/// The same without the columns that are empty in every row.
+pub(crate) fn table_of_used<const N: usize>(header: &[&str; N], rows: &[[String; N]]) -> String {
+    let used: Vec<usize> = (0..N)
+        .filter(|column| rows.iter().any(|row| !row[*column].is_empty()))
+        .collect();
+    let header: Vec<&str> = used.iter().map(|column| header[*column]).collect();
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| used.iter().map(|column| row[*column].clone()).collect())
+        .collect();
+    table(&header, &rows)
 }
 
 #[cfg(test)]
@@ -137,6 +150,7 @@ mod tests {
             updates_out: 0,
             established_count: 0,
             bfd: None,
+            ..crate::bgp::sample::peer()
         }
     }
 
@@ -160,6 +174,7 @@ mod tests {
             prefixes_v4: 0,
             prefixes_v6: 0,
             restarting: false,
+            ..crate::bgp::sample::status()
         };
         let expected = "\
 IPv4 BGP status

@@ -27,6 +27,14 @@ pub enum BgpRequest {
         peer: IpAddr,
         direction: Direction,
     },
+    /// Everything about the longest prefix around this one that has a route: its paths, and who is told of it.
+    Explain {
+        of: Cidr,
+    },
+    /// A piece of the table as MRT records (RFC 6396 TABLE_DUMP_V2). The first has no cursor.
+    Mrt {
+        cursor: Option<MrtCursor>,
+    },
     /// Re-reads the peer's routes (RFC 2918) without a reset.
     Refresh {
         peer: IpAddr,
@@ -42,6 +50,20 @@ pub enum Direction {
     Received,
     Accepted,
     Advertised,
+    /// Selected routes that the peer is not told of, with the reason.
+    Withheld,
+}
+
+/// Where a dump goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MrtCursor {
+    pub ipv6: bool,
+    /// Number of a destination in the table.
+    pub destination: u32,
+    /// Sequence number of the next record.
+    pub sequence: u32,
+    /// Entries of the peer index table at the dump's start; neighbours that came later are left out.
+    pub peers: u16,
 }
 
 /// From `bgpd.sock`.
@@ -49,6 +71,12 @@ pub enum Direction {
 pub enum BgpResponse {
     Status(BgpStatus),
     Routes(Vec<RouteStatus>),
+    Explanation(Explanation),
+    /// Octets in hexadecimal, and where the dump goes on; nowhere when it is complete.
+    Mrt {
+        records: String,
+        next: Option<MrtCursor>,
+    },
     Done,
     /// The request could not be served; words for an operator.
     Error(String),
@@ -68,6 +96,80 @@ pub struct BgpStatus {
     pub prefixes_v6: u64,
     /// `true` until the first synchronisation with the route table has ended (graceful restart in progress).
     pub restarting: bool,
+    /// Objects that are left out of the configuration, each with its reason.
+    #[serde(default)]
+    pub notices: Vec<String>,
+    /// Routes that start here, per family.
+    #[serde(default)]
+    pub originated_v4: u64,
+    #[serde(default)]
+    pub originated_v6: u64,
+    /// Paths in the table, those of all peers.
+    #[serde(default)]
+    pub paths: u64,
+    /// Distinct sets of path attributes.
+    #[serde(default)]
+    pub attribute_sets: u64,
+    /// Groups of peers that are sent the same stream.
+    #[serde(default)]
+    pub update_groups: u64,
+}
+
+/// Something that happened, and when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    pub at: u64,
+    pub what: String,
+}
+
+/// BGP messages of all sessions with a peer so far, by type.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageCounts {
+    pub open: u64,
+    pub update: u64,
+    pub notification: u64,
+    pub keepalive: u64,
+    pub refresh: u64,
+}
+
+/// A peer whose routes are kept while it is away (RFC 4724 helper).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartStatus {
+    pub families: Vec<String>,
+    /// Seconds until the routes go, if the peer does not come back or does not send them again.
+    pub seconds_left: Option<u64>,
+}
+
+/// Routes of one family with a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FamilyStatus {
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    pub received: u64,
+    pub accepted: u64,
+    pub advertised: u64,
+}
+
+/// Everything about the routes of one destination.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// What was found around what was asked for; `None` if there is nothing.
+    pub prefix: Option<Cidr>,
+    /// All paths, the selected one first.
+    pub paths: Vec<RouteStatus>,
+    /// Whether the route table of the node gets it, and why not.
+    pub kernel: String,
+    /// What becomes of the selected path at every peer with a session.
+    pub peers: Vec<ToldStatus>,
+}
+
+/// Whether a peer is told of a route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToldStatus {
+    pub peer: IpAddr,
+    pub name: Option<String>,
+    /// Why it is not told; `None` if it is.
+    pub withheld: Option<String>,
 }
 
 /// How a peer came to be configured; the display form is the second column of `calictl node status`.
@@ -149,6 +251,35 @@ pub struct PeerStatus {
     /// How the path is watched (RFC 5880), where that is configured.
     #[serde(default)]
     pub bfd: Option<BfdStatus>,
+    /// Our address of the session.
+    #[serde(default)]
+    pub local_address: Option<IpAddr>,
+    /// The peer's BGP identifier, while there is a session.
+    #[serde(default)]
+    pub router_id: Option<Ipv4Addr>,
+    /// The last error or failed attempt; stays when a session stands again.
+    #[serde(default)]
+    pub last_error: Option<Event>,
+    /// How the last session ended.
+    #[serde(default)]
+    pub last_down: Option<Event>,
+    #[serde(default)]
+    pub messages_in: MessageCounts,
+    #[serde(default)]
+    pub messages_out: MessageCounts,
+    #[serde(default)]
+    pub restart: Option<RestartStatus>,
+    /// Families of the session, or those that are configured while there is none.
+    #[serde(default)]
+    pub families: Vec<FamilyStatus>,
+    /// The path is protected by a TCP MD5 password; by TTL security over this many hops.
+    #[serde(default)]
+    pub password: bool,
+    #[serde(default)]
+    pub ttl_hops: Option<u8>,
+    /// The peer is our route reflector client.
+    #[serde(default)]
+    pub reflector_client: bool,
 }
 
 /// The BFD session with a peer.
@@ -177,6 +308,12 @@ pub struct RouteStatus {
     pub communities: Vec<String>,
     pub best: bool,
     pub stale: bool,
+    /// As good as the best path: forwarding uses it as well.
+    #[serde(default)]
+    pub multipath: bool,
+    /// For a route that starts here: why it does ("block", "workload on cali1", ...).
+    #[serde(default)]
+    pub local: Option<String>,
     /// Why it is not best, not accepted or not advertised.
     pub reason: Option<String>,
 }

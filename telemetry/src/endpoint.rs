@@ -158,9 +158,8 @@ async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_LIMIT)
                 .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(CONNECTION_LIMIT, connection).await {
-                Ok(Err(error)) => debug!(%error, "a client of the health port went wrong"),
-                Ok(Ok(())) | Err(_) => {}
+            if let Ok(Err(error)) = tokio::time::timeout(CONNECTION_LIMIT, connection).await {
+                debug!(%error, "a client of the health port went wrong");
             }
             drop(place);
         });

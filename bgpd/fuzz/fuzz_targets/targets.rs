@@ -9,7 +9,7 @@ use std::time::Duration;
 use bgpd::policy::Policy;
 use bgpd::reach::Anywhere;
 use bgpd::sink::memory::Memory;
-use bgpd::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
+use bgpd::speaker::settings::{Exchange, HostRules, Neighbour, SessionSettings, Settings};
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::memory::Network;
 use bgpd::transport::{Protection, Target, Transport};
@@ -126,6 +126,7 @@ fn speaker(network: &Network, n: u8, neighbours: &[u8]) -> (Speaker, tokio::task
         neighbours: neighbours.iter().map(neighbour).collect(),
         ranges: Vec::new(),
         originated: Default::default(),
+        host: HostRules::default(),
     };
     let environment = Environment {
         transport: Arc::new(network.host(&[address(n)])),

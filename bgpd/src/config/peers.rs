@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
+use cali_api::Cidr;
 use cali_api::selector::Selector;
 use cali_api::v3::{
     BGPPassword, BGPPeerSpec, NextHopMode as ApiNextHopMode, ReversePeering, SourceAddress,
@@ -12,7 +13,7 @@ use cali_api::v3::{
 use cali_control::status::PeerKind as Origin;
 
 use super::policy::Policies;
-use super::{Local, NodeView, Notice, Resources};
+use super::{HostRules, Local, NodeView, Resources, prefix};
 use crate::rib::NextHopMode;
 use crate::speaker::settings::{Exchange, Neighbour, SessionSettings};
 use crate::transport::Protection;
@@ -36,6 +37,10 @@ struct Plan<'a> {
     name: Option<String>,
     /// The neighbour, if it is a node of the cluster.
     node: Option<&'a NodeView>,
+    /// A workload of this node.
+    workload: bool,
+    /// The BGPPeer is written for the other side: what it says of addresses and AS numbers is theirs.
+    reversed: bool,
 }
 
 fn selects(selector: &str, labels: &cali_api::StringMap) -> Result<bool, String> {
@@ -50,7 +55,7 @@ pub(super) fn neighbours(
     router_id: Ipv4Addr,
     local_as: u32,
     policies: &Policies<'_>,
-    notices: &mut Vec<Notice>,
+    host: &mut HostRules,
 ) -> BTreeMap<IpAddr, Neighbour> {
     let Some(node) = resources.nodes.get(&local.node) else {
         return BTreeMap::new();
@@ -64,12 +69,12 @@ pub(super) fn neighbours(
         policies,
     };
     let mut out = BTreeMap::new();
-    maker.mesh(&mut out, notices);
+    maker.mesh(&mut out, host);
     // Two passes, global ones first; an address that they name is not repeated by a narrower one.
     for global in [true, false] {
         for (name, spec) in &resources.peers {
             if (spec.node.is_empty() && spec.node_selector.is_empty()) == global {
-                maker.explicit(name, spec, &mut out, notices);
+                maker.explicit(name, spec, &mut out, host);
             }
         }
     }
@@ -77,7 +82,7 @@ pub(super) fn neighbours(
 }
 
 impl<'a> Maker<'a> {
-    fn mesh(&self, out: &mut BTreeMap<IpAddr, Neighbour>, notices: &mut Vec<Notice>) {
+    fn mesh(&self, out: &mut BTreeMap<IpAddr, Neighbour>, host: &mut HostRules) {
         let configuration = self.resources.configuration();
         if !configuration.mesh_enabled() || self.node.cluster_id().is_some() {
             return;
@@ -87,7 +92,7 @@ impl<'a> Maker<'a> {
                 continue;
             }
             for plan in self.plans_of_node(name, peer) {
-                let mut neighbour = self.neighbour(&plan, Origin::Mesh, &[], notices);
+                let mut neighbour = self.neighbour(&plan, Origin::Mesh, &[], host);
                 self.password(&mut neighbour, configuration.node_mesh_password.as_ref());
                 if let Some(time) = configuration.node_mesh_max_restart_time {
                     neighbour.session.restart_time = seconds(time.0);
@@ -111,6 +116,8 @@ impl<'a> Maker<'a> {
                     .unwrap_or(self.resources.configuration().default_asn().0),
                 name: Some(name.to_owned()),
                 node: Some(peer),
+                workload: false,
+                reversed: false,
             })
             .collect()
     }
@@ -120,42 +127,50 @@ impl<'a> Maker<'a> {
         name: &str,
         spec: &BGPPeerSpec,
         out: &mut BTreeMap<IpAddr, Neighbour>,
-        notices: &mut Vec<Notice>,
+        host: &mut HostRules,
     ) {
-        let origin = if spec.node.is_empty() && spec.node_selector.is_empty() {
-            Origin::Global
-        } else {
-            Origin::NodeSpecific
-        };
-        let plans = match self.plan(spec) {
+        let plans = match self.plan(name, spec, host) {
             Ok(plans) => plans,
-            Err(reason) => {
-                notices.push(Notice {
-                    object: format!("BGPPeer {name}"),
-                    reason,
-                });
-                return;
-            }
+            Err(reason) => return host.notice(format!("BGPPeer {name}"), reason),
         };
         for plan in plans {
+            let origin = if plan.workload {
+                Origin::LocalWorkload
+            } else if spec.node.is_empty() && spec.node_selector.is_empty() {
+                Origin::Global
+            } else {
+                Origin::NodeSpecific
+            };
             let taken = out
                 .get(&plan.address)
                 .is_some_and(|n| n.origin != Origin::Mesh && n.session.port == plan.port);
             if taken || self.node.addresses().any(|own| own == plan.address) {
                 continue;
             }
-            let mut neighbour = self.neighbour(&plan, origin, &spec.filters, notices);
+            let mut neighbour = self.neighbour(&plan, origin, &spec.filters, host);
             self.apply(&mut neighbour, &plan, spec);
             out.insert(plan.address, neighbour);
+            let gateway = spec.reachable_by.filter(|_| !plan.reversed);
+            if let (Some(gateway), Some(to)) = (gateway, prefix(&Cidr::host(plan.address))) {
+                host.static_routes.insert(to, gateway);
+            }
         }
     }
 
     /// The neighbours that a BGPPeer gives this node, from either side.
-    fn plan(&self, spec: &BGPPeerSpec) -> Result<Vec<Plan<'a>>, String> {
-        if !spec.local_workload_selector.is_empty() {
-            return Err("peering with local workloads is not supported yet".to_owned());
-        }
+    fn plan(
+        &self,
+        name: &str,
+        spec: &BGPPeerSpec,
+        host: &mut HostRules,
+    ) -> Result<Vec<Plan<'a>>, String> {
         let mut plans = Vec::new();
+        if !spec.local_workload_selector.is_empty() {
+            if self.has_peer(&self.local.node, self.node, spec)? {
+                plans.extend(self.workloads(name, spec, host)?);
+            }
+            return Ok(plans);
+        }
         if self.has_peer(&self.local.node, self.node, spec)? {
             plans.extend(self.forward(spec)?);
         }
@@ -163,9 +178,14 @@ impl<'a> Maker<'a> {
         if spec.reverse_peering != Some(ReversePeering::Manual) && self.is_peer(spec)? {
             for (name, other) in &self.resources.nodes {
                 if *name != self.local.node && self.has_peer(name, other, spec)? {
-                    plans.extend(self.plans_of_node(name, other).into_iter().filter(|p| {
+                    let theirs = self.plans_of_node(name, other).into_iter().filter(|p| {
                         spec.peer_ip
                             .is_none_or(|ip| ip.ip.is_ipv4() == p.address.is_ipv4())
+                    });
+                    plans.extend(theirs.map(|plan| Plan {
+                        remote_as: presented(spec, plan.remote_as),
+                        reversed: true,
+                        ..plan
                     }));
                 }
             }
@@ -189,20 +209,83 @@ impl<'a> Maker<'a> {
         if !spec.peer_selector.is_empty() {
             return selects(&spec.peer_selector, &self.node.labels);
         }
-        let ours = self.node.asn().unwrap_or(self.local_as);
-        Ok(spec
-            .peer_ip
-            .is_some_and(|ip| self.node.addresses().any(|own| own == ip.ip))
-            && spec.as_number.is_some_and(|a| a.0 == ours))
+        let port = self.resources.listen_port(&self.local.node);
+        Ok(spec.peer_ip.is_some_and(|peer| {
+            self.node.addresses().any(|own| own == peer.ip) && peer.port.is_none_or(|p| p == port)
+        }) && spec.as_number.is_some_and(|a| a.0 == self.local_as))
+    }
+
+    /// Workloads of this node as peers: they dial, from addresses of their own.
+    fn workloads(
+        &self,
+        name: &str,
+        spec: &BGPPeerSpec,
+        host: &mut HostRules,
+    ) -> Result<Vec<Plan<'a>>, String> {
+        let Some(remote_as) = spec.as_number else {
+            return Err("has localWorkloadSelector but no asNumber".to_owned());
+        };
+        let configuration = self.resources.configuration();
+        let mut plans = Vec::new();
+        let workloads = &self.resources.workloads;
+        for (workload, view) in workloads.iter().filter(|(_, w)| w.node == self.local.node) {
+            if !selects(&spec.local_workload_selector, &view.labels)? {
+                continue;
+            }
+            for address in &view.addresses {
+                let (field, peering) = if address.is_ipv4() {
+                    (
+                        "localWorkloadPeeringIPV4",
+                        configuration.local_workload_peering_ip_v4,
+                    )
+                } else {
+                    (
+                        "localWorkloadPeeringIPV6",
+                        configuration.local_workload_peering_ip_v6,
+                    )
+                };
+                if peering.is_none() {
+                    host.notice(
+                        format!("BGPPeer {name}"),
+                        format!("BGPConfiguration default has no {field}: workloads have no address to peer with but the node's own"),
+                    );
+                }
+                plans.push(Plan {
+                    address: *address,
+                    port: 179,
+                    remote_as: remote_as.0,
+                    name: Some(workload.clone()),
+                    node: None,
+                    workload: true,
+                    reversed: false,
+                });
+            }
+        }
+        Ok(plans)
     }
 
     fn forward(&self, spec: &BGPPeerSpec) -> Result<Vec<Plan<'a>>, String> {
         if !spec.peer_selector.is_empty() {
             let mut plans = Vec::new();
+            // Where both ends are selected, either way, both present the BGPPeer's AS number.
+            let mutual = self.is_peer(spec)?;
             for (name, other) in &self.resources.nodes {
-                if *name != self.local.node && selects(&spec.peer_selector, &other.labels)? {
-                    plans.extend(self.plans_of_node(name, other));
+                if *name == self.local.node || !selects(&spec.peer_selector, &other.labels)? {
+                    continue;
                 }
+                let mutual = mutual && self.has_peer(name, other, spec)?;
+                plans.extend(
+                    self.plans_of_node(name, other)
+                        .into_iter()
+                        .map(|plan| Plan {
+                            remote_as: if mutual {
+                                presented(spec, plan.remote_as)
+                            } else {
+                                plan.remote_as
+                            },
+                            ..plan
+                        }),
+                );
             }
             return Ok(plans);
         }
@@ -229,6 +312,8 @@ impl<'a> Maker<'a> {
             remote_as: remote_as.0,
             name: known.map(|(name, _)| name.clone()),
             node: known.map(|(_, node)| node),
+            workload: false,
+            reversed: false,
         }])
     }
 
@@ -237,17 +322,18 @@ impl<'a> Maker<'a> {
         plan: &Plan<'_>,
         origin: Origin,
         filters: &[String],
-        notices: &mut Vec<Notice>,
+        host: &mut HostRules,
     ) -> Neighbour {
         let v4 = plan.address.is_ipv4();
         let mut session = SessionSettings::new(self.local_as, self.router_id, Some(plan.remote_as));
         session.port = plan.port;
-        session.source = self.node.address(v4);
+        session.source = self.node.address(v4).filter(|_| !plan.workload);
+        session.passive = plan.workload;
         // Several paths reach a node through a route reflector (Calico's `add paths on`).
         session.add_path = AddPathMode::BOTH;
         session.families = if v4 { FamilySet::IPV4 } else { FamilySet::IPV6 };
-        let import = self.policies.import(filters, v4, notices);
-        let export = self.policies.export(filters, v4, notices);
+        let import = self.policies.import(filters, v4, host);
+        let export = self.policies.export(filters, v4, host);
         Neighbour {
             name: plan.name.clone(),
             origin,
@@ -260,7 +346,9 @@ impl<'a> Maker<'a> {
     fn apply(&self, neighbour: &mut Neighbour, plan: &Plan<'_>, spec: &BGPPeerSpec) {
         self.password(neighbour, spec.password.as_ref());
         let session = &mut neighbour.session;
-        session.local_as = spec.local_as_number.map_or(self.local_as, |a| a.0);
+        if !plan.reversed {
+            session.local_as = presented(spec, self.local_as);
+        }
         session.protection.ttl_hops = spec.ttl_security.filter(|hops| *hops > 0);
         if spec.source_address == Some(SourceAddress::None) {
             session.source = None;
@@ -315,6 +403,11 @@ impl<'a> Maker<'a> {
             }
         }
     }
+}
+
+/// The AS number that the nodes which a BGPPeer is written for present (`localASNumber`).
+fn presented(spec: &BGPPeerSpec, otherwise: u32) -> u32 {
+    spec.local_as_number.map_or(otherwise, |asn| asn.0)
 }
 
 fn seconds(duration: Duration) -> u16 {

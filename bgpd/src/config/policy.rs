@@ -1,5 +1,6 @@
 //! BGPFilters and Calico's built-in import and export rules as policies.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -8,7 +9,8 @@ use cali_api::v3::{
     PeerType,
 };
 
-use super::{NORMAL_PRIORITY, Notice, Resources, prefix};
+use super::originate::normal_priority;
+use super::{HostRules, Resources, prefix};
 use crate::policy::{
     Action, CidrMatch, CidrOperator, Condition, Edit, InterfacePattern, LocalKind, Policy,
     PolicyBuilder, PrefixSet, PriorityRange, Rule, SourceMatch, local_pref_of_priority,
@@ -19,11 +21,24 @@ use crate::wire::{Community, LargeCommunity, PeerKind, Prefix};
 /// absent one of the node that did.
 const TRANSIT_MED: u32 = 100;
 
-/// The rules that end every import and export of this node, shared by all its peers.
+/// Interfaces whose routes stay out of internal sessions: every node programs its tunnels itself.
+const TUNNELS: [&str; 2] = ["*.cali", "*.calico"];
+/// The same for IPIP, unless BGP supplies the routes over it.
+const IPIP: &str = "tunl0";
+/// Devices of the eBPF data plane.
+const EBPF: &str = "bpf*.cali";
+
+/// Which policy: names of BGPFilters, IPv4, import.
+type Wanted = (Vec<String>, bool, bool);
+
+/// The rules that end every import and export of this node, shared by all its peers; and the policies made so far, so
+/// that a mesh of a thousand peers has two of them.
 pub(super) struct Policies<'a> {
     filters: &'a BTreeMap<String, BGPFilterSpec>,
-    import_tail: Vec<Rule>,
-    export_tail: Vec<Rule>,
+    /// By family, IPv4 first.
+    import_tail: [Vec<Rule>; 2],
+    export_tail: [Vec<Rule>; 2],
+    made: RefCell<BTreeMap<Wanted, Arc<Policy>>>,
 }
 
 fn rule(origin: &str, conditions: Vec<Condition>, edits: Vec<Edit>, action: Action) -> Rule {
@@ -43,157 +58,185 @@ fn pools(resources: &Resources, exported: bool) -> PrefixSet {
     chosen.filter_map(|p| prefix(&p.cidr)).collect()
 }
 
-impl<'a> Policies<'a> {
-    pub(super) fn new(resources: &'a Resources, node: &str, blocks: &BTreeSet<Prefix>) -> Self {
-        let elevated = Condition::Priority(PriorityRange {
-            min: 0,
-            max: NORMAL_PRIORITY - 1,
-        });
-        let import_tail = vec![rule(
-            "preferred over local routes",
-            vec![elevated.clone()],
-            vec![Edit::PreferOverLocal],
-            Action::Next,
-        )];
-        let mut export_tail = vec![rule(
-            "IPPool disableBGPExport",
-            vec![Condition::CoveredBy(pools(resources, false))],
+/// Routes that are to be preferred over normal ones: of a workload that moves.
+fn elevated(resources: &Resources, v4: bool) -> Condition {
+    let normal = normal_priority(&resources.configuration(), v4);
+    Condition::Priority(PriorityRange {
+        min: 0,
+        max: normal.saturating_sub(1),
+    })
+}
+
+fn import_tail(resources: &Resources, v4: bool) -> Vec<Rule> {
+    vec![rule(
+        "preferred over local routes",
+        vec![elevated(resources, v4)],
+        vec![Edit::PreferOverLocal],
+        Action::Next,
+    )]
+}
+
+/// Calico's `calico_export_to_bgp_peers`, in its order.
+fn export_tail(
+    resources: &Resources,
+    node: &str,
+    blocks: &BTreeSet<Prefix>,
+    v4: bool,
+) -> Vec<Rule> {
+    let configuration = resources.configuration();
+    let interface = |name: &str| Condition::Interface(InterfacePattern::new(name));
+    let internal = || Condition::PeerType(PeerKind::Ibgp);
+    let mut tail = vec![rule(
+        "IPPool disableBGPExport",
+        vec![Condition::CoveredBy(pools(resources, false))],
+        vec![],
+        Action::Reject,
+    )];
+    use cali_api::v3::ProgramClusterRoutes as Program;
+    let ipip_by_bgp = matches!(
+        configuration.program_cluster_routes,
+        Some(Program::Enabled | Program::EnabledIPIPOnly)
+    );
+    let tunnels = TUNNELS.into_iter().chain((!ipip_by_bgp).then_some(IPIP));
+    tail.extend(tunnels.map(|name| {
+        rule(
+            "tunnel device",
+            vec![internal(), interface(name)],
             vec![],
             Action::Reject,
-        )];
-        export_tail.extend(advertisements(resources, node));
-        let own: PrefixSet = blocks.iter().copied().collect();
-        export_tail.extend([
-            rule(
-                "own block",
-                vec![Condition::OneOf(own.clone())],
-                vec![],
-                Action::Accept,
-            ),
-            rule(
-                "moving workload",
-                vec![Condition::CoveredBy(own.clone()), elevated],
-                vec![],
-                Action::Accept,
-            ),
-            rule(
-                "inside own block",
-                vec![Condition::CoveredBy(own)],
-                vec![],
-                Action::Reject,
-            ),
-            rule(
-                "service",
-                vec![Condition::Source(SourceMatch::Local(LocalKind::Service))],
-                vec![],
-                Action::Accept,
-            ),
-        ]);
-        if resources
-            .nodes
-            .get(node)
-            .and_then(super::NodeView::cluster_id)
-            .is_some()
-        {
-            let configuration = resources.configuration();
-            let ranges = configuration
-                .service_load_balancer_ips
-                .iter()
-                .chain(&configuration.service_external_ips);
-            let reflected: PrefixSet = ranges.filter_map(|r| prefix(&r.cidr)).collect();
-            export_tail.push(rule(
-                "reflected service",
-                vec![Condition::CoveredBy(reflected)],
-                vec![],
-                Action::Accept,
-            ));
-        }
-        // Calico offers every pool's routes to external peers, another node's too. Without a metric such a router sees the
-        // block's own node and all the others as equal, and may send packets in a circle between itself and one of them.
-        export_tail.push(rule(
-            "another node's route inside an IPPool",
-            vec![
-                Condition::PeerType(PeerKind::Ebgp),
-                Condition::Source(SourceMatch::RemotePeers),
-                Condition::CoveredBy(pools(resources, true)),
-            ],
-            vec![Edit::SetMed(TRANSIT_MED)],
+        )
+    }));
+    tail.push(rule(
+        "eBPF device",
+        vec![interface(EBPF)],
+        vec![],
+        Action::Reject,
+    ));
+    tail.extend(advertisements(resources, node));
+    let own: PrefixSet = blocks.iter().copied().collect();
+    tail.extend([
+        rule(
+            "own block",
+            vec![Condition::OneOf(own.clone())],
+            vec![],
             Action::Accept,
-        ));
-        export_tail.push(rule(
-            "inside an IPPool",
-            vec![Condition::CoveredBy(pools(resources, true))],
+        ),
+        rule(
+            "moving workload",
+            vec![Condition::CoveredBy(own.clone()), elevated(resources, v4)],
+            vec![],
+            Action::Accept,
+        ),
+        rule(
+            "inside own block",
+            vec![Condition::CoveredBy(own)],
+            vec![],
+            Action::Reject,
+        ),
+        rule(
+            "service",
+            vec![Condition::Source(SourceMatch::Local(LocalKind::Service))],
+            vec![],
+            Action::Accept,
+        ),
+    ]);
+    let this = resources.nodes.get(node);
+    if this.and_then(super::NodeView::cluster_id).is_some() {
+        let ranges = configuration
+            .service_load_balancer_ips
+            .iter()
+            .chain(&configuration.service_external_ips);
+        let reflected: PrefixSet = ranges.filter_map(|r| prefix(&r.cidr)).collect();
+        tail.push(rule(
+            "reflected service",
+            vec![Condition::CoveredBy(reflected)],
             vec![],
             Action::Accept,
         ));
+    }
+    // Calico offers every pool's routes to external peers, another node's too. Without a metric such a router sees the
+    // block's own node and all the others as equal, and may send packets in a circle between itself and one of them.
+    tail.push(rule(
+        "another node's route inside an IPPool",
+        vec![
+            Condition::PeerType(PeerKind::Ebgp),
+            Condition::Source(SourceMatch::RemotePeers),
+            Condition::CoveredBy(pools(resources, true)),
+        ],
+        vec![Edit::SetMed(TRANSIT_MED)],
+        Action::Accept,
+    ));
+    tail.push(rule(
+        "inside an IPPool",
+        vec![Condition::CoveredBy(pools(resources, true))],
+        vec![],
+        Action::Accept,
+    ));
+    tail
+}
+
+impl<'a> Policies<'a> {
+    pub(super) fn new(resources: &'a Resources, node: &str, blocks: &BTreeSet<Prefix>) -> Self {
         Self {
             filters: &resources.filters,
-            import_tail,
-            export_tail,
+            import_tail: [true, false].map(|v4| import_tail(resources, v4)),
+            export_tail: [true, false].map(|v4| export_tail(resources, node, blocks, v4)),
+            made: RefCell::default(),
         }
     }
 
     /// Import policy of a peer of this family with these BGPFilters: what no rule refuses is accepted.
-    pub(super) fn import(
-        &self,
-        names: &[String],
-        v4: bool,
-        notices: &mut Vec<Notice>,
-    ) -> Arc<Policy> {
-        let rules = self.filter_rules(names, notices, |f| {
-            if v4 {
-                ("importV4", &f.import_v4)
-            } else {
-                ("importV6", &f.import_v6)
-            }
-        });
-        Arc::new(
-            PolicyBuilder::default()
-                .rules(rules)
-                .rules(self.import_tail.iter().cloned())
-                .build(true),
-        )
+    pub(super) fn import(&self, names: &[String], v4: bool, host: &mut HostRules) -> Arc<Policy> {
+        self.policy(names, v4, true, host)
     }
 
     /// Export policy of a peer of this family with these BGPFilters: only what a rule accepts is sent.
-    pub(super) fn export(
+    pub(super) fn export(&self, names: &[String], v4: bool, host: &mut HostRules) -> Arc<Policy> {
+        self.policy(names, v4, false, host)
+    }
+
+    fn policy(
         &self,
         names: &[String],
         v4: bool,
-        notices: &mut Vec<Notice>,
+        import: bool,
+        host: &mut HostRules,
     ) -> Arc<Policy> {
-        let rules = self.filter_rules(names, notices, |f| {
-            if v4 {
-                ("exportV4", &f.export_v4)
-            } else {
-                ("exportV6", &f.export_v6)
-            }
+        let wanted = (names.to_vec(), v4, import);
+        if let Some(made) = self.made.borrow().get(&wanted) {
+            return Arc::clone(made);
+        }
+        let tails = if import {
+            &self.import_tail
+        } else {
+            &self.export_tail
+        };
+        let rules = self.filter_rules(names, host, |f| match (import, v4) {
+            (true, true) => ("importV4", &f.import_v4),
+            (true, false) => ("importV6", &f.import_v6),
+            (false, true) => ("exportV4", &f.export_v4),
+            (false, false) => ("exportV6", &f.export_v6),
         });
-        Arc::new(
-            PolicyBuilder::default()
-                .rules(rules)
-                .rules(self.export_tail.iter().cloned())
-                .build(false),
-        )
+        let tail = tails[usize::from(!v4)].iter().cloned();
+        let policy = PolicyBuilder::default().rules(rules).rules(tail);
+        let policy = Arc::new(policy.build(import));
+        self.made.borrow_mut().insert(wanted, Arc::clone(&policy));
+        policy
     }
 
     fn filter_rules(
         &self,
         names: &[String],
-        notices: &mut Vec<Notice>,
+        host: &mut HostRules,
         part: impl Fn(&BGPFilterSpec) -> (&'static str, &Vec<BGPFilterRule>),
     ) -> Vec<Rule> {
         let mut out = Vec::new();
         for name in names {
             let Some(filter) = self.filters.get(name) else {
-                let reason = "does not exist; peers that name it go without it".to_owned();
-                let notice = Notice {
-                    object: format!("BGPFilter {name}"),
-                    reason,
-                };
-                if !notices.contains(&notice) {
-                    notices.push(notice);
-                }
+                host.notice(
+                    format!("BGPFilter {name}"),
+                    "does not exist; peers that name it go without it",
+                );
                 continue;
             };
             let (label, rules) = part(filter);
@@ -211,7 +254,7 @@ impl<'a> Policies<'a> {
 /// `prefixAdvertisements` of the node's own BGPConfiguration, else of the cluster's.
 fn advertisements(resources: &Resources, node: &str) -> Vec<Rule> {
     let cluster = resources.configuration();
-    let own = resources.configurations.get(&format!("node.{node}"));
+    let own = resources.node_configuration(node);
     let listed = own
         .map(|c| &c.prefix_advertisements)
         .filter(|list| !list.is_empty())

@@ -31,7 +31,7 @@ use serde::Deserialize;
 
 use crate::policy::LocalKind;
 use crate::rib::LocalRoute;
-use crate::speaker::settings::Settings;
+use crate::speaker::settings::{HostRules, Settings};
 use crate::wire::{AnyCommunity, Attributes, CommunityParseError};
 use neighbor::Keys;
 
@@ -176,6 +176,7 @@ pub fn parse(text: &str) -> Result<Configuration, FileError> {
         neighbours,
         ranges,
         originated: routes.collect(),
+        host: HostRules::default(),
     };
     Ok(Configuration {
         settings,

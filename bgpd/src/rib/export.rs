@@ -163,17 +163,7 @@ fn export(
     if !may_leave(base, key, path, source) {
         return None;
     }
-    let interface = match base.hops.get(path.hop) {
-        Hop::Local { interface, .. } => interface.as_deref(),
-        Hop::Remote { .. } => None,
-    };
-    let view = RouteView {
-        prefix: base.tables[family].get(id).prefix,
-        attributes: base.attrs.get(path.attr),
-        source,
-        interface,
-        peer: key.codec.peer,
-    };
+    let view = view(base, key, family, id, path);
     let Verdict::Accept(edits) = key.export.evaluate(&view) else {
         return None;
     };
@@ -208,20 +198,96 @@ fn export(
     })
 }
 
+/// Why a path that is selected is not sent to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Withheld {
+    /// The peer has no session for the family.
+    NoFamily,
+    /// It came from this peer.
+    FromThisPeer,
+    /// It carries NO_ADVERTISE (RFC 1997).
+    NoAdvertise,
+    /// It carries NO_EXPORT or its kin, and the peer is external (RFC 1997).
+    NoExport,
+    /// It is long-lived stale, and the peer does not know what that means (RFC 9494 §4.3).
+    LongLivedStale,
+    /// From one internal peer to another, neither of which is our client (RFC 4271 §9.2, RFC 4456 §6).
+    NotReflected,
+    /// An export rule, by its number in the policy; none for the policy's default.
+    Filter(Option<u16>),
+    /// There is no next hop that the session can carry.
+    NoNextHop,
+}
+
 /// Rules that come before any filter.
 fn may_leave(base: &Base, key: &GroupKey, path: &Path, source: RouteSource) -> bool {
+    kept_back(base, key, path, source).is_none()
+}
+
+fn kept_back(base: &Base, key: &GroupKey, path: &Path, source: RouteSource) -> Option<Withheld> {
     let facts = base.attrs.key(path.attr);
     let external = key.codec.peer == PeerKind::Ebgp;
-    if facts.no_advertise || (external && facts.no_export) {
-        return false;
+    if facts.no_advertise {
+        return Some(Withheld::NoAdvertise);
+    }
+    if external && facts.no_export {
+        return Some(Withheld::NoExport);
     }
     // RFC 9494 §4.3: only to peers that know what LLGR_STALE means.
     if (path.has(mark::LONG_LIVED) || facts.llgr_stale) && !key.long_lived {
-        return false;
+        return Some(Withheld::LongLivedStale);
     }
     // RFC 4271 §9.2, RFC 4456 §6: between internal peers only from or to a client.
     let internal = source == RouteSource::Bgp(PeerKind::Ibgp) && !external;
-    !internal || key.client.is_some() || base.clients[usize::from(path.peer)].is_some()
+    let reflected = key.client.is_some() || base.clients[usize::from(path.peer)].is_some();
+    (internal && !reflected).then_some(Withheld::NotReflected)
+}
+
+/// Why a path is not sent to a peer of a group with this key; `None` if it is.
+pub(super) fn withheld(
+    base: &Base,
+    key: &GroupKey,
+    family: usize,
+    id: DestId,
+    path: &Path,
+    slot: u16,
+) -> Option<Withheld> {
+    if !key.codec.families.contains(Family::SUPPORTED[family]) {
+        return Some(Withheld::NoFamily);
+    }
+    if path.peer == slot {
+        return Some(Withheld::FromThisPeer);
+    }
+    let source = base.source(path);
+    if let Some(reason) = kept_back(base, key, path, source) {
+        return Some(reason);
+    }
+    let view = view(base, key, family, id, path);
+    if let Verdict::Reject(rule) = key.export.evaluate(&view) {
+        return Some(Withheld::Filter(rule));
+    }
+    let next_hop = next_hop(base, key, Family::SUPPORTED[family], path, source);
+    next_hop.is_none().then_some(Withheld::NoNextHop)
+}
+
+fn view<'a>(
+    base: &'a Base,
+    key: &GroupKey,
+    family: usize,
+    id: DestId,
+    path: &Path,
+) -> RouteView<'a> {
+    let interface = match base.hops.get(path.hop) {
+        Hop::Local { interface, .. } => interface.as_deref(),
+        Hop::Remote { .. } => None,
+    };
+    RouteView {
+        prefix: base.tables[family].get(id).prefix,
+        attributes: base.attrs.get(path.attr),
+        source: base.source(path),
+        interface,
+        peer: key.codec.peer,
+    }
 }
 
 fn edit(

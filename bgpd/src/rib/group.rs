@@ -6,9 +6,10 @@
 //! with a walk. A reader whose unread messages make the log too long is put behind: memory is bounded by
 //! [`RibConfig::stream_limit`](super::RibConfig::stream_limit) and the size of the table, and no member waits for another one.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use bytes::{Bytes, BytesMut};
+use foldhash::fast::RandomState;
 
 use super::adj_out::AdjOut;
 use super::base::Base;
@@ -277,6 +278,20 @@ impl Group {
             }
         }
         routes
+    }
+
+    /// How many routes of a family the group has, in all and by the peer that they came from (who is not told of them).
+    pub(super) fn told_counts(&self, family: usize) -> (u64, HashMap<u16, u64, RandomState>) {
+        let adj = &self.sides[family].adj;
+        let mut all = 0;
+        let mut by_source = HashMap::default();
+        for id in adj.destinations() {
+            for (_, out) in adj.get(id) {
+                all += 1;
+                *by_source.entry(out.source).or_default() += 1;
+            }
+        }
+        (all, by_source)
     }
 
     /// Gives back all references and holds; the group must not be used afterwards.

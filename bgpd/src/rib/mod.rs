@@ -24,6 +24,7 @@ mod batch;
 mod decision;
 mod engine;
 mod event;
+mod explain;
 mod export;
 mod forwarding;
 mod group;
@@ -41,6 +42,8 @@ pub use event::{
     BestChange, BestRoute, Gateway, LocalRoute, NextHopMode, NextHopState, PeerConfig, PeerId,
     PeerSlot, RibChanges, RibInput, RouteSource,
 };
+pub use explain::WithheldRoute;
+pub use export::Withheld;
 pub use group::Pull;
 pub use import::Refusal;
 pub use view::{PathStatus, PathView, PeerCounts, RibCounts};

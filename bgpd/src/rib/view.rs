@@ -1,11 +1,13 @@
 //! Looking at the table: for status, `routes` and explanations. Reads only.
 
+use std::sync::Arc;
+
 use super::decision::Step;
 use super::engine::Rib;
-use super::event::{Gateway, PeerSlot, RouteSource};
+use super::event::{BestRoute, Gateway, PeerSlot, RouteSource};
 use super::hops::Hop;
 use super::import::Refusal;
-use super::table::{Dest, mark};
+use super::table::{Dest, NO_FORWARDING, mark};
 use crate::wire::{Attributes, Family, NextHop, Nlri, Prefix};
 
 /// What became of a path.
@@ -38,6 +40,8 @@ pub struct PathView<'a> {
     pub attributes: &'a Attributes,
     /// Next hop; `None` for local routes.
     pub next_hop: Option<NextHop>,
+    /// Interface of a local route.
+    pub interface: Option<&'a str>,
     /// What became of it.
     pub status: PathStatus,
     /// The peer restarts.
@@ -91,6 +95,15 @@ impl Rib {
             .flat_map(|id| self.views(table.get(id)))
             .collect();
         (views, (stop < table.end()).then_some(stop))
+    }
+
+    /// The selected route of a prefix, as it was last handed out in a [`BestChange`](super::BestChange).
+    pub fn best(&self, prefix: &Prefix) -> Option<Arc<BestRoute>> {
+        let table = &self.base.tables[prefix.family().index()?];
+        let dest = table.get(table.find(prefix)?);
+        (dest.forwarding != NO_FORWARDING)
+            .then(|| self.forwarding.get(dest.forwarding))
+            .flatten()
     }
 
     /// What a peer has been told, or will be as soon as it reads.
@@ -183,6 +196,10 @@ impl Rib {
             path_id: path.path_id,
             attributes: self.base.attrs.get(path.attr),
             next_hop: remote(self.base.hops.get(path.hop)),
+            interface: match self.base.hops.get(path.hop) {
+                Hop::Local { interface, .. } => interface.as_deref(),
+                Hop::Remote { .. } => None,
+            },
             status: status(index),
             stale: path.has(mark::STALE | mark::LONG_LIVED),
         };

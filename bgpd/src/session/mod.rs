@@ -4,6 +4,7 @@
 //! kept in a backlog, and while something is in it no more messages are taken from the connections. So a busy
 //! table slows the peer down through TCP, while keepalives go on.
 
+mod counters;
 mod link;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -25,6 +26,7 @@ use crate::wire::{
     AddPathMode, Capability, Codec, Family, GracefulRestart, GracefulRestartFamily,
     LongLivedFamily, Message, Negotiated, Notification, Open, PeerKind, RouteRefresh, Update,
 };
+pub(crate) use counters::Counters;
 use link::{Link, LinkEvent, LinkReport};
 
 /// Portions of routes that may wait for a connection; the speaker bounds the size of each.
@@ -93,6 +95,8 @@ pub(crate) struct Surroundings {
     pub(crate) restarting: watch::Receiver<bool>,
     /// Seed of the jitter.
     pub(crate) seed: u64,
+    /// Counts messages.
+    pub(crate) counters: Arc<Counters>,
 }
 
 /// A connection whose OPEN has not been sent yet, or that is in use.
@@ -292,11 +296,9 @@ impl Session {
                 family,
                 kind: crate::wire::RefreshKind::Request,
             };
-            send(
-                &slot.link,
-                &Message::RouteRefresh(refresh),
-                &negotiated.codec,
-            );
+            let message = Message::RouteRefresh(refresh);
+            self.around.counters.on_sent(&message);
+            send(&slot.link, &message, &negotiated.codec);
         }
     }
 
@@ -356,6 +358,7 @@ impl Session {
             LinkEvent::Closed => return self.event(Event::Closed(role)),
             LinkEvent::Stalled => return self.event(Event::SendStalled(role)),
         };
+        self.around.counters.on_received(&message);
         let carries = self.fsm.established() == Some(role);
         match message {
             Message::Open(open) => {
@@ -482,6 +485,7 @@ impl Session {
         let reports = self.link_reports.0.clone();
         let message = Message::Open(ours.clone());
         let link = Link::start(connection, role, self.serial, ours, SEND_HOLD, reports);
+        self.around.counters.on_sent(&message);
         send(&link, &message, &Codec::basic(PeerKind::Ibgp));
         self.slots[role as usize] = Some(Slot {
             link,
@@ -552,6 +556,7 @@ impl Session {
             .opened
             .as_ref()
             .map_or(Codec::basic(PeerKind::Ibgp), |(n, _)| n.codec);
+        self.around.counters.on_sent(message);
         send(&slot.link, message, &codec);
     }
 

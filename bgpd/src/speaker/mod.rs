@@ -8,7 +8,9 @@
 //! applied by difference, so that only the neighbours concerned notice.
 
 mod admission;
+mod dump;
 mod dynamic;
+mod explain;
 mod listening;
 mod neighbours;
 mod paths;
@@ -202,6 +204,7 @@ impl State {
         self.listen().await;
         self.watch_paths().await;
         self.originate(&BTreeMap::new(), &first.originated);
+        self.apply_host_rules(&settings::HostRules::default());
         for (address, neighbour) in &first.neighbours {
             self.add(*address, neighbour, None);
         }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use cali_control::status::Event;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -15,7 +17,7 @@ use super::{State, unix_now};
 use crate::fsm;
 use crate::gr::{Heard, Helper, HelperTimer};
 use crate::rib::{PeerId, PeerSlot, RibInput};
-use crate::session::{Command, PeerReport, Report, Session, SessionUp, Surroundings};
+use crate::session::{Command, Counters, PeerReport, Report, Session, SessionUp, Surroundings};
 use crate::wire::{ErrorCode, FamilySet, Notification, RefreshKind, cease};
 
 /// Commands that may wait for a neighbour's task.
@@ -41,6 +43,7 @@ pub(super) struct Running {
     pub(super) shown: Shown,
     /// It came by itself.
     pub(super) dynamic: Option<Dynamic>,
+    pub(super) counters: Arc<Counters>,
 }
 
 /// What people see of a neighbour.
@@ -52,6 +55,10 @@ pub(super) struct Shown {
     pub(super) established_count: u64,
     pub(super) updates_in: u64,
     pub(super) updates_out: u64,
+    /// The last error or failed attempt; stays when a session stands again.
+    pub(super) last_error: Option<Event>,
+    /// How the last session ended.
+    pub(super) last_down: Option<Event>,
 }
 
 impl Running {
@@ -99,6 +106,9 @@ impl State {
         self.listen().await;
         self.watch_paths().await;
         self.originate(&old.originated, &settings.originated);
+        if old.host != settings.host {
+            self.apply_host_rules(&old.host);
+        }
         for (address, neighbour) in &settings.neighbours {
             match old.neighbours.get(address) {
                 None => self.add(*address, neighbour, None),
@@ -114,7 +124,9 @@ impl State {
             return;
         };
         let (commands, queue) = mpsc::channel(COMMANDS);
+        let counters = Arc::<Counters>::default();
         let surroundings = Surroundings {
+            counters: Arc::clone(&counters),
             peer: address,
             transport: self.environment.transport.clone(),
             reports: self.reports.0.clone(),
@@ -144,8 +156,11 @@ impl State {
                 established_count: 0,
                 updates_in: 0,
                 updates_out: 0,
+                last_error: None,
+                last_down: None,
             },
             dynamic,
+            counters,
         };
         self.slots.insert(slot, address);
         self.neighbours.insert(address, running);
@@ -249,6 +264,11 @@ impl State {
                 if let Some(dynamic) = &mut running.dynamic {
                     dynamic.on_state(state, Instant::now());
                 }
+                if let Some(what) = &info
+                    && running.shown.info != info
+                {
+                    running.shown.last_error = Some(now(what.clone()));
+                }
                 running.shown.info = info;
             }
             Report::Up(up) => {
@@ -256,7 +276,10 @@ impl State {
                 running.shown.established_count += 1;
                 self.session_up(address, *up);
             }
-            Report::Down(cause) => self.session_down(address, epoch, &cause),
+            Report::Down(cause) => {
+                running.shown.last_down = Some(now(cause.describe()));
+                self.session_down(address, epoch, &cause);
+            }
             Report::Update(update) => {
                 running.shown.updates_in += 1;
                 let peer = PeerId {
@@ -287,6 +310,13 @@ impl State {
                 }
             }
         }
+    }
+}
+
+fn now(what: String) -> Event {
+    Event {
+        at: unix_now(),
+        what,
     }
 }
 

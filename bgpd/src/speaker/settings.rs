@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cali_control::status::PeerKind as Origin;
 
-use crate::policy::Policy;
+use crate::policy::{Policy, PrefixSet};
 use crate::rib::{LocalRoute, NextHopMode, RibConfig};
 use crate::transport::Protection;
 use crate::wire::{AddPathMode, FamilySet, NextHop, Prefix};
@@ -29,6 +29,42 @@ pub struct Settings {
     pub ranges: Vec<Range>,
     /// Routes that start here.
     pub originated: BTreeMap<Prefix, LocalRoute>,
+    /// What a node of a cluster adds.
+    pub host: HostRules,
+}
+
+/// What a node of a cluster adds to a speaker: rules about its kernel, and what its operator should know.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HostRules {
+    /// Routes within these are passed on to peers, but kept out of the kernel: service addresses, which kube-proxy
+    /// takes on every node.
+    pub not_programmed: PrefixSet,
+    /// Routes to peers over a gateway (`reachableBy`); they count before what BGP says about the same destination.
+    pub static_routes: BTreeMap<Prefix, IpAddr>,
+    /// What is left out of the configuration, and why.
+    pub notices: Vec<Notice>,
+}
+
+/// Something that is left out, and why; the rest is applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// The object, as `BGPPeer name`.
+    pub object: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl HostRules {
+    /// Adds a notice that is not there yet.
+    pub fn notice(&mut self, object: String, reason: impl Into<String>) {
+        let notice = Notice {
+            object,
+            reason: reason.into(),
+        };
+        if !self.notices.contains(&notice) {
+            self.notices.push(notice);
+        }
+    }
 }
 
 impl Settings {

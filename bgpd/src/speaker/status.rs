@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use cali_api::{Asn, Cidr};
 use cali_control::status::{
-    BgpRequest, BgpResponse, BgpStatus, Direction, PeerStatus, RouteStatus, SessionState,
+    BgpRequest, BgpResponse, BgpStatus, Direction, FamilyStatus, PeerStatus, RestartStatus,
+    RouteStatus, SessionState,
 };
 
 use super::State;
@@ -45,7 +46,7 @@ fn capability_name(capability: &Capability) -> String {
     }
 }
 
-fn cidr(prefix: Prefix) -> Option<Cidr> {
+pub(super) fn cidr(prefix: Prefix) -> Option<Cidr> {
     Cidr::new(prefix.addr(), prefix.len()).ok()
 }
 
@@ -75,15 +76,6 @@ fn communities(attributes: &Attributes) -> Vec<String> {
         .collect()
 }
 
-fn reason(status: PathStatus) -> Option<String> {
-    match status {
-        PathStatus::Best | PathStatus::Multipath => None,
-        PathStatus::NotBest(step) => Some(format!("another path is better: {step:?}")),
-        PathStatus::NextHopUnreachable => Some("its next hop cannot be reached".to_owned()),
-        PathStatus::Refused(refusal) => Some(format!("refused: {refusal:?}")),
-    }
-}
-
 impl State {
     pub(super) fn answer(&mut self, request: BgpRequest) -> BgpResponse {
         match request {
@@ -93,6 +85,11 @@ impl State {
                     .is_none_or(|outer| cidr(view.prefix).is_some_and(|c| outer.contains_cidr(&c)))
             })),
             BgpRequest::PeerRoutes { peer, direction } => self.peer_routes(peer, direction),
+            BgpRequest::Explain { of } => BgpResponse::Explanation(self.explain(of)),
+            BgpRequest::Mrt { cursor } => {
+                let (records, next) = self.dump(cursor);
+                BgpResponse::Mrt { records, next }
+            }
             BgpRequest::Refresh { peer } => match self.neighbours.get(&peer) {
                 Some(running) if running.live.is_some() => {
                     self.command(running, Command::Refresh);
@@ -112,33 +109,48 @@ impl State {
 
     fn status(&self) -> BgpStatus {
         let counts = self.rib.counts();
+        let advertised = self.rib.advertised_counts();
+        let peers: Vec<PeerStatus> = self
+            .neighbours
+            .iter()
+            .map(|(address, n)| self.peer(*address, n, &advertised))
+            .collect();
+        let originated = |v4| {
+            let own = self.settings.originated.keys();
+            own.filter(|p| p.addr().is_ipv4() == v4).count() as u64
+        };
+        let notices = self.settings.host.notices.iter();
         BgpStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             router_id: self.settings.router_id,
             local_as: Asn(self.settings.local_as),
             started_at: self.started_at,
             configured_at: self.configured_at,
-            peers: self
-                .neighbours
-                .iter()
-                .map(|(address, n)| self.peer(*address, n))
-                .collect(),
             prefixes_v4: counts.prefixes[0] as u64,
             prefixes_v6: counts.prefixes[1] as u64,
             restarting: !self.restarter.is_complete(),
+            notices: notices
+                .map(|n| format!("{}: {}", n.object, n.reason))
+                .collect(),
+            originated_v4: originated(true),
+            originated_v6: originated(false),
+            paths: peers.iter().map(|p| p.received).sum::<u64>()
+                + self.settings.originated.len() as u64,
+            attribute_sets: counts.attribute_sets as u64,
+            update_groups: counts.groups as u64,
+            peers,
         }
     }
 
-    fn peer(&self, address: IpAddr, running: &Running) -> PeerStatus {
+    fn peer(&self, address: IpAddr, running: &Running, advertised: &[[u64; 2]]) -> PeerStatus {
         let session = &running.config.session;
-        let negotiated = running.live.as_ref().map(|l| &l.negotiated);
-        let counts = Family::SUPPORTED.map(|f| self.rib.peer_counts(running.slot, f));
-        let advertised =
-            Family::SUPPORTED.map(|f| self.rib.advertised(running.slot, f).len() as u64);
-        let capabilities = running
-            .live
-            .as_ref()
-            .map(|l| l.capabilities.iter().map(capability_name).collect());
+        let live = running.live.as_ref();
+        let negotiated = live.map(|l| &l.negotiated);
+        let families = self.families(running, advertised);
+        let sum = |count: fn(&FamilyStatus) -> u64| families.iter().map(count).sum();
+        let capabilities = live.map(|l| l.capabilities.iter().map(capability_name).collect());
+        let (messages_in, mut messages_out) = running.counters.read();
+        messages_out.update = running.shown.updates_out;
         PeerStatus {
             address,
             port: session.port,
@@ -149,17 +161,53 @@ impl State {
             state: session_state(running.shown.state),
             since: running.shown.since,
             info: running.shown.info.clone(),
-            graceful_restart: running.live.is_none() && !running.helper.stale().is_empty(),
+            graceful_restart: live.is_none() && !running.helper.stale().is_empty(),
             hold_time: negotiated.map_or(session.hold_time, |n| n.hold_time),
             capabilities: capabilities.unwrap_or_default(),
-            received: counts.iter().map(|c| u64::from(c.received)).sum(),
-            accepted: counts.iter().map(|c| u64::from(c.accepted)).sum(),
-            advertised: advertised.iter().sum(),
+            received: sum(|f| f.received),
+            accepted: sum(|f| f.accepted),
+            advertised: sum(|f| f.advertised),
             updates_in: running.shown.updates_in,
             updates_out: running.shown.updates_out,
             established_count: running.shown.established_count,
             bfd: self.path_status(&address),
+            local_address: live.map_or(session.source, |l| Some(l.local.ip().to_canonical())),
+            router_id: negotiated.map(|n| n.remote_id),
+            last_error: running.shown.last_error.clone(),
+            last_down: running.shown.last_down.clone(),
+            messages_in,
+            messages_out,
+            restart: restart(running),
+            families,
+            password: session.protection.password.is_some(),
+            ttl_hops: session.protection.ttl_hops,
+            reflector_client: running.config.exchange.reflector_client.is_some(),
         }
+    }
+
+    fn families(&self, running: &Running, advertised: &[[u64; 2]]) -> Vec<FamilyStatus> {
+        let configured = running.config.session.families;
+        let session = running.live.as_ref().map(|l| l.negotiated.codec.families);
+        let wanted = session.unwrap_or(configured);
+        let told = advertised
+            .get(usize::from(running.slot.index()))
+            .copied()
+            .unwrap_or_default();
+        let status = |(index, family): (usize, Family)| {
+            let counts = self.rib.peer_counts(running.slot, family);
+            let used = wanted.contains(family) || counts.received > 0;
+            used.then(|| FamilyStatus {
+                family: family_name(family).to_owned(),
+                received: counts.received.into(),
+                accepted: counts.accepted.into(),
+                advertised: told[index],
+            })
+        };
+        Family::SUPPORTED
+            .into_iter()
+            .enumerate()
+            .filter_map(status)
+            .collect()
     }
 
     fn routes(&self, wanted: impl Fn(&PathView<'_>) -> bool) -> Vec<RouteStatus> {
@@ -170,12 +218,9 @@ impl State {
                 && out.len() < ROUTES
             {
                 let (views, next) = self.rib.page(family, start, PAGE);
-                out.extend(
-                    views
-                        .iter()
-                        .filter(|v| wanted(v))
-                        .filter_map(|v| self.route(v)),
-                );
+                for paths in views.chunk_by(|a, b| a.prefix == b.prefix) {
+                    out.extend(self.route_statuses(paths, &wanted));
+                }
                 from = next;
             }
         }
@@ -183,13 +228,28 @@ impl State {
         out
     }
 
-    fn route(&self, view: &PathView<'_>) -> Option<RouteStatus> {
+    /// The paths of one destination, of which some are wanted.
+    pub(super) fn route_statuses(
+        &self,
+        paths: &[PathView<'_>],
+        wanted: impl Fn(&PathView<'_>) -> bool,
+    ) -> Vec<RouteStatus> {
+        let Some(best) = paths.first() else {
+            return Vec::new();
+        };
+        let chosen = paths.iter().filter(|v| wanted(v));
+        chosen.filter_map(|v| self.route(v, best)).collect()
+    }
+
+    fn route(&self, view: &PathView<'_>, best: &PathView<'_>) -> Option<RouteStatus> {
         Some(RouteStatus {
             peer: self.slots.get(&view.peer).copied(),
             next_hop: view.next_hop.map(|nh| nh.global()),
             best: view.status == PathStatus::Best,
+            multipath: view.status == PathStatus::Multipath,
             stale: view.stale,
-            reason: reason(view.status),
+            local: self.rib.local_origin(view),
+            reason: self.why_not_used(view, best),
             ..describe(view.prefix, view.attributes)?
         })
     }
@@ -203,7 +263,31 @@ impl State {
             Direction::Accepted => self
                 .routes(|v| v.peer == running.slot && !matches!(v.status, PathStatus::Refused(_))),
             Direction::Advertised => self.advertised(running.slot),
+            Direction::Withheld => self.withheld(running.slot),
         })
+    }
+
+    /// Selected routes that a peer is not told of.
+    fn withheld(&self, slot: PeerSlot) -> Vec<RouteStatus> {
+        let mut out = Vec::new();
+        for family in Family::SUPPORTED {
+            let mut from = Some(0);
+            while let Some(start) = from
+                && out.len() < ROUTES
+            {
+                let (routes, next) = self.rib.withheld(slot, family, start, PAGE);
+                out.extend(routes.iter().filter_map(|withheld| {
+                    let route = self.route(&withheld.path, &withheld.path)?;
+                    Some(RouteStatus {
+                        reason: Some(self.why_withheld(slot, withheld.reason)),
+                        ..route
+                    })
+                }));
+                from = next;
+            }
+        }
+        out.truncate(ROUTES);
+        out
     }
 
     fn advertised(&self, slot: PeerSlot) -> Vec<RouteStatus> {
@@ -233,7 +317,32 @@ fn describe(prefix: Prefix, attributes: &Attributes) -> Option<RouteStatus> {
         communities: communities(attributes),
         best: false,
         stale: false,
+        multipath: false,
+        local: None,
         reason: None,
+    })
+}
+
+const fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::IPV4_UNICAST => "ipv4",
+        _ => "ipv6",
+    }
+}
+
+/// A peer whose routes are kept until it sends them again.
+fn restart(running: &Running) -> Option<RestartStatus> {
+    let stale = running.helper.stale();
+    if stale.is_empty() {
+        return None;
+    }
+    let left = running.next_timer().map(|at| {
+        let left = at.saturating_duration_since(tokio::time::Instant::now());
+        left.as_secs()
+    });
+    Some(RestartStatus {
+        families: stale.iter().map(|f| family_name(f).to_owned()).collect(),
+        seconds_left: left,
     })
 }
 

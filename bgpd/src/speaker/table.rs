@@ -1,6 +1,6 @@
 //! Between the table and the world: settings of sessions, originated routes, best paths, and feeding peers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,14 +10,19 @@ use tracing::warn;
 
 use super::State;
 use super::neighbours::Running;
+use super::settings::HostRules;
+use crate::policy::DEFAULT_LOCAL_PREF;
 use crate::reach::RECHECK;
 use crate::rib::{BestChange, Gateway, LocalRoute, PeerConfig, PeerId, RibInput, RouteSource};
 use crate::session::{Command, SessionUp};
 use crate::sink::Path;
-use crate::wire::{ErrorCode, NextHop, Notification, PeerKind, Prefix, cease};
+use crate::wire::{ErrorCode, Family, NextHop, Notification, PeerKind, Prefix, cease};
 
 /// Octets that a neighbour is handed at once.
 const PORTION: usize = 64 * 1024;
+
+/// Destinations that are read from the table at once.
+const PAGE: u32 = 1024;
 
 /// A neighbour whose queue is full; resolves to it and its session when there is room.
 pub(super) type Waiting = Pin<Box<dyn Future<Output = (IpAddr, u32)> + Send>>;
@@ -138,19 +143,59 @@ impl State {
     }
 
     fn best(&mut self, change: BestChange) {
-        let learned = change
-            .best
-            .filter(|b| matches!(b.source, RouteSource::Bgp(_)) && !b.gateways.is_empty());
-        let path = learned.map(|best| Path {
+        let gateway = self.settings.host.static_routes.get(&change.prefix);
+        let path = match gateway {
+            Some(gateway) => Some(fixed(*gateway)),
+            None => self.learned(&change),
+        };
+        self.environment.sink.set(change.prefix, path);
+    }
+
+    /// The path that the kernel gets, if there is one for it.
+    fn learned(&self, change: &BestChange) -> Option<Path> {
+        let best = change.best.as_ref()?;
+        let learned = matches!(best.source, RouteSource::Bgp(_)) && !best.gateways.is_empty();
+        if !learned || self.settings.host.not_programmed.covers(&change.prefix) {
+            return None;
+        }
+        let paths = self.rib.paths(&change.prefix);
+        Some(Path {
             gateways: best.gateways.clone(),
             local_pref: best.local_pref,
-            learned_from: self
-                .rib
-                .paths(&change.prefix)
+            learned_from: paths
                 .first()
                 .and_then(|path| self.slots.get(&path.peer).copied()),
-        });
-        self.environment.sink.set(change.prefix, path);
+        })
+    }
+
+    /// Brings the kernel's side in line with new rules about it. The table is gone through only where service ranges changed.
+    pub(super) fn apply_host_rules(&mut self, old: &HostRules) {
+        let new = self.settings.host.clone();
+        let mut concerned: BTreeSet<Prefix> = BTreeSet::new();
+        for (prefix, gateway) in old.static_routes.iter().chain(&new.static_routes) {
+            let same = |rules: &HostRules| rules.static_routes.get(prefix) == Some(gateway);
+            if !(same(old) && same(&new)) {
+                concerned.insert(*prefix);
+            }
+        }
+        if old.not_programmed != new.not_programmed {
+            for family in Family::SUPPORTED {
+                let mut from = Some(0);
+                while let Some(start) = from {
+                    let (views, next) = self.rib.page(family, start, PAGE);
+                    let moved = views.iter().map(|v| v.prefix).filter(|prefix| {
+                        old.not_programmed.covers(prefix) != new.not_programmed.covers(prefix)
+                    });
+                    concerned.extend(moved);
+                    from = next;
+                }
+            }
+        }
+        for prefix in concerned {
+            let best = self.rib.best(&prefix);
+            self.best(BestChange { prefix, best });
+        }
+        self.environment.sink.flush();
     }
 
     /// Hands a neighbour what the table has for it, until there is nothing more or its queue is full.
@@ -219,5 +264,17 @@ impl State {
             running,
             Command::Reset(Notification::new(ErrorCode::Cease, cease::MAX_PREFIXES)),
         );
+    }
+}
+
+/// A route that the configuration gives.
+fn fixed(gateway: IpAddr) -> Path {
+    Path {
+        gateways: vec![Gateway {
+            addr: gateway,
+            scope: 0,
+        }],
+        local_pref: DEFAULT_LOCAL_PREF,
+        learned_from: None,
     }
 }

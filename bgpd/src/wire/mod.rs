@@ -18,6 +18,7 @@ mod attribute_decode;
 mod attribute_encode;
 mod capability;
 mod community;
+mod dump;
 mod family;
 mod frame;
 mod message;
@@ -35,6 +36,7 @@ pub use capability::{
 pub use community::{
     AnyCommunity, Community, CommunityParseError, ExtendedCommunity, LargeCommunity,
 };
+pub use dump::table_dump_attributes;
 pub use family::{Family, FamilySet};
 pub use frame::{Frame, Framer, HEADER_LEN, MAX_EXTENDED_LEN, MAX_LEN, MessageType};
 pub use message::{Message, RefreshKind, RouteRefresh};

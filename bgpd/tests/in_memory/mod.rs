@@ -11,7 +11,7 @@ use bgpd::policy::{LocalKind, Policy};
 use bgpd::reach::Anywhere;
 use bgpd::rib::LocalRoute;
 use bgpd::sink::memory::{Contents, Memory};
-use bgpd::speaker::settings::{Exchange, Neighbour, SessionSettings, Settings};
+use bgpd::speaker::settings::{Exchange, HostRules, Neighbour, SessionSettings, Settings};
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::memory::Network;
 use bgpd::wire::{Attributes, FamilySet, Prefix};
@@ -76,6 +76,7 @@ pub(crate) fn settings(n: u8, asn: u32, neighbours: &[(u8, u32)], routes: &[&str
         neighbours: neighbours.iter().map(neighbour).collect(),
         ranges: Vec::new(),
         originated: routes.iter().map(route).collect(),
+        host: HostRules::default(),
     }
 }
 

@@ -1,22 +1,29 @@
 //! Resources in, settings out.
 
+mod announcements;
+mod filters;
+mod peering;
+
 use std::sync::Arc;
 
+use cali_api::update::Update;
 use cali_api::{AnyResource, Revision};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::policy::{RouteView, Verdict};
+use crate::policy::{LocalKind, RouteView, Verdict};
 use crate::rib::{NextHopMode, RouteSource};
 use crate::speaker::settings::Neighbour;
-use crate::wire::PeerKind;
+use crate::wire::{Attributes, PeerKind};
 use cali_control::status::PeerKind as Origin;
 
 fn resources(objects: &[Value]) -> Resources {
     let mut resources = Resources::default();
     for object in objects {
         let mut object = object.clone();
-        object["apiVersion"] = json!("projectcalico.org/v3");
+        if object.get("apiVersion").is_none() {
+            object["apiVersion"] = json!("projectcalico.org/v3");
+        }
         let value = AnyResource::from_json(object).unwrap();
         let update = Update {
             key: value.key(),
@@ -67,7 +74,21 @@ fn local(name: &str) -> Local {
 }
 
 fn settings(objects: &[Value], name: &str) -> Settings {
-    compile(&resources(objects), &local(name)).unwrap().0
+    compile(&resources(objects), &local(name)).unwrap()
+}
+
+/// The cluster's BGPConfiguration.
+fn configuration(spec: Value) -> Value {
+    json!({"kind": "BGPConfiguration", "metadata": {"name": "default"}, "spec": spec})
+}
+
+/// Destinations of the routes that start at a node.
+fn starting(settings: &Settings) -> Vec<String> {
+    settings
+        .originated
+        .keys()
+        .map(ToString::to_string)
+        .collect()
 }
 
 fn addresses(settings: &Settings) -> Vec<String> {
@@ -171,7 +192,7 @@ fn a_password_that_is_not_there_blocks_the_session() {
     );
     let resources = resources(&with(&[secured]));
     let mut local = local("node1");
-    let (settings, _) = compile(&resources, &local).unwrap();
+    let settings = compile(&resources, &local).unwrap();
     let reason = neighbour(&settings, "10.9.9.9")
         .session
         .blocked
@@ -181,7 +202,7 @@ fn a_password_that_is_not_there_blocks_the_session() {
     local
         .passwords
         .insert(("bgp".to_owned(), "tor".to_owned()), "secret".to_owned());
-    let (settings, _) = compile(&resources, &local).unwrap();
+    let settings = compile(&resources, &local).unwrap();
     let session = &neighbour(&settings, "10.9.9.9").session;
     assert_eq!(
         (
@@ -198,9 +219,11 @@ fn a_bad_bgppeer_is_reported_and_the_others_stand() {
         peer("bad", json!({"peerSelector": "name =="})),
         peer("good", json!({"peerIP": "10.9.9.9", "asNumber": 65009})),
     ]);
-    let (settings, notices) = compile(&resources(&objects), &local("node1")).unwrap();
+    let settings = compile(&resources(&objects), &local("node1")).unwrap();
     assert_eq!(
-        notices
+        settings
+            .host
+            .notices
             .iter()
             .map(|n| n.object.as_str())
             .collect::<Vec<_>>(),
