@@ -3,114 +3,14 @@
 //! A case is a fact about one session or one small topology; the table at the end says which daemon takes part in it.
 
 use anyhow::{Context, Result, ensure};
-use cali_api::Cidr;
 use cali_tests::bgp::cali::{peer, status};
+use cali_tests::bgp::pair::{OUR_AS, OURS, Pair, THEIR_AS, THEIRS, host, kernel_has, seen};
 use cali_tests::bgp::route::{Announcement, Community, Route};
-use cali_tests::bgp::segment::Host;
 use cali_tests::bgp::speaker::{
     Neighbour, Product, Settings, Speaker, Stage, Start, all_established, table_is, wait,
 };
 use cali_tests::bgp::watch::{Pings, Watch};
 use std::net::IpAddr;
-use std::sync::Arc;
-
-const OUR_AS: u32 = 64512;
-const THEIR_AS: u32 = 64513;
-
-const OURS: [&str; 3] = ["10.1.0.0/24", "10.1.1.0/24", "fd01::/64"];
-const THEIRS: [&str; 3] = ["10.2.0.0/24", "10.2.1.0/24", "fd02::/64"];
-
-/// `bgpd` and one other on a segment, with a session over each family.
-struct Pair {
-    ours: Box<dyn Speaker>,
-    theirs: Box<dyn Speaker>,
-    our_settings: Settings,
-    their_settings: Settings,
-}
-
-impl Pair {
-    /// Two speakers of these AS numbers that announce [`OURS`] and [`THEIRS`]; not started.
-    fn new(stage: &mut Stage, product: Product, our_as: u32, their_as: u32) -> Result<Self> {
-        let ours = stage.speaker(Product::Cali)?;
-        let theirs = stage.speaker(product)?;
-        let our_settings = Settings::new(our_as, Neighbour::both(host(&*theirs), their_as))
-            .announce(OURS.map(Announcement::plain));
-        let their_settings = Settings::new(their_as, Neighbour::both(host(&*ours), our_as))
-            .announce(THEIRS.map(Announcement::plain));
-        Ok(Self {
-            ours,
-            theirs,
-            our_settings,
-            their_settings,
-        })
-    }
-
-    /// A change of every session, on both sides.
-    fn each(mut self, change: impl Fn(&mut Neighbour)) -> Self {
-        self.our_settings = self.our_settings.each(&change);
-        self.their_settings = self.their_settings.each(&change);
-        self
-    }
-
-    /// Starts both and waits for the sessions.
-    fn up(&mut self) -> Result<()> {
-        self.start()?;
-        self.established()
-    }
-
-    fn start(&mut self) -> Result<()> {
-        self.theirs.start(&self.their_settings, Start::Fresh)?;
-        self.ours.start(&self.our_settings, Start::Fresh)
-    }
-
-    fn established(&mut self) -> Result<()> {
-        all_established(&mut *self.ours, &self.our_settings).context("as bgpd sees it")?;
-        all_established(&mut *self.theirs, &self.their_settings).context("as the other sees it")
-    }
-
-    /// Waits until each side's table holds exactly what the other announces now.
-    fn exchanged(&mut self) -> Result<()> {
-        table_is(&mut *self.ours, &seen(&*self.theirs, &self.their_settings))
-            .context("table of bgpd")?;
-        table_is(&mut *self.theirs, &seen(&*self.ours, &self.our_settings))
-            .context("table of the other")
-    }
-}
-
-fn host(speaker: &dyn Speaker) -> &Arc<Host> {
-    &speaker.seat().host
-}
-
-/// A speaker's announcements as an eBGP neighbour sees them.
-fn seen(speaker: &dyn Speaker, settings: &Settings) -> Vec<Route> {
-    let announced = settings.announcements.iter();
-    announced
-        .map(|announcement| Route {
-            prefix: announcement.prefix,
-            next_hop: host(speaker).address(announcement.prefix.is_v4()),
-            as_path: vec![settings.asn],
-            communities: announcement.communities.clone(),
-        })
-        .collect()
-}
-
-/// Waits until the kernel has, or has not, a route to each prefix.
-fn kernel_has(speaker: &dyn Speaker, prefixes: &[&str], present: bool) -> Result<()> {
-    for text in prefixes {
-        let prefix: Cidr = text.parse()?;
-        wait(|| {
-            let seen = host(speaker).kernel_route(&prefix);
-            ensure!(
-                seen.is_empty() != present,
-                "expected {} of {prefix} in {}, seen {seen:?}",
-                if present { "a route" } else { "no route" },
-                host(speaker).ns.name()
-            );
-            Ok(())
-        })?;
-    }
-    Ok(())
-}
 
 fn routes_of_both_families_go_both_ways(stage: &mut Stage, product: Product) -> Result<()> {
     let mut pair = Pair::new(stage, product, OUR_AS, THEIR_AS)?;

@@ -3,7 +3,10 @@
 use crate::bgp::package;
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route, as_path};
-use crate::bgp::speaker::{HOLD, Neighbour, RESTART, Seat, Settings, Speaker, Start};
+use crate::bgp::speaker::{
+    BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
+    Start,
+};
 use crate::lab::checked;
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
@@ -77,6 +80,13 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
         }
         writeln!(text, "}}")?;
     }
+    if settings.neighbours.iter().any(|n| n.bfd) {
+        let timing = format!("interval {BFD_INTERVAL} ms; multiplier 5;");
+        writeln!(
+            text,
+            "protocol bfd {{ interface \"*\" {{ {timing} }}; multihop {{ {timing} }}; }}"
+        )?;
+    }
     for (index, neighbour) in settings.neighbours.iter().enumerate() {
         writeln!(text, "{}", session(seat, settings, index, neighbour))?;
     }
@@ -104,7 +114,12 @@ fn session(seat: &Seat, settings: &Settings, index: usize, neighbour: &Neighbour
     if let Some(password) = &neighbour.password {
         options.push_str(&format!(" password \"{password}\";"));
     }
-    if neighbour.graceful_restart {
+    if neighbour.long_lived {
+        options.push_str(&format!(
+            " graceful restart on; graceful restart time {SHORT_RESTART}; long lived graceful restart on; \
+             long lived stale time {LONG_LIVED};"
+        ));
+    } else if neighbour.graceful_restart {
         options.push_str(&format!(
             " graceful restart on; graceful restart time {RESTART};"
         ));
@@ -114,16 +129,27 @@ fn session(seat: &Seat, settings: &Settings, index: usize, neighbour: &Neighbour
     if neighbour.client {
         options.push_str(" rr client;");
     }
-    let family = if v4 { "ipv4" } else { "ipv6" };
+    if neighbour.bfd {
+        options.push_str(" bfd on;");
+    }
     let add_path = if neighbour.add_path {
         " add paths on;"
     } else {
         ""
     };
+    let channel = |family: &str, extended: &str| {
+        format!(
+            "{family} {{ import all; export where source = RTS_STATIC || source = RTS_BGP;{add_path}{extended} }};"
+        )
+    };
+    let channels = match (neighbour.extended, v4) {
+        (true, _) => channel("ipv4", " extended next hop on;") + " " + &channel("ipv6", ""),
+        (false, true) => channel("ipv4", ""),
+        (false, false) => channel("ipv6", ""),
+    };
     format!(
         "protocol bgp peer{index} {{\n local {} as {};\n neighbor {} as {};\n hold time {HOLD}; connect delay time 1; \
-         connect retry time 1; error wait time 1,1;{options}\n {family} {{ import all; \
-         export where source = RTS_STATIC || source = RTS_BGP;{add_path} }};\n}}",
+         connect retry time 1; error wait time 1,1;{options}\n {channels}\n}}",
         seat.host.address(v4),
         settings.asn,
         neighbour.address,
@@ -178,6 +204,18 @@ impl Speaker for Bird {
 
     fn table(&mut self) -> Result<Vec<Route>> {
         routes(&self.ask("show route all where source = RTS_BGP")?)
+    }
+
+    fn shut(&mut self, neighbour: IpAddr, words: &str) -> Result<()> {
+        let protocol = self.protocol(neighbour)?;
+        let output = Launch::new(self.package.join("run"))
+            .arg("usr/sbin/birdc")
+            .arg("-s")
+            .path(self.seat.file("ctl"))
+            .args(["disable".to_owned(), protocol, format!("\"{words}\"")])
+            .command(&self.seat.host)?
+            .output()?;
+        checked(output, || "birdc disable".to_owned()).map(|_| ())
     }
 
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()> {

@@ -2,7 +2,10 @@
 
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route, as_path};
-use crate::bgp::speaker::{HOLD, Neighbour, RESTART, Seat, Settings, Speaker, Start};
+use crate::bgp::speaker::{
+    BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
+    Start,
+};
 use crate::lab::programs;
 use anyhow::{Context, Result, bail};
 use cali_control::Hello;
@@ -95,10 +98,15 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
 }
 
 fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> {
-    let restart = if neighbour.graceful_restart {
-        RESTART
-    } else {
-        0
+    let restart = match neighbour {
+        Neighbour {
+            long_lived: true, ..
+        } => SHORT_RESTART,
+        Neighbour {
+            graceful_restart: true,
+            ..
+        } => RESTART,
+        _ => 0,
     };
     writeln!(
         text,
@@ -114,6 +122,21 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
     }
     if neighbour.add_path {
         writeln!(text, "add-path = true")?;
+    }
+    if neighbour.extended {
+        writeln!(
+            text,
+            "families = [\"ipv4\", \"ipv6\"]\nextended-next-hop = true"
+        )?;
+    }
+    if neighbour.long_lived {
+        writeln!(text, "long-lived-stale-time = {LONG_LIVED}")?;
+    }
+    if neighbour.bfd {
+        writeln!(
+            text,
+            "bfd = {{ transmit-interval = {BFD_INTERVAL}, receive-interval = {BFD_INTERVAL}, multiplier = 5 }}"
+        )?;
     }
     Ok(())
 }

@@ -3,7 +3,10 @@
 use crate::bgp::package;
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route};
-use crate::bgp::speaker::{HOLD, Neighbour, RESTART, Seat, Settings, Speaker, Start};
+use crate::bgp::speaker::{
+    BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
+    Start,
+};
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use std::fmt::Write as _;
@@ -20,6 +23,7 @@ pub struct Frr {
     settings: Option<Settings>,
     zebra: Option<Process>,
     bgpd: Option<Process>,
+    bfdd: Option<Process>,
 }
 
 impl Frr {
@@ -30,6 +34,7 @@ impl Frr {
             settings: None,
             zebra: None,
             bgpd: None,
+            bfdd: None,
         })
     }
 
@@ -64,6 +69,19 @@ impl Frr {
         let mut zebra = Process::start("zebra", &self.seat.host, &launch, &log)?;
         Seat::ready(&mut zebra, || self.ask("zebra", &["show version"]))?;
         self.zebra = Some(zebra);
+        Ok(())
+    }
+
+    fn start_bfdd(&mut self) -> Result<()> {
+        self.seat.write("bfdd.conf", "")?;
+        let launch = self
+            .launch("bfdd")
+            .arg("--bfdctl")
+            .path(self.seat.file("bfdd.sock"));
+        let log = self.seat.file("bfdd.log");
+        let mut bfdd = Process::start("bfdd", &self.seat.host, &launch, &log)?;
+        Seat::ready(&mut bfdd, || self.ask("bfdd", &["show version"]))?;
+        self.bfdd = Some(bfdd);
         Ok(())
     }
 
@@ -121,7 +139,13 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
         settings.asn,
         seat.host.router_id()
     )?;
-    if settings.neighbours.iter().any(|n| n.graceful_restart) {
+    if settings.neighbours.iter().any(|n| n.long_lived) {
+        writeln!(
+            text,
+            " bgp graceful-restart\n bgp graceful-restart preserve-fw-state\n bgp graceful-restart restart-time \
+             {SHORT_RESTART}\n bgp long-lived-graceful-restart stale-time {LONG_LIVED}"
+        )?;
+    } else if settings.neighbours.iter().any(|n| n.graceful_restart) {
         writeln!(
             text,
             " bgp graceful-restart\n bgp graceful-restart preserve-fw-state\n bgp graceful-restart restart-time {RESTART}"
@@ -169,6 +193,14 @@ fn session(seat: &Seat, neighbour: &Neighbour) -> String {
     if let Some(password) = &neighbour.password {
         lines.push(format!(" neighbor {address} password {password}"));
     }
+    if neighbour.extended {
+        lines.push(format!(" neighbor {address} capability extended-nexthop"));
+    }
+    if neighbour.bfd {
+        lines.push(format!(
+            " neighbor {address} bfd 5 {BFD_INTERVAL} {BFD_INTERVAL}"
+        ));
+    }
     lines.push(String::new());
     lines.join("\n")
 }
@@ -176,7 +208,7 @@ fn session(seat: &Seat, neighbour: &Neighbour) -> String {
 fn family(settings: &Settings, v4: bool) -> String {
     let mut lines = vec![format!(" address-family {} unicast", name(v4))];
     for neighbour in &settings.neighbours {
-        if neighbour.address.is_ipv4() != v4 {
+        if neighbour.address.is_ipv4() != v4 && !neighbour.extended {
             continue;
         }
         let address = neighbour.address;
@@ -210,6 +242,9 @@ impl Speaker for Frr {
     fn start(&mut self, settings: &Settings, start: Start) -> Result<()> {
         if start == Start::Fresh {
             self.start_zebra()?;
+            if settings.neighbours.iter().any(|n| n.bfd) {
+                self.start_bfdd()?;
+            }
         }
         self.seat
             .write("bgpd.conf", &config(&self.seat, settings)?)?;

@@ -12,6 +12,7 @@ pub mod frr;
 pub mod gobgp;
 pub mod openbgpd;
 pub mod package;
+pub mod pair;
 pub mod process;
 pub mod route;
 pub mod segment;

@@ -20,6 +20,13 @@ pub const HOLD: u16 = 9;
 /// Restart time of graceful restart that all speakers announce, in seconds.
 pub const RESTART: u16 = 40;
 
+/// Restart time where routes are long-lived stale after it, in seconds.
+pub const SHORT_RESTART: u16 = 2;
+/// Long-lived stale time of all speakers, in seconds.
+pub const LONG_LIVED: u32 = 3600;
+/// Interval of BFD's packets in milliseconds, of which five may be missing.
+pub const BFD_INTERVAL: u16 = 100;
+
 /// What a speaker does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -41,6 +48,12 @@ pub struct Neighbour {
     pub add_path: bool,
     /// The neighbour is our route reflector client (RFC 4456).
     pub client: bool,
+    /// Routes of both families over an IPv6 session, those of IPv4 with IPv6 next hops (RFC 8950).
+    pub extended: bool,
+    /// Long-lived graceful restart (RFC 9494), after a restart time of [`SHORT_RESTART`].
+    pub long_lived: bool,
+    /// The path is watched by BFD (RFC 5882): single hop between two AS numbers, multihop within one.
+    pub bfd: bool,
 }
 
 impl Settings {
@@ -91,6 +104,9 @@ impl Neighbour {
             graceful_restart: false,
             add_path: false,
             client: false,
+            extended: false,
+            long_lived: false,
+            bfd: false,
         }
     }
 
@@ -129,6 +145,11 @@ pub trait Speaker {
 
     /// Sends ROUTE-REFRESH to this neighbour (RFC 2918).
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()>;
+
+    /// Ends the session with this neighbour with these words (RFC 9003).
+    fn shut(&mut self, neighbour: IpAddr, words: &str) -> Result<()> {
+        anyhow::bail!("no command ends the session with {neighbour} with {words:?}")
+    }
 
     /// Whether it keeps the routes of a neighbour that restarts (RFC 4724 §4.2).
     fn keeps_routes(&self) -> bool {

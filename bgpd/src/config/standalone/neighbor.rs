@@ -213,6 +213,9 @@ pub(super) fn neighbours(file: &File) -> Result<BTreeMap<IpAddr, Neighbour>, Fil
         if link_local != keys.interface.is_some() {
             return Err(keys.refuse("interface is for link-local addresses, which need it"));
         }
+        if link_local && keys.bfd.is_some() {
+            return Err(keys.refuse("bfd does not watch link-local addresses yet"));
+        }
         if out
             .insert(address, neighbour(file, &keys, address))
             .is_some()
