@@ -130,6 +130,9 @@ any_resource! {
     StagedNetworkPolicy: v3::StagedNetworkPolicySpec, NoStatus;
     Tier: v3::TierSpec, v3::ConditionsStatus;
     WorkloadEndpoint: v3::WorkloadEndpointSpec, NoStatus;
+    K8sAdminNetworkPolicy: kubernetes::AdminNetworkPolicySpec, Value;
+    K8sBaselineAdminNetworkPolicy: kubernetes::BaselineAdminNetworkPolicySpec, Value;
+    K8sClusterNetworkPolicy: kubernetes::ClusterNetworkPolicySpec, Value;
     K8sEndpointSlice: kubernetes::EndpointSliceSpec, NoStatus, true;
     K8sNamespace: kubernetes::NamespaceSpec, kubernetes::NamespaceStatus;
     K8sNetworkPolicy: kubernetes::NetworkPolicySpec, NoStatus;

@@ -84,6 +84,9 @@ kinds! {
     StagedNetworkPolicy = "projectcalico.org/v3" "StagedNetworkPolicy" "stagednetworkpolicies" true ["snp", "snps", "scnp", "spol", "spols"],
     Tier = "projectcalico.org/v3" "Tier" "tiers" false [],
     WorkloadEndpoint = "projectcalico.org/v3" "WorkloadEndpoint" "workloadendpoints" true ["wep", "weps"],
+    K8sAdminNetworkPolicy = "policy.networking.k8s.io/v1alpha1" "AdminNetworkPolicy" "adminnetworkpolicies" false ["anp", "anps"],
+    K8sBaselineAdminNetworkPolicy = "policy.networking.k8s.io/v1alpha1" "BaselineAdminNetworkPolicy" "baselineadminnetworkpolicies" false ["banp", "banps"],
+    K8sClusterNetworkPolicy = "policy.networking.k8s.io/v1alpha2" "ClusterNetworkPolicy" "clusternetworkpolicies" false ["kcnp", "kcnps"],
     K8sEndpointSlice = "discovery.k8s.io/v1" "EndpointSlice" "endpointslices" true [],
     K8sNamespace = "v1" "Namespace" "namespaces" false ["ns"],
     K8sNetworkPolicy = "networking.k8s.io/v1" "NetworkPolicy" "networkpolicies" true ["knp", "knps", "k8snetworkpolicy", "k8snetworkpolicies", "networkpolicy.networking.k8s.io", "networkpolicies.networking.k8s.io"],
@@ -99,7 +102,10 @@ impl Kind {
     pub const fn is_native(self) -> bool {
         matches!(
             self,
-            Self::K8sEndpointSlice
+            Self::K8sAdminNetworkPolicy
+                | Self::K8sBaselineAdminNetworkPolicy
+                | Self::K8sClusterNetworkPolicy
+                | Self::K8sEndpointSlice
                 | Self::K8sNamespace
                 | Self::K8sNetworkPolicy
                 | Self::K8sNode

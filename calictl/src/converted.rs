@@ -14,6 +14,11 @@ fn sources(kind: Kind) -> &'static [Kind] {
         Kind::Profile => &[Kind::K8sNamespace, Kind::K8sServiceAccount],
         Kind::WorkloadEndpoint => &[Kind::K8sPod],
         Kind::NetworkPolicy => &[Kind::K8sNetworkPolicy],
+        Kind::GlobalNetworkPolicy => &[
+            Kind::K8sClusterNetworkPolicy,
+            Kind::K8sAdminNetworkPolicy,
+            Kind::K8sBaselineAdminNetworkPolicy,
+        ],
         Kind::Node => &[Kind::K8sNode],
         _ => &[],
     }

@@ -10,5 +10,7 @@
 
 pub mod calc;
 pub mod compile;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod dataplane;
 pub mod verdict;

@@ -137,7 +137,8 @@ fn disagreements(node: &mut Node, objects: &Objects, tries: &[Try]) -> Vec<(Try,
             let packet = flow
                 .what
                 .packet(address(flow.from), address(flow.to), flow.source_port);
-            let (said, why) = expected(&model, &packet);
+            let (from, to) = (places[flow.from], places[flow.to]);
+            let (said, why) = expected(&node.lab, &model, &packet, from, to);
             let seen = sent.join().expect("a probe");
             if let Some(enforced) = enforced(&node.compiler, &model, &packet)
                 && enforced != said
@@ -246,7 +247,8 @@ fn agree(thresholds: Thresholds, seed: u64) {
             let packet = flow
                 .what
                 .packet(address(flow.from), address(flow.to), flow.source_port);
-            allowed[usize::from(expected(&model, &packet).0)] += 1;
+            let (from, to) = (places[flow.from], places[flow.to]);
+            allowed[usize::from(expected(&node.lab, &model, &packet, from, to).0)] += 1;
         }
         if let Some((flow, text)) = differing.first() {
             eprintln!("seed {seed} round {round}: {text}; narrowing");

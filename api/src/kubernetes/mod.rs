@@ -6,10 +6,12 @@
 //! | ServiceAccount `x` in `ns` | Profile `ksa.ns.x`: no rules, passes its labels on as `pcsa.` labels |
 //! | Pod | WorkloadEndpoint `<node>-k8s-<pod>-eth0` (dashes of the parts doubled) |
 //! | Node | Node, from annotations `projectcalico.org/...` |
+//! | ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy | GlobalNetworkPolicy of a fixed tier |
 //! | NetworkPolicy `x` | NetworkPolicy `knp.default.x` in tier `default`, order 1000 |
 //!
 //! Services and EndpointSlices stay as they are.
 
+mod cluster_policy;
 mod names;
 mod native;
 mod node;
@@ -18,11 +20,12 @@ mod policy;
 mod profile;
 mod quantity;
 
+pub use cluster_policy::*;
 pub use names::*;
 pub use native::*;
 pub use node::node;
 pub use pod::{address_annotations, interface_name, workload_endpoint, workload_endpoint_name};
-pub use policy::network_policy;
+pub use policy::{network_policy, staged_network_policy};
 pub use profile::{
     DEFAULT_ALLOW_PROFILE, default_allow_profile, namespace_profile, service_account_profile,
 };
@@ -57,12 +60,25 @@ pub fn convert(object: &AnyResource) -> Conversion {
             .map(Into::into)
             .into_iter()
             .collect(),
+        AnyResource::K8sClusterNetworkPolicy(policy) => {
+            global(cluster_network_policy(policy, &mut problems))
+        }
+        AnyResource::K8sAdminNetworkPolicy(policy) => {
+            global(admin_network_policy(policy, &mut problems))
+        }
+        AnyResource::K8sBaselineAdminNetworkPolicy(policy) => {
+            global(baseline_admin_network_policy(policy, &mut problems))
+        }
         other => vec![other.clone()],
     };
     Conversion {
         resources,
         problems,
     }
+}
+
+fn global(policy: Option<crate::v3::GlobalNetworkPolicy>) -> Vec<AnyResource> {
+    policy.map(Into::into).into_iter().collect()
 }
 
 /// [`convert`] without the problems.

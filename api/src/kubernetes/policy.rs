@@ -34,7 +34,10 @@ fn expressible(name: &str, values: &[String]) -> Result<(), String> {
 }
 
 /// Adds the terms of a label selector to a selector.
-fn with_terms(mut selector: Selector, terms: &LabelSelector) -> Result<Selector, String> {
+pub(super) fn with_terms(
+    mut selector: Selector,
+    terms: &LabelSelector,
+) -> Result<Selector, String> {
     for (name, value) in terms.match_labels.iter().flatten() {
         expressible(name, std::slice::from_ref(value))?;
         selector = selector.and(Selector::equals(name, value));
@@ -55,7 +58,7 @@ fn with_terms(mut selector: Selector, terms: &LabelSelector) -> Result<Selector,
 }
 
 /// Pods with these labels; all pods for none.
-fn pods(terms: Option<&LabelSelector>) -> Result<Selector, String> {
+pub(super) fn pods(terms: Option<&LabelSelector>) -> Result<Selector, String> {
     let pods = Selector::equals(LABEL_ORCHESTRATOR, ORCHESTRATOR_KUBERNETES);
     terms.map_or(Ok(pods.clone()), |terms| with_terms(pods, terms))
 }
@@ -235,6 +238,26 @@ fn rules(
         }
     }
     rules
+}
+
+/// What would be in force if a staged Kubernetes policy were committed.
+#[must_use]
+pub fn staged_network_policy(
+    staged: &v3::StagedKubernetesNetworkPolicy,
+    problems: &mut Vec<String>,
+) -> Option<v3::NetworkPolicy> {
+    let spec = &staged.spec;
+    let types = spec.policy_types.iter().map(ToString::to_string);
+    let policy = Resource::new(
+        staged.metadata.clone(),
+        super::NetworkPolicySpec {
+            pod_selector: Some(spec.pod_selector.clone()),
+            ingress: Some(spec.ingress.clone()),
+            egress: Some(spec.egress.clone()),
+            policy_types: Some(types.collect()),
+        },
+    );
+    network_policy(&policy, problems)
 }
 
 /// The policy in Calico's terms, or nothing if it cannot be told to which pods it applies.

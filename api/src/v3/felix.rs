@@ -92,9 +92,34 @@ pub struct ProtoPort {
     pub net: Option<Net>,
 }
 
+impl FailsafeProtocol {
+    /// The protocol number (IANA).
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
+}
+
 impl ProtoPort {
     const fn default_protocol() -> FailsafeProtocol {
         FailsafeProtocol::Tcp
+    }
+
+    fn defaults(udp: &[u16], tcp: &[u16]) -> Vec<Self> {
+        let of = |protocol: FailsafeProtocol| {
+            move |port: &u16| Self {
+                protocol,
+                port: *port,
+                net: None,
+            }
+        };
+        let udp = udp.iter().map(of(FailsafeProtocol::Udp));
+        udp.chain(tcp.iter().map(of(FailsafeProtocol::Tcp)))
+            .collect()
     }
 }
 
@@ -536,6 +561,24 @@ impl FelixConfigurationSpec {
     pub const DEFAULT_VXLAN_PORT: u16 = 4789;
     /// VXLAN network identifier where none is set.
     pub const DEFAULT_VXLAN_VNI: u32 = 4096;
+
+    /// Ports of the host that no policy closes: the configured ones, or Calico's (DHCP, SSH, BGP, etcd, Typha, API server).
+    #[must_use]
+    pub fn failsafe_inbound(&self) -> Vec<ProtoPort> {
+        let tcp = [22, 179, 2379, 2380, 5473, 6443, 6666, 6667];
+        self.failsafe_inbound_host_ports
+            .clone()
+            .unwrap_or_else(|| ProtoPort::defaults(&[68], &tcp))
+    }
+
+    /// Ports of others that no policy closes: the configured ones, or Calico's (DNS, DHCP, BGP, etcd, Typha, API server).
+    #[must_use]
+    pub fn failsafe_outbound(&self) -> Vec<ProtoPort> {
+        let tcp = [179, 2379, 2380, 5473, 6443, 6666, 6667];
+        self.failsafe_outbound_host_ports
+            .clone()
+            .unwrap_or_else(|| ProtoPort::defaults(&[53, 67], &tcp))
+    }
 
     /// Preferred source address of routes to workloads of this family.
     #[must_use]

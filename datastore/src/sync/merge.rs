@@ -229,6 +229,11 @@ pub(super) fn sources_of(kind: Kind) -> Vec<Kind> {
         Kind::Profile => sources.extend([Kind::K8sNamespace, Kind::K8sServiceAccount]),
         Kind::WorkloadEndpoint => sources.push(Kind::K8sPod),
         Kind::NetworkPolicy => sources.push(Kind::K8sNetworkPolicy),
+        Kind::GlobalNetworkPolicy => sources.extend([
+            Kind::K8sClusterNetworkPolicy,
+            Kind::K8sAdminNetworkPolicy,
+            Kind::K8sBaselineAdminNetworkPolicy,
+        ]),
         Kind::Node => sources.push(Kind::K8sNode),
         _ => {}
     }

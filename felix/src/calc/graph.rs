@@ -4,20 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use cali_api::kubernetes::{
-    LABEL_NAMESPACE, LABEL_ORCHESTRATOR, LABEL_SERVICE_ACCOUNT, NAMESPACE_PROFILE_PREFIX,
-};
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::v3::{FelixConfigurationSpec, WorkloadEndpoint};
-use cali_api::{AnyResource, Cidr, Key, Kind, NodeName, StringMap};
+use cali_api::{AnyResource, Key, Kind, NodeName, StringMap};
 use foldhash::HashMap;
 
-use super::Input;
-use super::ipsets::{IpSets, Item, NamedPort};
-use super::local::{Local, LocalEndpoint};
-use super::output::{Batch, Delta, Endpoint, IpSetId, PoolNat, Rules};
+use super::encapsulation::Encapsulation;
+use super::ipsets::IpSets;
+use super::local::{Decided, Local};
+use super::output::{Batch, Delta, Endpoint, HostEndpoint, IpSetId, PoolNat, Rules};
 use super::rules::{Resolved, SetSpec, resolve};
 use super::tunnel_peers::PeerIndex;
+use super::{Input, items};
 
 /// Rules that consumers have, and the sets that they hold.
 struct Active {
@@ -56,7 +54,9 @@ pub struct Graph {
     pools: BTreeMap<Key, PoolNat>,
     tunnel_peers: PeerIndex,
     configurations: BTreeMap<Key, Arc<AnyResource>>,
+    encapsulation: Encapsulation,
     endpoints: HashMap<Key, Arc<Endpoint>>,
+    hosts: HashMap<Key, Arc<HostEndpoint>>,
     policy_usage: Usage<Key>,
     profile_usage: Usage<Arc<str>>,
     settings_dirty: bool,
@@ -80,7 +80,9 @@ impl Graph {
             pools: BTreeMap::new(),
             tunnel_peers: PeerIndex::default(),
             configurations: BTreeMap::new(),
+            encapsulation: Encapsulation::default(),
             endpoints: HashMap::default(),
+            hosts: HashMap::default(),
             policy_usage: Usage::default(),
             profile_usage: Usage::default(),
             settings_dirty: true,
@@ -125,6 +127,20 @@ impl Graph {
             Kind::HostEndpoint | Kind::NetworkSet | Kind::GlobalNetworkSet => {
                 self.on_item(&key, value.as_deref())
             }
+            Kind::K8sEndpointSlice => {
+                let slice = match value.as_deref() {
+                    Some(AnyResource::K8sEndpointSlice(slice)) => Some(&**slice),
+                    _ => None,
+                };
+                self.sets.set_slice(&key, slice);
+            }
+            Kind::Node => {
+                let spec = match value.as_deref() {
+                    Some(AnyResource::Node(node)) => Some(&node.spec),
+                    _ => None,
+                };
+                self.encapsulation.set_node(&key.name, spec);
+            }
             Kind::NetworkPolicy | Kind::GlobalNetworkPolicy => self.on_policy(key, value.as_ref()),
             Kind::Profile => self.on_profile(key, value),
             Kind::Tier => {
@@ -147,6 +163,7 @@ impl Graph {
                 match value.as_deref() {
                     Some(AnyResource::IPPool(pool)) => {
                         self.tunnel_peers.set_pool(key.clone(), Some(pool));
+                        self.encapsulation.set_pool(&key, Some(&pool.spec));
                         let nat = PoolNat {
                             cidr: pool.spec.cidr,
                             nat_outgoing: pool.spec.nat_outgoing,
@@ -155,6 +172,7 @@ impl Graph {
                     }
                     _ => {
                         self.tunnel_peers.set_pool(key.clone(), None);
+                        self.encapsulation.set_pool(&key, None);
                         self.pools.remove(&key);
                     }
                 }
@@ -225,6 +243,9 @@ impl Graph {
             pools.sort_unstable();
             deltas.push(Delta::Pools(pools.into()));
         }
+        if let Some(tunnels) = self.encapsulation.take() {
+            deltas.push(Delta::Tunnels(Arc::new(tunnels)));
+        }
         let (endpoints, endpoints_gone) = self.flush_endpoints();
         let (policies, policies_gone) = self.flush_policies();
         let (profiles, profiles_gone) = self.flush_profiles();
@@ -268,86 +289,39 @@ impl Graph {
             self.local.remove_endpoint(key);
             return;
         };
-        let spec = &object.spec;
         // The announcement was made by whoever plugged the interface in.
-        let place = announced.map_or(spec, |announced| &announced.spec);
-        let labels = workload_labels(key, object);
-        let profiles: Vec<Arc<str>> = spec
-            .profiles
-            .iter()
-            .map(|name| name.as_str().into())
-            .collect();
-        let ports = spec.ports.iter().filter(|port| !port.name.is_empty());
-        let item = Item {
-            nets: place.ip_networks.iter().copied().collect(),
-            ports: ports
-                .map(|port| NamedPort {
-                    name: port.name.as_str().into(),
-                    protocol: port.protocol.number(),
-                    port: port.port,
-                })
-                .collect(),
-        };
-        self.sets.set_item(key, pairs(&labels), &profiles, item);
+        let place = announced.map_or(&object.spec, |announced| &announced.spec);
         let here = place.node == self.node.as_str() && !place.interface_name.is_empty();
-        if here {
-            let endpoint = LocalEndpoint {
-                interface: place.interface_name.as_str().into(),
-                addresses: place.ip_networks.clone(),
-                mac: place.mac.map(|mac| mac.to_string().into()),
-                profiles,
-            };
-            self.local.set_endpoint(key, pairs(&labels), endpoint);
-        } else {
-            self.local.remove_endpoint(key);
+        let local = here.then(|| items::local_workload(object, place));
+        let found = items::workload(key, object, place);
+        match local {
+            Some(local) => self.local.set_endpoint(key, pairs(&found.labels), local),
+            None => self.local.remove_endpoint(key),
         }
+        self.sets
+            .set_item(key, pairs(&found.labels), &found.parents, found.item);
     }
 
-    /// What has addresses but is no workload.
+    /// What has addresses but is no workload. Host endpoints of this node have policy, too.
     fn on_item(&mut self, key: &Key, value: Option<&AnyResource>) {
-        let plain = |nets: &[cali_api::Net]| Item {
-            nets: nets.iter().map(|net| net.cidr()).collect(),
-            ports: Vec::new(),
+        let local = match value {
+            Some(AnyResource::HostEndpoint(host)) if host.spec.node == self.node.as_str() => {
+                items::local_host(&host.spec)
+            }
+            _ => None,
         };
-        let mut parents = Vec::new();
-        let (mut labels, item) = match value {
-            Some(AnyResource::GlobalNetworkSet(set)) => {
-                (set.metadata.labels.clone(), plain(&set.spec.nets))
-            }
-            Some(AnyResource::NetworkSet(set)) => {
-                (set.metadata.labels.clone(), plain(&set.spec.nets))
-            }
-            Some(AnyResource::HostEndpoint(endpoint)) => {
-                let spec = &endpoint.spec;
-                parents.extend(spec.profiles.iter().map(|name| Arc::from(name.as_str())));
-                let item = Item {
-                    nets: spec
-                        .expected_ips
-                        .iter()
-                        .map(|addr| Cidr::host(*addr))
-                        .collect(),
-                    ports: spec
-                        .ports
-                        .iter()
-                        .map(|port| NamedPort {
-                            name: port.name.as_str().into(),
-                            protocol: port.protocol.number(),
-                            port: port.port,
-                        })
-                        .collect(),
-                };
-                (endpoint.metadata.labels.clone(), item)
-            }
-            _ => {
-                self.sets.remove_item(key);
-                return;
-            }
-        };
-        if let Some(namespace) = &key.namespace {
-            labels.insert(LABEL_NAMESPACE.to_owned(), namespace.to_string());
-            parents.push(format!("{NAMESPACE_PROFILE_PREFIX}{namespace}").into());
+        let found = items::other(key, value);
+        match (&found, local) {
+            (Some(found), Some(local)) => self.local.set_endpoint(key, pairs(&found.labels), local),
+            _ => self.local.remove_endpoint(key),
         }
-        self.sets.set_item(key, pairs(&labels), &parents, item);
+        match found {
+            Some(found) => {
+                self.sets
+                    .set_item(key, pairs(&found.labels), &found.parents, found.item);
+            }
+            None => self.sets.remove_item(key),
+        }
     }
 
     fn on_policy(&mut self, key: Key, value: Option<&Arc<AnyResource>>) {
@@ -382,42 +356,57 @@ impl Graph {
     fn flush_endpoints(&mut self) -> (Vec<Delta>, Vec<Delta>) {
         let (mut live, mut gone) = (Vec::new(), Vec::new());
         for (id, new) in self.local.take() {
-            let old = self.endpoints.get(&id).cloned();
-            if old.as_deref() == new.as_ref() {
-                continue;
-            }
-            if let Some(new) = &new {
-                self.count_users(new, true);
-            }
-            if let Some(old) = &old {
-                self.count_users(old, false);
-            }
             match new {
-                Some(new) => {
-                    let endpoint = Arc::new(new);
-                    self.endpoints.insert(id.clone(), endpoint.clone());
-                    live.push(Delta::Endpoint { id, endpoint });
-                }
+                Some(Decided::Workload(new)) => live.extend(self.put_workload(id, new)),
+                Some(Decided::Host(new)) => live.extend(self.put_host(id, new)),
                 None => {
-                    self.endpoints.remove(&id);
-                    gone.push(Delta::EndpointRemove { id });
+                    if let Some(old) = self.endpoints.remove(&id) {
+                        self.count_users(workload_policies(&old), &old.profiles, false);
+                        gone.push(Delta::EndpointRemove { id });
+                    } else if let Some(old) = self.hosts.remove(&id) {
+                        self.count_users(old.policies().collect(), &old.profiles, false);
+                        gone.push(Delta::HostEndpointRemove { id });
+                    }
                 }
             }
         }
         (live, gone)
     }
 
-    fn count_users(&mut self, endpoint: &Endpoint, more: bool) {
-        let policies: BTreeSet<&Key> = endpoint
-            .ingress
-            .iter()
-            .chain(&endpoint.egress)
-            .flat_map(|tier| &tier.policies)
-            .collect();
+    fn put_workload(&mut self, id: Key, new: Endpoint) -> Option<Delta> {
+        let old = self.endpoints.get(&id).cloned();
+        if old.as_deref() == Some(&new) {
+            return None;
+        }
+        self.count_users(workload_policies(&new), &new.profiles, true);
+        if let Some(old) = &old {
+            self.count_users(workload_policies(old), &old.profiles, false);
+        }
+        let endpoint = Arc::new(new);
+        self.endpoints.insert(id.clone(), endpoint.clone());
+        Some(Delta::Endpoint { id, endpoint })
+    }
+
+    fn put_host(&mut self, id: Key, new: HostEndpoint) -> Option<Delta> {
+        let old = self.hosts.get(&id).cloned();
+        if old.as_deref() == Some(&new) {
+            return None;
+        }
+        self.count_users(new.policies().collect(), &new.profiles, true);
+        if let Some(old) = &old {
+            self.count_users(old.policies().collect(), &old.profiles, false);
+        }
+        let endpoint = Arc::new(new);
+        self.hosts.insert(id.clone(), endpoint.clone());
+        Some(Delta::HostEndpoint { id, endpoint })
+    }
+
+    /// Counts each policy and profile of an endpoint once.
+    fn count_users(&mut self, policies: BTreeSet<&Key>, profiles: &[Arc<str>], more: bool) {
         for key in policies {
             count(&mut self.policy_usage, key, more);
         }
-        for name in endpoint.profiles.iter().collect::<BTreeSet<_>>() {
+        for name in profiles.iter().collect::<BTreeSet<_>>() {
             count(&mut self.profile_usage, name, more);
         }
     }
@@ -496,21 +485,9 @@ fn pairs(labels: &StringMap) -> impl Iterator<Item = (&str, &str)> {
         .map(|(label, value)| (label.as_str(), value.as_str()))
 }
 
-/// An endpoint's labels: its own, and what it is.
-fn workload_labels(key: &Key, object: &WorkloadEndpoint) -> StringMap {
-    let mut labels = object.metadata.labels.clone();
-    let mut put = |label: &str, value: &str| {
-        if !value.is_empty() {
-            labels.insert(label.to_owned(), value.to_owned());
-        }
-    };
-    put(
-        LABEL_NAMESPACE,
-        key.namespace.as_deref().unwrap_or_default(),
-    );
-    put(LABEL_ORCHESTRATOR, &object.spec.orchestrator);
-    put(LABEL_SERVICE_ACCOUNT, &object.spec.service_account_name);
-    labels
+fn workload_policies(endpoint: &Endpoint) -> BTreeSet<&Key> {
+    let tiers = endpoint.ingress.iter().chain(&endpoint.egress);
+    tiers.flat_map(|tier| &tier.policies).collect()
 }
 
 fn count<K: Clone + Ord + Hash>(usage: &mut Usage<K>, key: &K, more: bool) {

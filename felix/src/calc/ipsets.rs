@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use cali_api::kubernetes::EndpointSlice;
 use cali_api::{Cidr, Key};
 use foldhash::HashMap;
 use smallvec::SmallVec;
@@ -15,6 +16,7 @@ use super::labels::{LabelIndex, MatchChange};
 use super::members::Members;
 use super::output::{Delta, IpSetId, Member};
 use super::rules::SetSpec;
+use super::services::Services;
 
 /// What an item contributes to the sets that select it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,6 +49,7 @@ pub(super) struct IpSets {
     items: HashMap<u32, Item>,
     next_number: u32,
     sets: HashMap<IpSetId, IpSet>,
+    services: Services,
     /// Sets that were created, changed or lost their last user; `true`: visible, `false`: no longer.
     pending: BTreeMap<IpSetId, HashMap<Member, bool>>,
 }
@@ -84,13 +87,13 @@ impl IpSets {
                 .cloned()
                 .collect();
             for id in kept {
-                self.contribute(&id, &old, false);
-                self.contribute(&id, &item, true);
+                self.contribute_item(&id, &old, false);
+                self.contribute_item(&id, &item, true);
             }
         }
         for change in changes {
             let item = if change.matches { &item } else { &old };
-            self.contribute(&change.selector, item, change.matches);
+            self.contribute_item(&change.selector, item, change.matches);
         }
     }
 
@@ -130,10 +133,35 @@ impl IpSets {
         };
         self.sets.insert(id.clone(), set);
         self.pending.entry(id.clone()).or_default();
-        let mut changes = Vec::new();
-        self.index
-            .add_selector(id.clone(), spec.scope().clone(), &mut changes);
-        self.apply(&changes);
+        match (spec.scope(), spec.service()) {
+            (Some(scope), _) => {
+                let mut changes = Vec::new();
+                self.index
+                    .add_selector(id.clone(), scope.clone(), &mut changes);
+                self.apply(&changes);
+            }
+            (None, Some((service, with_ports))) => {
+                for slice in self.services.add_set(service, id) {
+                    self.contribute(id, &slice.members(with_ports), true);
+                }
+            }
+            (None, None) => {}
+        }
+    }
+
+    /// A part of a service's endpoints appeared, changed or is gone.
+    pub(super) fn set_slice(&mut self, key: &Key, slice: Option<&EndpointSlice>) {
+        for change in self.services.set_slice(key, slice) {
+            for id in change.sets {
+                let Some((_, with_ports)) = self.sets.get(&id).and_then(|set| set.spec.service())
+                else {
+                    continue;
+                };
+                // New members first: what both versions have is never without a contribution.
+                self.contribute(&id, &change.after.members(with_ports), true);
+                self.contribute(&id, &change.before.members(with_ports), false);
+            }
+        }
     }
 
     /// Takes one use back. The set goes with the next taking, unless it is used again until then.
@@ -163,8 +191,11 @@ impl IpSets {
                 if set.announced {
                     removed.push(Delta::IpSetRemove { id: id.clone() });
                 }
+                match set.spec.service() {
+                    Some((service, _)) => self.services.remove_set(service, &id),
+                    None => self.index.remove_selector(&id, &mut Vec::new()),
+                }
                 self.sets.remove(&id);
-                self.index.remove_selector(&id, &mut Vec::new());
             } else if !set.announced {
                 set.announced = true;
                 let (kind, origin) = (set.spec.kind(), set.spec.origin());
@@ -200,13 +231,20 @@ impl IpSets {
     fn apply(&mut self, changes: &[MatchChange<u32, IpSetId>]) {
         for change in changes {
             if let Some(item) = self.items.get(&change.item).cloned() {
-                self.contribute(&change.selector, &item, change.matches);
+                self.contribute_item(&change.selector, &item, change.matches);
             }
         }
     }
 
     /// Adds or takes back what an item contributes to a set.
-    fn contribute(&mut self, id: &IpSetId, item: &Item, add: bool) {
+    fn contribute_item(&mut self, id: &IpSetId, item: &Item, add: bool) {
+        if let Some(set) = self.sets.get(id) {
+            let members = contribution(&set.spec, item);
+            self.contribute(id, &members, add);
+        }
+    }
+
+    fn contribute(&mut self, id: &IpSetId, members: &[Member], add: bool) {
         let Some(set) = self.sets.get_mut(id) else {
             return;
         };
@@ -222,11 +260,11 @@ impl IpSets {
                 changes.insert(member, visible);
             }
         };
-        for member in contribution(&set.spec, item) {
+        for member in members {
             if add {
-                set.members.add(member, &mut note);
+                set.members.add(*member, &mut note);
             } else {
-                set.members.remove(member, &mut note);
+                set.members.remove(*member, &mut note);
             }
         }
     }
@@ -234,6 +272,7 @@ impl IpSets {
 
 fn contribution(spec: &SetSpec, item: &Item) -> SmallVec<[Member; 2]> {
     match spec {
+        SetSpec::Service { .. } => SmallVec::new(),
         SetSpec::Addresses(_) => item.nets.iter().map(|net| Member::Net(*net)).collect(),
         SetSpec::NamedPort { protocol, name, .. } => item
             .ports

@@ -5,6 +5,7 @@
 //! only if one of its policies applies there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use cali_api::kubernetes::SERVICE_ACCOUNT_LABEL_PREFIX;
@@ -14,24 +15,54 @@ use cali_api::{AnyResource, Cidr, Key};
 use foldhash::HashMap;
 
 use super::labels::{LabelIndex, MatchChange};
-use super::output::{Direction, Endpoint, TierDefault, TierPolicies};
+use super::output::{
+    Direction, Endpoint, HostEndpoint, HostInterface, Limits, STAGES, Stage, TierDefault,
+    TierPolicies, Tiers,
+};
 use super::rules::parse;
 
 /// A local endpoint as far as the kernel is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct LocalEndpoint {
-    pub(super) interface: Arc<str>,
-    pub(super) addresses: Vec<Cidr>,
-    pub(super) mac: Option<Arc<str>>,
-    pub(super) profiles: Vec<Arc<str>>,
+pub(super) enum LocalEndpoint {
+    /// A workload.
+    Workload {
+        interface: Arc<str>,
+        addresses: Vec<Cidr>,
+        mac: Option<Arc<str>>,
+        profiles: Vec<Arc<str>>,
+        limits: Limits,
+    },
+    /// An interface of the node, or all of them.
+    Host {
+        interface: HostInterface,
+        addresses: Vec<IpAddr>,
+        profiles: Vec<Arc<str>>,
+    },
 }
+
+impl LocalEndpoint {
+    fn profiles(&self) -> &[Arc<str>] {
+        match self {
+            Self::Workload { profiles, .. } | Self::Host { profiles, .. } => profiles,
+        }
+    }
+}
+
+/// A local endpoint with its policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Decided {
+    Workload(Endpoint),
+    Host(HostEndpoint),
+}
+
+/// What a policy applies to: its directions, by stage in the order of [`STAGES`].
+type Applies = [[bool; 2]; 4];
 
 struct Policy {
     source: Arc<AnyResource>,
     tier: Arc<str>,
     order: Option<Order>,
-    ingress: bool,
-    egress: bool,
+    applies: Applies,
     selector: Selector,
 }
 
@@ -82,7 +113,7 @@ impl Local {
     ) {
         let mut changes = Vec::new();
         self.index
-            .set_item(key.clone(), labels, &endpoint.profiles, &mut changes);
+            .set_item(key.clone(), labels, endpoint.profiles(), &mut changes);
         self.mark(changes);
         if self.endpoints.get(key) != Some(&endpoint) {
             self.endpoints.insert(key.clone(), endpoint);
@@ -138,18 +169,13 @@ impl Local {
             self.remove_policy(key);
             return Ok(());
         };
-        let placed = (
-            policy.tier.clone(),
-            policy.order,
-            policy.ingress,
-            policy.egress,
-        );
+        let placed = (policy.tier.clone(), policy.order, policy.applies);
         let selector = policy.selector.clone();
         let old = self.policies.insert(key.clone(), policy);
         let mut changes = Vec::new();
         match old {
             Some(old) if old.selector == selector => {
-                if placed != (old.tier, old.order, old.ingress, old.egress) {
+                if placed != (old.tier, old.order, old.applies) {
                     self.dirty.extend(self.index.items_of(key).cloned());
                 }
             }
@@ -184,24 +210,57 @@ impl Local {
     }
 
     /// Endpoints to look at again, each with its state, or `None` when it is gone.
-    pub(super) fn take(&mut self) -> Vec<(Key, Option<Endpoint>)> {
+    pub(super) fn take(&mut self) -> Vec<(Key, Option<Decided>)> {
         std::mem::take(&mut self.dirty)
             .into_iter()
             .map(|key| {
-                let endpoint = self.endpoints.get(&key).map(|endpoint| Endpoint {
-                    interface: endpoint.interface.clone(),
-                    addresses: endpoint.addresses.clone(),
-                    mac: endpoint.mac.clone(),
-                    ingress: self.tiers_of(&key, Direction::Ingress),
-                    egress: self.tiers_of(&key, Direction::Egress),
-                    profiles: endpoint.profiles.clone(),
-                });
-                (key, endpoint)
+                let decided = self
+                    .endpoints
+                    .get(&key)
+                    .map(|endpoint| self.decide(&key, endpoint));
+                (key, decided)
             })
             .collect()
     }
 
-    fn tiers_of(&self, endpoint: &Key, direction: Direction) -> Vec<TierPolicies> {
+    fn decide(&self, key: &Key, endpoint: &LocalEndpoint) -> Decided {
+        let tiers = |stage| Tiers {
+            ingress: self.tiers_of(key, stage, Direction::Ingress),
+            egress: self.tiers_of(key, stage, Direction::Egress),
+        };
+        match endpoint.clone() {
+            LocalEndpoint::Workload {
+                interface,
+                addresses,
+                mac,
+                profiles,
+                limits,
+            } => {
+                let Tiers { ingress, egress } = tiers(Stage::Normal);
+                Decided::Workload(Endpoint {
+                    interface,
+                    addresses,
+                    mac,
+                    ingress,
+                    egress,
+                    profiles,
+                    limits,
+                })
+            }
+            LocalEndpoint::Host {
+                interface,
+                addresses,
+                profiles,
+            } => Decided::Host(HostEndpoint {
+                interface,
+                addresses,
+                stages: STAGES.map(tiers),
+                profiles,
+            }),
+        }
+    }
+
+    fn tiers_of(&self, endpoint: &Key, stage: Stage, direction: Direction) -> Vec<TierPolicies> {
         type PolicyPlace<'a> = (Rank, &'a str, Option<&'a str>, &'a Key);
         type TierPlace<'a> = (Rank, &'a Arc<str>);
         let mut tiers: BTreeMap<TierPlace<'_>, (Tier, Vec<PolicyPlace<'_>>)> = BTreeMap::new();
@@ -209,10 +268,7 @@ impl Local {
             let Some(policy) = self.policies.get(key) else {
                 continue;
             };
-            let applies = match direction {
-                Direction::Ingress => policy.ingress,
-                Direction::Egress => policy.egress,
-            };
+            let applies = policy.applies[stage as usize][direction as usize];
             let Some(tier) = self
                 .tiers
                 .get(&policy.tier)
@@ -236,9 +292,11 @@ impl Local {
             .into_iter()
             .map(|((_, name), (tier, mut policies))| {
                 policies.sort_unstable();
+                // What comes before connection tracking or NAT only ever takes exceptions out.
+                let early = matches!(stage, Stage::Untracked | Stage::PreDnat);
                 TierPolicies {
                     tier: name.clone(),
-                    default_action: tier.end,
+                    default_action: if early { TierDefault::Pass } else { tier.end },
                     policies: policies.into_iter().map(|(.., key)| key.clone()).collect(),
                 }
             })
@@ -251,7 +309,7 @@ impl Local {
     }
 }
 
-/// What selects and places a policy; `None` for policies that only concern host endpoints.
+/// What selects and places a policy; `None` for what is no policy.
 fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
     let accounts = |text: &str| -> Result<Selector, String> {
         let selector = if text.is_empty() {
@@ -261,6 +319,7 @@ fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
         };
         Ok(selector.with_label_prefix(SERVICE_ACCOUNT_LABEL_PREFIX))
     };
+    let none = [false; 2];
     Ok(match &**source {
         AnyResource::NetworkPolicy(policy) => {
             let spec = &policy.spec;
@@ -271,32 +330,35 @@ fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
                     namespace,
                 ))
                 .and(accounts(&spec.service_account_selector)?);
+            let directions = [spec.applies_to_ingress(), spec.applies_to_egress()];
             Some(Policy {
                 source: source.clone(),
                 tier: spec.tier_name().into(),
                 order: spec.order,
-                ingress: spec.applies_to_ingress(),
-                egress: spec.applies_to_egress(),
+                applies: [none, none, none, directions],
                 selector,
             })
         }
         AnyResource::GlobalNetworkPolicy(policy) => {
             let spec = &policy.spec;
-            if spec.do_not_track || spec.pre_dnat {
-                return Ok(None);
-            }
             let mut selector =
                 parse("selector", &spec.selector)?.and(accounts(&spec.service_account_selector)?);
             if !spec.namespace_selector.is_empty() {
                 selector = selector
                     .and(parse("namespaceSelector", &spec.namespace_selector)?.of_namespaces());
             }
+            let directions = [spec.applies_to_ingress(), spec.applies_to_egress()];
+            let applies = match (spec.do_not_track, spec.pre_dnat, spec.apply_on_forward) {
+                (true, ..) => [directions, none, none, none],
+                (false, true, _) => [none, [directions[0], false], none, none],
+                (false, false, true) => [none, none, directions, directions],
+                (false, false, false) => [none, none, none, directions],
+            };
             Some(Policy {
                 source: source.clone(),
                 tier: spec.tier_name().into(),
                 order: spec.order,
-                ingress: spec.applies_to_ingress(),
-                egress: spec.applies_to_egress(),
+                applies,
                 selector,
             })
         }

@@ -3,13 +3,16 @@
 //! A pure, incremental graph: [`Input`] in, [`Batch`] out, no clock, no I/O. The same objects give
 //! the same result in whatever order they arrive, and a change costs what it touches.
 
+mod encapsulation;
 mod graph;
 mod ipsets;
+mod items;
 mod labels;
 mod local;
 mod members;
 mod output;
 mod rules;
+mod services;
 mod snapshot;
 mod tunnel_peers;
 
@@ -21,8 +24,9 @@ use cali_api::v3::WorkloadEndpoint;
 
 pub use graph::Graph;
 pub use output::{
-    Action, Batch, Delta, Direction, Endpoint, Icmp, IpSetId, IpSetKind, IpVersion, Member,
-    PeerMatch, PoolNat, PortRange, Rule, Rules, TierDefault, TierPolicies, TunnelPeers,
+    Action, Batch, Delta, Direction, Endpoint, HostEndpoint, HostInterface, Icmp, IpSetId,
+    IpSetKind, IpVersion, Limit, Limits, Member, PeerMatch, PoolNat, PortRange, Rule, Rules,
+    STAGES, Stage, TierDefault, TierPolicies, Tiers, TunnelPeers, Tunnels,
 };
 pub use snapshot::{Snapshot, Violation};
 

@@ -270,6 +270,8 @@ pub struct Endpoint {
     pub egress: Vec<TierPolicies>,
     /// Profiles, asked after the last tier, in this order.
     pub profiles: Vec<Arc<str>>,
+    /// Limits of its traffic.
+    pub limits: Limits,
 }
 
 impl Endpoint {
@@ -280,6 +282,127 @@ impl Endpoint {
             Direction::Egress => &self.egress,
         }
     }
+}
+
+/// Limits of one direction of an endpoint's traffic (Calico's QoSControls); `None` stands for no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Limit {
+    /// Packets per second, and how many may come at once.
+    pub packets: Option<(u64, u32)>,
+    /// Connections at a time.
+    pub connections: Option<u32>,
+}
+
+/// Limits and marks of an endpoint's traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Limits {
+    /// To the endpoint.
+    pub ingress: Limit,
+    /// From the endpoint.
+    pub egress: Limit,
+    /// Code point (0 to 63) of what the endpoint sends to addresses outside all pools.
+    pub dscp: Option<u8>,
+}
+
+impl Limits {
+    /// The limits of one direction.
+    pub fn of(&self, direction: Direction) -> Limit {
+        match direction {
+            Direction::Ingress => self.ingress,
+            Direction::Egress => self.egress,
+        }
+    }
+}
+
+/// The interfaces of a host endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HostInterface {
+    /// The one with this name.
+    Named(Arc<str>),
+    /// All that have no endpoint of their own, but loopback and the workloads' (`*`).
+    All,
+    /// Those that have one of the endpoint's addresses.
+    ByAddress,
+}
+
+/// The kinds of policy that a host endpoint knows, by what they see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// Before connection tracking (`doNotTrack`).
+    Untracked,
+    /// Before destination NAT (`preDNAT`); ingress only.
+    PreDnat,
+    /// What the host forwards (`applyOnForward`).
+    Forward,
+    /// What ends or begins on the host.
+    Normal,
+}
+
+/// All stages in the order in which packets meet them.
+pub const STAGES: [Stage; 4] = [
+    Stage::Untracked,
+    Stage::PreDnat,
+    Stage::Forward,
+    Stage::Normal,
+];
+
+/// Tiers of both directions.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tiers {
+    /// For packets to the endpoint, in order.
+    pub ingress: Vec<TierPolicies>,
+    /// For packets from the endpoint, in order.
+    pub egress: Vec<TierPolicies>,
+}
+
+impl Tiers {
+    /// The tiers of one direction.
+    pub fn of(&self, direction: Direction) -> &[TierPolicies] {
+        match direction {
+            Direction::Ingress => &self.ingress,
+            Direction::Egress => &self.egress,
+        }
+    }
+}
+
+/// A host endpoint of this node with the policy that stands for it. Without a tier, its stages before
+/// `Normal` let everything on; `Normal` goes on to the profiles and denies what they do not allow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostEndpoint {
+    /// Where it is.
+    pub interface: HostInterface,
+    /// Its expected addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Tiers of each stage, in the order of [`STAGES`].
+    pub stages: [Tiers; 4],
+    /// Profiles, asked after the last tier of stage `Normal`, in this order.
+    pub profiles: Vec<Arc<str>>,
+}
+
+impl HostEndpoint {
+    /// The tiers of one stage.
+    pub fn stage(&self, stage: Stage) -> &Tiers {
+        &self.stages[stage as usize]
+    }
+
+    /// Every policy of every stage, once for each use.
+    pub fn policies(&self) -> impl Iterator<Item = &Key> {
+        self.stages
+            .iter()
+            .flat_map(|tiers| tiers.ingress.iter().chain(&tiers.egress))
+            .flat_map(|tier| &tier.policies)
+    }
+}
+
+/// Who may send encapsulated packets to this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tunnels {
+    /// A pool uses IPIP.
+    pub ipip: bool,
+    /// A pool uses VXLAN.
+    pub vxlan: bool,
+    /// Addresses of all nodes, sorted.
+    pub nodes: Vec<IpAddr>,
 }
 
 /// What the rule set needs to know of an IP pool.
@@ -311,6 +434,8 @@ pub enum Delta {
     Pools(Arc<[PoolNat]>),
     /// Senders of encapsulated packets. Sent when they change.
     TunnelPeers(Arc<TunnelPeers>),
+    /// Encapsulations and the nodes that use them. Sent when they change.
+    Tunnels(Arc<Tunnels>),
     /// A set came into use, with all its members.
     IpSetCreate {
         /// Which set.
@@ -353,8 +478,20 @@ pub enum Delta {
         /// All of its state.
         endpoint: Arc<Endpoint>,
     },
+    /// A host endpoint of this node appeared or changed.
+    HostEndpoint {
+        /// Which endpoint.
+        id: Key,
+        /// All of its state.
+        endpoint: Arc<HostEndpoint>,
+    },
     /// A local endpoint is gone.
     EndpointRemove {
+        /// Which endpoint.
+        id: Key,
+    },
+    /// A host endpoint of this node is gone.
+    HostEndpointRemove {
         /// Which endpoint.
         id: Key,
     },

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use super::output::{
     Action, Icmp, IpSetId, IpSetKind, IpVersion, PeerMatch, PortRange, Rule, Rules,
 };
+use super::services::ServiceName;
 
 /// What a set holds.
 #[derive(Debug, Clone)]
@@ -27,12 +28,30 @@ pub(super) enum SetSpec {
         protocol: u8,
         name: Arc<str>,
     },
+    /// The endpoints of a service, with their ports or without.
+    Service {
+        service: ServiceName,
+        with_ports: bool,
+    },
 }
 
 impl SetSpec {
-    pub(super) fn scope(&self) -> &Selector {
+    /// What selects the set's items, where a selector does.
+    pub(super) fn scope(&self) -> Option<&Selector> {
         match self {
-            Self::Addresses(scope) | Self::NamedPort { scope, .. } => scope,
+            Self::Addresses(scope) | Self::NamedPort { scope, .. } => Some(scope),
+            Self::Service { .. } => None,
+        }
+    }
+
+    /// The service behind the set, and whether its ports count.
+    pub(super) fn service(&self) -> Option<(&ServiceName, bool)> {
+        match self {
+            Self::Service {
+                service,
+                with_ports,
+            } => Some((service, *with_ports)),
+            _ => None,
         }
     }
 
@@ -40,6 +59,10 @@ impl SetSpec {
         match self {
             Self::Addresses(_) => IpSetKind::Net,
             Self::NamedPort { .. } => IpSetKind::Port,
+            Self::Service { with_ports, .. } => match with_ports {
+                true => IpSetKind::Port,
+                false => IpSetKind::Net,
+            },
         }
     }
 
@@ -52,6 +75,13 @@ impl SetSpec {
                 protocol,
                 name,
             } => format!("port {name} (protocol {protocol}) of {scope}").into(),
+            Self::Service {
+                service,
+                with_ports,
+            } => {
+                let what = if *with_ports { "" } else { "addresses of " };
+                format!("{what}service {}/{}", service.namespace, service.name).into()
+            }
         }
     }
 
@@ -63,6 +93,13 @@ impl SetSpec {
                 protocol,
                 name,
             } => identity("n", &format!("{scope},{protocol},{name}")),
+            Self::Service {
+                service,
+                with_ports,
+            } => {
+                let prefix = if *with_ports { "svc" } else { "svcnoport" };
+                identity(prefix, &format!("{}/{}", service.namespace, service.name))
+            }
         }
     }
 }
@@ -108,7 +145,7 @@ impl Resolved {
         let mut all = Vec::with_capacity(rules.len());
         for (number, rule) in rules.iter().enumerate() {
             let mut sets = Vec::new();
-            match resolve_rule(namespace, rule, &mut sets) {
+            match resolve_rule(namespace, place, rule, &mut sets) {
                 Ok(rule) => {
                     self.sets.append(&mut sets);
                     all.push(rule);
@@ -134,6 +171,7 @@ impl Resolved {
 
 fn resolve_rule(
     namespace: Option<&str>,
+    place: &str,
     rule: &v3::Rule,
     sets: &mut Vec<(IpSetId, SetSpec)>,
 ) -> Result<Rule, String> {
@@ -142,6 +180,23 @@ fn resolve_rule(
         icmp_type: icmp.type_,
         code: icmp.code,
     };
+    // Who a packet comes from is a matter of ingress rules, where it goes to one of egress rules.
+    let (mine, peer) = match place {
+        "ingress" => (&rule.destination, &rule.source),
+        _ => (&rule.source, &rule.destination),
+    };
+    if mine.services.is_some() {
+        return Err(format!(
+            "services cannot stand on this side of an {place} rule"
+        ));
+    }
+    let with_ports = place != "ingress";
+    if with_ports
+        && peer.services.is_some()
+        && !(peer.ports.is_empty() && peer.not_ports.is_empty())
+    {
+        return Err("services have ports of their own and exclude others".to_owned());
+    }
     Ok(Rule {
         action: match rule.action {
             v3::Action::Allow => Action::Allow,
@@ -159,9 +214,9 @@ fn resolve_rule(
         not_protocol: rule.not_protocol.map(v3::Protocol::number),
         icmp: rule.icmp.as_ref().map(icmp),
         not_icmp: rule.not_icmp.as_ref().map(icmp),
-        source: resolve_side(namespace, &rule.source, protocol, sets)
+        source: resolve_side(namespace, &rule.source, protocol, false, sets)
             .map_err(|error| format!("source: {error}"))?,
-        destination: resolve_side(namespace, &rule.destination, protocol, sets)
+        destination: resolve_side(namespace, &rule.destination, protocol, true, sets)
             .map_err(|error| format!("destination: {error}"))?,
     })
 }
@@ -175,11 +230,9 @@ fn resolve_side(
     namespace: Option<&str>,
     side: &v3::EntityRule,
     protocol: Option<u8>,
+    with_ports: bool,
     sets: &mut Vec<(IpSetId, SetSpec)>,
 ) -> Result<PeerMatch, String> {
-    if side.services.is_some() {
-        return Err("services are not supported".to_owned());
-    }
     let mut want = |spec: SetSpec| {
         let id = spec.id();
         sets.push((id.clone(), spec));
@@ -190,6 +243,18 @@ fn resolve_side(
         not_nets: side.not_nets.iter().map(|net| net.cidr()).collect(),
         ..PeerMatch::default()
     };
+    if let Some(service) = &side.services {
+        let spec = SetSpec::Service {
+            service: service_name(namespace, side, service)?,
+            with_ports,
+        };
+        let id = want(spec);
+        if with_ports {
+            peer.port_sets.push(id);
+        } else {
+            peer.sets.push(id);
+        }
+    }
     let positive = positive_scope(namespace, side)?;
     match (&positive, side.not_selector.is_empty()) {
         // One set for both: an address in the first and not in the second.
@@ -242,6 +307,34 @@ fn resolve_side(
         return Err("ports need a protocol".to_owned());
     }
     Ok(peer)
+}
+
+/// The service that a side names: in the policy's own namespace unless it says which.
+fn service_name(
+    namespace: Option<&str>,
+    side: &v3::EntityRule,
+    service: &v3::ServiceMatch,
+) -> Result<ServiceName, String> {
+    let alone = side.nets.is_empty()
+        && side.not_nets.is_empty()
+        && side.selector.is_empty()
+        && side.not_selector.is_empty()
+        && side.namespace_selector.is_empty()
+        && side.service_accounts.is_none();
+    if !alone {
+        return Err("services exclude networks, selectors and service accounts".to_owned());
+    }
+    let namespace = Some(service.namespace.as_str())
+        .filter(|name| !name.is_empty())
+        .or(namespace)
+        .ok_or("services.namespace is required in a policy without a namespace")?;
+    if service.name.is_empty() {
+        return Err("services.name is required".to_owned());
+    }
+    Ok(ServiceName {
+        namespace: namespace.into(),
+        name: service.name.as_str().into(),
+    })
 }
 
 /// What the positive selectors of a side select; `None` when it has none. Within a namespaced policy

@@ -10,7 +10,7 @@ use cali_api::Key;
 use cali_api::v3::FelixConfigurationSpec;
 
 use super::output::{
-    Batch, Delta, Endpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers,
+    Batch, Delta, Endpoint, HostEndpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers, Tunnels,
 };
 
 /// A delta that cannot follow what was said before.
@@ -61,6 +61,10 @@ pub struct Snapshot {
     pub profiles: BTreeMap<Arc<str>, Arc<Rules>>,
     /// Local endpoints.
     pub endpoints: BTreeMap<Key, Arc<Endpoint>>,
+    /// Host endpoints of this node.
+    pub hosts: BTreeMap<Key, Arc<HostEndpoint>>,
+    /// Encapsulations.
+    pub tunnels: Arc<Tunnels>,
 }
 
 impl Snapshot {
@@ -84,6 +88,7 @@ impl Snapshot {
             Delta::Settings(settings) => self.settings = Some(settings.clone()),
             Delta::Pools(pools) => self.pools = pools.to_vec(),
             Delta::TunnelPeers(peers) => self.tunnel_peers = peers.clone(),
+            Delta::Tunnels(tunnels) => self.tunnels = tunnels.clone(),
             Delta::IpSetCreate {
                 id, kind, members, ..
             } => {
@@ -135,8 +140,29 @@ impl Snapshot {
                 }
                 self.endpoints.insert(id.clone(), endpoint.clone());
             }
+            Delta::HostEndpoint { id, endpoint } => {
+                if let Some(policy) = endpoint
+                    .policies()
+                    .find(|policy| !self.policies.contains_key(*policy))
+                {
+                    return Err(missing(id, policy));
+                }
+                if let Some(profile) = endpoint
+                    .profiles
+                    .iter()
+                    .find(|name| !self.profiles.contains_key(*name))
+                {
+                    return Err(missing(id, profile));
+                }
+                self.hosts.insert(id.clone(), endpoint.clone());
+            }
             Delta::EndpointRemove { id } => {
                 self.endpoints
+                    .remove(id)
+                    .ok_or_else(|| missing(&"a removal", id))?;
+            }
+            Delta::HostEndpointRemove { id } => {
+                self.hosts
                     .remove(id)
                     .ok_or_else(|| missing(&"a removal", id))?;
             }
@@ -145,6 +171,11 @@ impl Snapshot {
                     .endpoints
                     .iter()
                     .find(|(_, endpoint)| endpoint.profiles.contains(name))
+                {
+                    return Err(in_use(name, user));
+                }
+                let hosts = &self.hosts;
+                if let Some((user, _)) = hosts.iter().find(|(_, host)| host.profiles.contains(name))
                 {
                     return Err(in_use(name, user));
                 }
@@ -162,6 +193,10 @@ impl Snapshot {
                 };
                 if let Some((user, _)) = self.endpoints.iter().find(|(_, endpoint)| uses(endpoint))
                 {
+                    return Err(in_use(id, user));
+                }
+                let used = |host: &HostEndpoint| host.policies().any(|policy| policy == id);
+                if let Some((user, _)) = self.hosts.iter().find(|(_, host)| used(host)) {
                     return Err(in_use(id, user));
                 }
                 self.policies

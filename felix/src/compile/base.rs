@@ -2,14 +2,20 @@
 //!
 //! | chain | hook, priority | duty |
 //! |---|---|---|
-//! | `cali-raw-prerouting` | prerouting −300 | source addresses of workloads; outer VXLAN is not tracked |
-//! | `cali-raw-output` | output −300 | outer VXLAN is not tracked |
-//! | `cali-forward-from-wl` | forward 0 | policy of the sending workload |
-//! | `cali-forward-to-wl` | forward +1 | policy of the receiving workload |
-//! | `cali-input-from-wl` | input 0 | policy of a workload that talks to the host |
+//! | `cali-raw-prerouting` | prerouting −300 | source addresses of workloads; outer VXLAN is not tracked; untracked policy |
+//! | `cali-raw-output` | output −300 | outer VXLAN is not tracked; untracked policy |
+//! | `cali-forward-from-wl` | forward 0 | policy of the sending workload, or of the host endpoint that packets come in by |
+//! | `cali-forward-to-wl` | forward +1 | policy of the receiving workload, or of the host endpoint that packets leave by |
+//! | `cali-input-from-wl` | input 0 | policy of a workload that talks to the host; of host endpoints |
 //! | `cali-input-tunnels` | input 0 | encapsulated packets come from nodes only |
 //! | `cali-input-host` | input +1 | what the host takes from workloads at all |
+//! | `cali-mangle-prerouting` | prerouting −150 | policy of host endpoints before destination NAT |
+//! | `cali-output-host` | output 0 | policy of host endpoints for what the host sends |
+//! | `cali-mangle-postrouting` | postrouting −150 | the same, where the destination was translated |
 //! | `cali-nat-postrouting` | postrouting nat 110 | NAT outgoing, after kube-proxy's masquerade |
+//!
+//! Those of host endpoints are there only while there are host endpoints. What untracked policy or policy before
+//! destination NAT accepts carries a mark past the host endpoint's later policy; there is no other mark.
 //!
 //! Packets of established flows leave each policy chain early. The source check stands before
 //! connection tracking and sees every packet.
@@ -18,16 +24,17 @@ use std::sync::Arc;
 
 use cali_api::Cidr;
 use cali_netlink::nft::{
-    BaseHook, Chain, ChainType, CmpOp, Expr, FibResult, Hook, Key, Meta, Policy, Reg, Rule,
-    Verdict, fib_flag, nat_flag,
+    BaseHook, Chain, ChainType, CmpOp, Elem, Expr, FibResult, Hook, Key, KeyType, Meta, Policy,
+    Reg, Rule, Set, Verdict, ct_status, fib_flag, nat_flag,
 };
 
 use super::expr::{self, Side, cmp, counter};
+use super::hosts::{Shape, Site};
 use super::names;
 use super::program::{ChainProgram, SetProgram};
-use super::rule::{network_elems, network_set, outermost};
+use super::rule::{address_type, network_elems, network_set, outermost};
 use super::settings::{HostAction, Settings};
-use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers};
+use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers, Tunnels};
 
 const IPIP: u8 = 4;
 const UDP: u8 = 17;
@@ -36,32 +43,123 @@ const ICMPV6: u8 = 58;
 /// (RFC 2710, RFC 4861): queries, reports, solicitations and neighbour advertisements.
 const NEIGHBOUR_DISCOVERY: [u8; 6] = [130, 131, 132, 133, 135, 136];
 
+const ROUTER_ADVERTISEMENT: [u8; 1] = [134];
+
 const WORKLOAD_TO_HOST: &str = "cali-wl-to-host";
 
-/// All chains of this module.
-pub(super) fn chains(settings: &Settings) -> Vec<ChainProgram> {
-    vec![
-        raw_prerouting(settings),
-        raw_output(settings),
-        forward(
-            settings,
-            "cali-forward-from-wl",
-            0,
-            Meta::IifName,
-            names::FROM_WORKLOAD,
-        ),
-        forward(
-            settings,
-            "cali-forward-to-wl",
-            1,
-            Meta::OifName,
-            names::TO_WORKLOAD,
-        ),
-        input_from_workload(settings),
+/// What the chains depend on.
+#[derive(Clone, Copy)]
+pub(super) struct Ground<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) hosts: &'a Shape,
+    pub(super) tunnels: &'a Tunnels,
+}
+
+/// Chains that are there only while there are host endpoints.
+const HOST_CHAINS: [&str; 3] = [
+    "cali-mangle-prerouting",
+    "cali-output-host",
+    "cali-mangle-postrouting",
+];
+
+/// All chains of this module, and names of those that are not needed now.
+pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
+    let settings = ground.settings;
+    let mut chains = vec![
+        raw_prerouting(ground),
+        raw_output(ground),
+        forward(ground, "cali-forward-from-wl", 0, Site::ForwardIn),
+        forward(ground, "cali-forward-to-wl", 1, Site::ForwardOut),
+        input_from_workload(ground),
         workload_to_host(),
         input_host(settings),
         nat_postrouting(),
-    ]
+    ];
+    chains.extend(
+        [
+            mangle_prerouting(ground),
+            output_host(ground),
+            mangle_postrouting(ground),
+        ]
+        .into_iter()
+        .flatten(),
+    );
+    let absent = HOST_CHAINS.map(Arc::from).into_iter();
+    let absent = absent.filter(|name: &Arc<str>| !chains.iter().any(|c| c.chain.name == *name));
+    let absent = absent.collect();
+    (chains, absent)
+}
+
+/// The addresses of all nodes: who may send encapsulated packets.
+pub(super) fn node_sets(tunnels: &Tunnels) -> Vec<SetProgram> {
+    [IpVersion::V4, IpVersion::V6]
+        .into_iter()
+        .map(|version| {
+            let key = KeyType::one(address_type(version));
+            let nodes = tunnels.nodes.iter();
+            let nodes = nodes.filter(|addr| IpVersion::of(**addr) == version);
+            SetProgram::new(Set::exact(pool_set("nodes", version), key))
+                .with(nodes.map(|addr| Elem::new(Key::ip(*addr))))
+        })
+        .collect()
+}
+
+/// The way to the host endpoints of a site.
+fn to_hosts(hosts: &Shape, site: Site) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    if hosts.named.contains(&site) {
+        rules.push(dispatch(site.interface(), site.map()));
+    }
+    if hosts.all.contains(&site) {
+        let to = [Expr::Verdict(Verdict::Goto(site.chain(None)))];
+        let real = expr::interface_is_not(site.interface(), "lo");
+        rules.push(rule(&[&real, &to]));
+    }
+    rules
+}
+
+/// What was accepted early is not asked about again.
+fn accept_marked(ground: Ground<'_>) -> Option<Rule> {
+    let accept = [Expr::Verdict(Verdict::Accept)];
+    let marked = expr::has_mark(ground.settings.accept_mark);
+    ground
+        .hosts
+        .accepts_early()
+        .then(|| rule(&[&marked, &accept]).comment("accepted before"))
+}
+
+/// A mark that somebody else left means nothing.
+fn clear_mark(ground: Ground<'_>) -> Option<Rule> {
+    ground
+        .hosts
+        .accepts_early()
+        .then(|| Rule::new(expr::set_mark(ground.settings.accept_mark, false)))
+}
+
+/// Host endpoints are not asked about encapsulated packets between nodes that we know.
+fn encapsulated(ground: Ground<'_>, side: Side) -> Vec<Rule> {
+    let accept = [Expr::Verdict(Verdict::Accept)];
+    let mut rules = Vec::new();
+    let mut add = |what: Vec<Expr>, version: IpVersion| {
+        let known = expr::address_in(side, version, pool_set("nodes", version), false);
+        rules.push(rule(&[&expr::family(version), &what, &known, &accept]));
+    };
+    if ground.tunnels.ipip {
+        let ipip = expr::protocol(IPIP, false).to_vec();
+        add(ipip, IpVersion::V4);
+    }
+    if ground.tunnels.vxlan {
+        let port = PortRange {
+            first: ground.settings.vxlan_port,
+            last: ground.settings.vxlan_port,
+        };
+        let mut vxlan = expr::protocol(UDP, false).to_vec();
+        vxlan.extend(expr::port(Side::Destination, port, false));
+        for version in [IpVersion::V4, IpVersion::V6] {
+            add(vxlan.clone(), version);
+        }
+    }
+    rules
 }
 
 /// The sets behind NAT outgoing: all pools, and those whose packets get the node's address outside.
@@ -162,8 +260,9 @@ fn vxlan(settings: &Settings) -> Rule {
     ])
 }
 
-fn raw_prerouting(settings: &Settings) -> ChainProgram {
-    let mut rules = Vec::new();
+fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
+    let settings = ground.settings;
+    let mut rules: Vec<Rule> = clear_mark(ground).into_iter().collect();
     for prefix in &settings.workload_prefixes {
         let flags = fib_flag::SADDR | fib_flag::MARK | fib_flag::IIF;
         let spoofed = [
@@ -196,6 +295,7 @@ fn raw_prerouting(settings: &Settings) -> ChainProgram {
         });
     outer.extend(vxlan(settings).exprs);
     rules.push(Rule::new(outer));
+    rules.extend(to_hosts(ground.hosts, Site::RawIn));
     ChainProgram::new(
         base(
             "cali-raw-prerouting",
@@ -207,11 +307,88 @@ fn raw_prerouting(settings: &Settings) -> ChainProgram {
     )
 }
 
-fn raw_output(settings: &Settings) -> ChainProgram {
+fn raw_output(ground: Ground<'_>) -> ChainProgram {
+    let mut rules: Vec<Rule> = clear_mark(ground).into_iter().collect();
+    rules.push(vxlan(ground.settings));
+    rules.extend(to_hosts(ground.hosts, Site::RawOut));
     ChainProgram::new(
         base("cali-raw-output", ChainType::Filter, Hook::Output, -300),
-        [vxlan(settings)],
+        rules,
     )
+}
+
+fn mangle_prerouting(ground: Ground<'_>) -> Option<ChainProgram> {
+    if !ground.hosts.has(Site::DnatIn) {
+        return None;
+    }
+    let mut rules = vec![Rule::new(expr::accept_established())];
+    rules.extend(accept_marked(ground));
+    for prefix in &ground.settings.workload_prefixes {
+        let from = expr::interface_prefix(Meta::IifName, prefix);
+        rules.push(rule(&[&from, &[Expr::Verdict(Verdict::Accept)]]));
+    }
+    rules.extend(to_hosts(ground.hosts, Site::DnatIn));
+    let hook = base(
+        "cali-mangle-prerouting",
+        ChainType::Filter,
+        Hook::Prerouting,
+        -150,
+    );
+    Some(ChainProgram::new(hook, rules))
+}
+
+/// What the host sends. Workloads are reached without policy of host endpoints, and where the
+/// destination was translated the interface is known only later.
+fn output_host(ground: Ground<'_>) -> Option<ChainProgram> {
+    if !ground.hosts.has(Site::Out) {
+        return None;
+    }
+    let accept = [Expr::Verdict(Verdict::Accept)];
+    let mut rules = vec![Rule::new(expr::accept_established())];
+    rules.extend(accept_marked(ground));
+    for prefix in &ground.settings.workload_prefixes {
+        let to = expr::interface_prefix(Meta::OifName, prefix);
+        rules.push(rule(&[&to, &accept]));
+    }
+    rules.extend(encapsulated(ground, Side::Destination));
+    let translated = expr::ct_status_any(ct_status::DNAT, false);
+    rules.push(rule(&[&translated, &accept]).comment("asked after routing"));
+    rules.extend(to_hosts(ground.hosts, Site::Out));
+    let hook = base("cali-output-host", ChainType::Filter, Hook::Output, 0);
+    Some(ChainProgram::new(hook, rules))
+}
+
+fn mangle_postrouting(ground: Ground<'_>) -> Option<ChainProgram> {
+    if !ground.hosts.has(Site::Post) {
+        return None;
+    }
+    let accept = [Expr::Verdict(Verdict::Accept)];
+    // Only what the host itself sends has no interface that it came in by.
+    let forwarded = [
+        Expr::Meta {
+            key: Meta::Iif,
+            dreg: Reg::R1,
+        },
+        cmp(CmpOp::Neq, Key::host32(0)),
+    ];
+    let mut rules = vec![
+        rule(&[&forwarded, &accept]),
+        rule(&[&expr::ct_status_any(ct_status::DNAT, true), &accept]),
+        Rule::new(expr::accept_established()),
+    ];
+    rules.extend(accept_marked(ground));
+    for prefix in &ground.settings.workload_prefixes {
+        let to = expr::interface_prefix(Meta::OifName, prefix);
+        rules.push(rule(&[&to, &accept]));
+    }
+    rules.extend(to_hosts(ground.hosts, Site::Post));
+    let hook = base(
+        "cali-mangle-postrouting",
+        ChainType::Filter,
+        Hook::Postrouting,
+        -150,
+    );
+    Some(ChainProgram::new(hook, rules))
 }
 
 fn dispatch(key: Meta, map: &str) -> Rule {
@@ -226,13 +403,22 @@ fn dispatch(key: Meta, map: &str) -> Rule {
 
 /// One direction of forwarded traffic. Workload interfaces that the map does not know have no
 /// policy yet: nothing passes.
-fn forward(settings: &Settings, name: &str, priority: i32, key: Meta, map: &str) -> ChainProgram {
+fn forward(ground: Ground<'_>, name: &str, priority: i32, site: Site) -> ChainProgram {
+    let (key, map) = match site.interface() {
+        Meta::OifName => (Meta::OifName, names::TO_WORKLOAD),
+        key => (key, names::FROM_WORKLOAD),
+    };
     let mut rules = vec![Rule::new(expr::accept_established()), dispatch(key, map)];
-    for prefix in &settings.workload_prefixes {
+    for prefix in &ground.settings.workload_prefixes {
         rules.push(
             rule(&[&expr::interface_prefix(key, prefix), &drop()])
                 .comment("interface without policy"),
         );
+    }
+    if ground.hosts.has(site) {
+        // What was accepted early is still asked about where it leaves.
+        rules.extend(accept_marked(ground).filter(|_| site == Site::ForwardIn));
+        rules.extend(to_hosts(ground.hosts, site));
     }
     ChainProgram::new(
         base(name, ChainType::Filter, Hook::Forward, priority),
@@ -240,11 +426,16 @@ fn forward(settings: &Settings, name: &str, priority: i32, key: Meta, map: &str)
     )
 }
 
-fn input_from_workload(settings: &Settings) -> ChainProgram {
+fn input_from_workload(ground: Ground<'_>) -> ChainProgram {
     let mut rules = vec![Rule::new(expr::accept_established())];
-    for prefix in &settings.workload_prefixes {
+    for prefix in &ground.settings.workload_prefixes {
         let to = [Expr::Verdict(Verdict::Goto(WORKLOAD_TO_HOST.into()))];
         rules.push(rule(&[&expr::interface_prefix(Meta::IifName, prefix), &to]));
+    }
+    if ground.hosts.has(Site::In) {
+        rules.extend(encapsulated(ground, Side::Source));
+        rules.extend(accept_marked(ground));
+        rules.extend(to_hosts(ground.hosts, Site::In));
     }
     ChainProgram::new(
         base("cali-input-from-wl", ChainType::Filter, Hook::Input, 0),
@@ -252,10 +443,12 @@ fn input_from_workload(settings: &Settings) -> ChainProgram {
     )
 }
 
-fn accept_neighbour_discovery() -> Vec<Rule> {
+/// For a workload, or for a host, which also takes router advertisements.
+pub(super) fn accept_neighbour_discovery(host: bool) -> Vec<Rule> {
     let accept = [Expr::Verdict(Verdict::Accept)];
     NEIGHBOUR_DISCOVERY
         .iter()
+        .chain(ROUTER_ADVERTISEMENT.iter().filter(|_| host))
         .map(|kind| {
             rule(&[
                 &expr::protocol(ICMPV6, false),
@@ -267,7 +460,7 @@ fn accept_neighbour_discovery() -> Vec<Rule> {
 }
 
 fn workload_to_host() -> ChainProgram {
-    let mut rules = accept_neighbour_discovery();
+    let mut rules = accept_neighbour_discovery(false);
     rules.push(dispatch(Meta::IifName, names::FROM_WORKLOAD));
     rules.push(Rule::new(drop()).comment("interface without policy"));
     ChainProgram::new(Chain::regular(WORKLOAD_TO_HOST), rules)
@@ -278,7 +471,7 @@ fn input_host(settings: &Settings) -> ChainProgram {
     let mut rules = Vec::new();
     if settings.host_action == HostAction::Drop {
         rules.push(Rule::new(expr::accept_established()));
-        rules.extend(accept_neighbour_discovery());
+        rules.extend(accept_neighbour_discovery(false));
         for prefix in &settings.workload_prefixes {
             let from = expr::interface_prefix(Meta::IifName, prefix);
             rules.push(rule(&[&from, &drop()]).comment("defaultEndpointToHostAction"));

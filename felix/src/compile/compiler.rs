@@ -13,15 +13,16 @@ use super::collapse::{Allowed, Thresholds, Union, allows_only, collapse};
 use super::desired::Desired;
 use super::evaluate::Suspects;
 use super::expr::{self, Side, counter};
+use super::hosts::Hosts;
 use super::known_sets::KnownSets;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
 use super::rule::Rendered;
 use super::settings::Settings;
-use super::stack::{Endings, Stack, ask, comment, deny_rest};
+use super::stack::{Endings, Place, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
     Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, PortRange, Rules, TierDefault,
-    TunnelPeers,
+    TunnelPeers, Tunnels,
 };
 
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
@@ -71,9 +72,11 @@ pub(super) struct KnownEndpoint {
 
 /// The desired state of table `inet calico`.
 pub struct Compiler {
-    settings: Settings,
+    pub(super) settings: Settings,
     tunnel_peers: Arc<TunnelPeers>,
     pub(super) desired: Desired,
+    pub(super) hosts: Hosts,
+    tunnels: Arc<Tunnels>,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
     pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
@@ -84,6 +87,8 @@ pub struct Compiler {
     stacks: HashMap<Arc<str>, KnownStack>,
     /// Stacks that ask a policy or profile.
     askers: HashMap<Unit, BTreeSet<Arc<str>>>,
+    /// Stacks in which a policy or profile is written out, wherever that would not need to be.
+    writers: HashMap<Unit, BTreeSet<Arc<str>>>,
     needs: HashMap<Unit, Needs>,
     pub(super) set_users: HashMap<IpSetId, BTreeSet<Unit>>,
     /// How many units lead to what is named by its content.
@@ -109,6 +114,8 @@ impl Default for Compiler {
                 },
                 touched: Touched::default(),
             },
+            hosts: Hosts::default(),
+            tunnels: Arc::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
             profiles: HashMap::default(),
@@ -116,6 +123,7 @@ impl Default for Compiler {
             interfaces: BTreeMap::new(),
             stacks: HashMap::default(),
             askers: HashMap::default(),
+            writers: HashMap::default(),
             needs: HashMap::default(),
             set_users: HashMap::default(),
             shared_users: HashMap::default(),
@@ -153,6 +161,10 @@ impl Compiler {
         for delta in &batch.deltas {
             self.apply_delta(delta);
         }
+        self.render_dirty();
+    }
+
+    pub(super) fn render_dirty(&mut self) {
         while let Some(unit) = self.dirty.pop_first() {
             self.render(&unit);
         }
@@ -176,6 +188,7 @@ impl Compiler {
                     self.settings = settings;
                     self.put_base_chains();
                     self.put_tunnel_peers();
+                    self.put_hosts();
                     self.dirty.extend(self.needs.keys().cloned());
                     let interfaces: Vec<_> = self.interfaces.keys().cloned().collect();
                     interfaces
@@ -188,6 +201,12 @@ impl Compiler {
                 self.tunnel_peers = peers.clone();
                 self.put_tunnel_peers();
             }
+            Delta::Tunnels(tunnels) => {
+                self.tunnels = tunnels.clone();
+                self.put_base_chains();
+            }
+            Delta::HostEndpoint { id, endpoint } => self.put_host(id, Some(endpoint)),
+            Delta::HostEndpointRemove { id } => self.put_host(id, None),
             Delta::IpSetCreate {
                 id,
                 kind,
@@ -227,6 +246,7 @@ impl Compiler {
                             self.dirty.insert(Unit::Stack(name.clone()));
                         }
                     }
+                    self.render_writers(&unit);
                     self.dirty.insert(unit);
                 }
             }
@@ -234,8 +254,11 @@ impl Compiler {
                 if self.profiles.insert(name.clone(), rules.clone()).is_some() {
                     self.changed_profiles.insert(name.clone());
                 }
-                self.dirty
-                    .extend(DIRECTIONS.map(|direction| Unit::Profile(name.clone(), direction)));
+                for direction in DIRECTIONS {
+                    let unit = Unit::Profile(name.clone(), direction);
+                    self.render_writers(&unit);
+                    self.dirty.insert(unit);
+                }
             }
             Delta::PolicyRemove { id } => {
                 self.policies.remove(id);
@@ -273,10 +296,27 @@ impl Compiler {
         }
     }
 
-    fn put_base_chains(&mut self) {
-        for chain in base::chains(&self.settings) {
+    pub(super) fn put_base_chains(&mut self) {
+        for set in base::node_sets(&self.tunnels) {
+            self.desired.put_set(set);
+        }
+        let (chains, absent) = base::chains(base::Ground {
+            settings: &self.settings,
+            hosts: &self.hosts.shape,
+            tunnels: &self.tunnels,
+        });
+        for chain in chains {
             self.desired.put_chain(chain);
         }
+        absent
+            .iter()
+            .for_each(|name| self.desired.remove_chain(name));
+    }
+
+    /// Stacks that have the rules of a policy or profile written out must be rendered again.
+    fn render_writers(&mut self, unit: &Unit) {
+        let stacks = self.writers.get(unit).into_iter().flatten();
+        self.dirty.extend(stacks.cloned().map(Unit::Stack));
     }
 
     fn put_tunnel_peers(&mut self) {
@@ -298,6 +338,7 @@ impl Compiler {
     fn put_endpoint(&mut self, id: &ObjectKey, endpoint: &Arc<Endpoint>) {
         let stacks = DIRECTIONS.map(|direction| {
             self.acquire_stack(Stack {
+                place: Place::Endpoint,
                 direction,
                 tiers: endpoint.tiers(direction).to_vec(),
                 profiles: endpoint.profiles.clone(),
@@ -423,17 +464,19 @@ impl Compiler {
 
     // ---- stacks
 
-    fn acquire_stack(&mut self, stack: Stack) -> Arc<str> {
+    pub(super) fn acquire_stack(&mut self, stack: Stack) -> Arc<str> {
         let name = stack.name();
         if let Some(known) = self.stacks.get_mut(&name) {
             known.users += 1;
             return name;
         }
+        let users = if stack.place.writes_out() {
+            &mut self.writers
+        } else {
+            &mut self.askers
+        };
         for unit in askees(&stack) {
-            self.askers
-                .entry(unit.clone())
-                .or_default()
-                .insert(name.clone());
+            users.entry(unit.clone()).or_default().insert(name.clone());
             if !self.desired.program.chains.contains_key(&unit.chain()) {
                 self.dirty.insert(unit);
             }
@@ -462,7 +505,7 @@ impl Compiler {
         (direction, tiers.flat_map(|tier| &tier.policies))
     }
 
-    fn release_stack(&mut self, name: &Arc<str>) {
+    pub(super) fn release_stack(&mut self, name: &Arc<str>) {
         let Some(known) = self.stacks.get_mut(name) else {
             return;
         };
@@ -477,11 +520,16 @@ impl Compiler {
         let Some(known) = self.stacks.remove(name) else {
             return;
         };
+        let users = if known.stack.place.writes_out() {
+            &mut self.writers
+        } else {
+            &mut self.askers
+        };
         for unit in askees(&known.stack) {
-            if let Some(stacks) = self.askers.get_mut(&unit) {
+            if let Some(stacks) = users.get_mut(&unit) {
                 stacks.remove(name);
                 if stacks.is_empty() {
-                    self.askers.remove(&unit);
+                    users.remove(&unit);
                     self.dirty.insert(unit);
                 } else if let Unit::Policy(id, _) = &unit
                     && !known.inlined.contains(id)
@@ -563,6 +611,7 @@ impl Compiler {
         let rules = rules.of(direction);
         Endings {
             settings: &self.settings,
+            place: Place::Endpoint,
             direction,
             owner,
             pass: None,
@@ -588,7 +637,12 @@ impl Compiler {
         for (position, tier) in stack.reached().iter().enumerate() {
             let mut asked = 0;
             while let Some(id) = tier.policies.get(asked) {
-                let run = self.allow_run(&tier.policies[asked..], direction);
+                // What is written out has verdicts of its own.
+                let run = if stack.place.writes_out() {
+                    Vec::new()
+                } else {
+                    self.allow_run(&tier.policies[asked..], direction)
+                };
                 if !run.is_empty() {
                     let texts: Vec<String> =
                         run.iter().map(|(id, _)| names::policy_text(id)).collect();
@@ -613,21 +667,25 @@ impl Compiler {
                 let rules = self
                     .policies
                     .get(id)
-                    .filter(|rules| passes(rules, direction))
+                    .filter(|rules| stack.place.writes_out() || passes(rules, direction))
                     .cloned();
                 let Some(rules) = rules else {
                     rendered.rules.push(ask(names::policy_chain(id, direction)));
                     continue;
                 };
-                let pass = self.acquire_stack(stack.after(position));
-                next.push(pass.clone());
+                let pass = passes(&rules, direction).then(|| {
+                    let pass = self.acquire_stack(stack.after(position));
+                    next.push(pass.clone());
+                    pass
+                });
                 let owner = names::policy_text(id);
                 let rules = rules.of(direction);
                 Endings {
                     settings: &self.settings,
+                    place: stack.place,
                     direction,
                     owner: &owner,
-                    pass: Some(pass),
+                    pass,
                 }
                 .render(rules, &self.sets, &mut rendered);
                 sets.extend(rules.iter().flat_map(crate::calc::Rule::set_ids).cloned());
@@ -635,19 +693,35 @@ impl Compiler {
             if tier.default_action == TierDefault::Deny {
                 rendered.rules.push(deny_rest(
                     &self.settings,
+                    stack.place,
                     &format!("end of tier {}", tier.tier),
                 ));
             }
         }
         if stack.reaches_profiles() {
-            let chains = stack
-                .profiles
-                .iter()
-                .map(|profile| names::profile_chain(profile, direction));
-            rendered.rules.extend(chains.map(ask));
+            for profile in &stack.profiles {
+                if !stack.place.writes_out() {
+                    let chain = names::profile_chain(profile, direction);
+                    rendered.rules.push(ask(chain));
+                    continue;
+                }
+                let rules = self.profiles.get(profile).cloned().unwrap_or_default();
+                let rules = rules.of(direction);
+                let owner = format!("pro/{profile}");
+                Endings {
+                    settings: &self.settings,
+                    place: stack.place,
+                    direction,
+                    owner: &owner,
+                    pass: None,
+                }
+                .render(rules, &self.sets, &mut rendered);
+                sets.extend(rules.iter().flat_map(crate::calc::Rule::set_ids).cloned());
+            }
+            let reason = "no profile allows it";
             rendered
                 .rules
-                .push(deny_rest(&self.settings, "no profile allows it"));
+                .push(deny_rest(&self.settings, stack.place, reason));
         }
         let about = stack.comment();
         self.put_unit(

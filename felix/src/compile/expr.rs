@@ -219,6 +219,69 @@ pub(super) fn ct_state_any(bits: u32) -> [Expr; 3] {
     ]
 }
 
+/// The flow has one of these status bits (`negated`: none of them).
+pub(super) fn ct_status_any(bits: u32, negated: bool) -> [Expr; 3] {
+    [
+        Expr::Ct {
+            key: Ct::Status,
+            original: None,
+            dreg: Reg::R1,
+        },
+        Expr::Bitwise {
+            sreg: Reg::R1,
+            dreg: Reg::R1,
+            mask: Key::host32(bits),
+            xor: Key::host32(0),
+        },
+        cmp(if negated { CmpOp::Eq } else { CmpOp::Neq }, Key::host32(0)),
+    ]
+}
+
+/// Sets these bits of the packet's mark, or clears them.
+pub(super) fn set_mark(bits: u32, on: bool) -> [Expr; 3] {
+    [
+        Expr::Meta {
+            key: Meta::Mark,
+            dreg: Reg::R1,
+        },
+        Expr::Bitwise {
+            sreg: Reg::R1,
+            dreg: Reg::R1,
+            mask: Key::host32(!bits),
+            xor: Key::host32(if on { bits } else { 0 }),
+        },
+        Expr::MetaSet {
+            key: Meta::Mark,
+            sreg: Reg::R1,
+        },
+    ]
+}
+
+/// The packet's mark has these bits.
+pub(super) fn has_mark(bits: u32) -> [Expr; 3] {
+    [
+        Expr::Meta {
+            key: Meta::Mark,
+            dreg: Reg::R1,
+        },
+        Expr::Bitwise {
+            sreg: Reg::R1,
+            dreg: Reg::R1,
+            mask: Key::host32(bits),
+            xor: Key::host32(0),
+        },
+        cmp(CmpOp::Eq, Key::host32(bits)),
+    ]
+}
+
+/// `iifname|oifname != "name"`.
+pub(super) fn interface_is_not(key: Meta, name: &str) -> [Expr; 2] {
+    [
+        Expr::Meta { key, dreg: Reg::R1 },
+        cmp(CmpOp::Neq, Key::ifname(name)),
+    ]
+}
+
 /// `ct state established,related accept`.
 pub(super) fn accept_established() -> Vec<Expr> {
     let mut exprs = ct_state_any(ct_state::ESTABLISHED | ct_state::RELATED).to_vec();

@@ -25,6 +25,7 @@ mod desired;
 mod evaluate;
 mod expr;
 mod held;
+mod hosts;
 mod known_sets;
 mod names;
 mod plan;

@@ -72,6 +72,11 @@ pub(super) fn endpoint_chain(interface: &str, direction: Direction) -> Arc<str> 
     bounded(format!("{prefix}{interface}"))
 }
 
+/// A chain of a host endpoint.
+pub(super) fn host_chain(prefix: &str, interface: &str) -> Arc<str> {
+    bounded(format!("{prefix}{interface}"))
+}
+
 pub(super) fn stack_chain(direction: Direction, content: &str) -> Arc<str> {
     let prefix = match direction {
         Direction::Ingress => "cali-si-",

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cali_api::v3::{self, FelixConfigurationSpec};
+use cali_api::v3::{self, FelixConfigurationSpec, ProtoPort};
 use cali_netlink::nft::{Expr, Reject, Verdict};
 
 /// What becomes of a packet from a workload to its host that policy allowed.
@@ -40,7 +40,16 @@ pub struct Settings {
     pub allow_vxlan_from_workloads: bool,
     /// Whether workloads may send IPIP themselves.
     pub allow_ipip_from_workloads: bool,
+    /// Ports of the host that no host endpoint's policy closes.
+    pub failsafe_inbound: Vec<ProtoPort>,
+    /// Ports of others that no host endpoint's policy closes.
+    pub failsafe_outbound: Vec<ProtoPort>,
+    /// The bit of packet marks that says: accepted before connection tracking or destination NAT.
+    pub accept_mark: u32,
 }
+
+/// The mask that Calico uses unless told otherwise.
+const MARK_MASK: u32 = 0xffff_0000;
 
 impl Default for Settings {
     fn default() -> Self {
@@ -75,8 +84,21 @@ impl From<&FelixConfigurationSpec> for Settings {
             vxlan_port: spec.vxlan_port.unwrap_or(4789),
             allow_vxlan_from_workloads: spec.allow_vxlan_packets_from_workloads.unwrap_or(false),
             allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
+            failsafe_inbound: spec.failsafe_inbound(),
+            failsafe_outbound: spec.failsafe_outbound(),
+            accept_mark: lowest_bit(
+                spec.nftables_mark_mask
+                    .or(spec.iptables_mark_mask)
+                    .unwrap_or(MARK_MASK),
+            ),
         }
     }
+}
+
+/// Calico's bit for "accepted" is the lowest of the mask.
+const fn lowest_bit(mask: u32) -> u32 {
+    let mask = if mask == 0 { MARK_MASK } else { mask };
+    1 << mask.trailing_zeros()
 }
 
 impl Settings {

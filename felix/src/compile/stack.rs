@@ -11,15 +11,39 @@ use std::sync::Arc;
 use cali_netlink::nft::{Expr, Rule as NftRule, Verdict};
 
 use super::collapse::{self, Allowed};
-use super::expr::counter;
+use super::expr::{self, counter};
 use super::names;
 use super::rule::{Rendered, Sets};
 use super::settings::Settings;
 use crate::calc::{Action, Direction, Rule, TierDefault, TierPolicies};
 
+/// Where a stack is asked, which decides how it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// At an endpoint: what the tiers leave goes to the profiles, and is denied if they do not allow it.
+    Endpoint,
+    /// The same after routing, where the kernel can only drop.
+    Postrouting,
+    /// At a host endpoint that forwards: what the tiers leave goes on.
+    Forward,
+    /// Before destination NAT: what is allowed is not asked about again, what is left goes on.
+    PreDnat,
+    /// Before connection tracking: as before destination NAT, and what is allowed is not tracked.
+    Untracked,
+}
+
+impl Place {
+    /// Whether policies are written out in the stack: their verdicts are others here than in the chains
+    /// that stacks share.
+    pub(super) const fn writes_out(self) -> bool {
+        matches!(self, Self::Postrouting | Self::PreDnat | Self::Untracked)
+    }
+}
+
 /// What a stack consists of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Stack {
+    pub(super) place: Place,
     pub(super) direction: Direction,
     pub(super) tiers: Vec<TierPolicies>,
     pub(super) profiles: Vec<Arc<str>>,
@@ -37,7 +61,14 @@ impl Stack {
     }
 
     fn text(&self) -> String {
-        let mut text = String::new();
+        let mut text = match self.place {
+            Place::Endpoint => "",
+            Place::Postrouting => "after routing: ",
+            Place::Forward => "forwarded: ",
+            Place::PreDnat => "before DNAT: ",
+            Place::Untracked => "untracked: ",
+        }
+        .to_owned();
         for tier in &self.tiers {
             let end = match tier.default_action {
                 TierDefault::Deny => "deny",
@@ -62,9 +93,11 @@ impl Stack {
 
     /// Whether its chain looks into the profiles.
     pub(super) fn reaches_profiles(&self) -> bool {
-        self.tiers
-            .iter()
-            .all(|tier| tier.default_action == TierDefault::Pass)
+        matches!(self.place, Place::Endpoint | Place::Postrouting)
+            && self
+                .tiers
+                .iter()
+                .all(|tier| tier.default_action == TierDefault::Pass)
     }
 
     /// What is left after the tier at `position`.
@@ -88,6 +121,7 @@ pub(super) fn comment(text: &str) -> String {
 /// How the actions of rules end in one place.
 pub(super) struct Endings<'a> {
     pub(super) settings: &'a Settings,
+    pub(super) place: Place,
     pub(super) direction: Direction,
     /// Policy or profile, as in log prefixes.
     pub(super) owner: &'a str,
@@ -100,7 +134,11 @@ impl Endings<'_> {
     pub(super) fn render(&self, rules: &[Rule], sets: &impl Sets, into: &mut Rendered) {
         let mut number = 0;
         while let Some(rule) = rules.get(number) {
-            let run = sets.thresholds().run_within(rules, number);
+            let run = if self.place.writes_out() {
+                0
+            } else {
+                sets.thresholds().run_within(rules, number)
+            };
             if run > 0 {
                 let items = rules[number..number + run].iter().enumerate();
                 let items = items.map(|(index, rule)| Allowed {
@@ -130,8 +168,18 @@ impl Endings<'_> {
 
     fn verdict(&self, action: Action, number: usize) -> Vec<Expr> {
         match action {
-            Action::Allow => vec![counter(), Expr::Verdict(Verdict::Accept)],
-            Action::Deny => vec![counter(), self.settings.deny_expr()],
+            Action::Allow => {
+                let mut exprs = vec![counter()];
+                if self.place == Place::Untracked {
+                    exprs.push(Expr::Notrack);
+                }
+                if matches!(self.place, Place::Untracked | Place::PreDnat) {
+                    exprs.extend(expr::set_mark(self.settings.accept_mark, true));
+                }
+                exprs.push(Expr::Verdict(Verdict::Accept));
+                exprs
+            }
+            Action::Deny => vec![counter(), deny(self.settings, self.place)],
             Action::Pass => match &self.pass {
                 Some(next) => vec![counter(), Expr::Verdict(Verdict::Goto(next.clone()))],
                 // A profile has nothing to pass on to: the next profile is asked.
@@ -157,8 +205,16 @@ impl Endings<'_> {
 }
 
 /// A rule that denies what is left.
-pub(super) fn deny_rest(settings: &Settings, reason: &str) -> NftRule {
-    NftRule::new([counter(), settings.deny_expr()]).comment(comment(reason))
+pub(super) fn deny_rest(settings: &Settings, place: Place, reason: &str) -> NftRule {
+    NftRule::new([counter(), deny(settings, place)]).comment(comment(reason))
+}
+
+/// After routing there is nothing that the kernel could answer.
+fn deny(settings: &Settings, place: Place) -> Expr {
+    match place {
+        Place::Postrouting => Expr::Verdict(Verdict::Drop),
+        _ => settings.deny_expr(),
+    }
 }
 
 /// A rule that asks another chain.

@@ -20,6 +20,7 @@ use super::endpoints::{EndpointChanges, Endpoints};
 use super::flow_guard::FlowGuard;
 use super::host::{self, Interfaces};
 use super::metrics::Metrics;
+use super::own_addresses;
 use super::resources::Resources;
 use super::ruleset::Ruleset;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
@@ -108,7 +109,9 @@ impl Dataplane {
     ) -> Result<Self, Error> {
         let nft = Nft::open(netlink.netns())?;
         let nft_events = Nft::events(netlink.netns())?;
-        let link_events = netlink.events(&[Group::Link])?;
+        let link_events = netlink.events(&[Group::Link, Group::Ipv4Address, Group::Ipv6Address])?;
+        let mut compiler = Compiler::default();
+        compiler.set_interfaces(own_addresses::read(&netlink)?);
         let routes = Writer::start(config.node.clone(), netlink.clone(), config.routes.clone())?;
         let resources = Resources::new(config.node.clone(), config.backend);
         let wish = Wish {
@@ -123,7 +126,7 @@ impl Dataplane {
         let driver = Driver {
             graph: Graph::new(config.node),
             bystanders: Bystanders::new(nft.clone(), netlink.netns(), Instant::now()),
-            compiler: Compiler::default(),
+            compiler,
             ruleset: Ruleset::adopt(nft)?,
             resources,
             endpoints: Endpoints::default(),
@@ -372,6 +375,9 @@ impl Driver {
 
     /// Interfaces that came, or came up, are set up; the last word about each counts.
     fn on_links(&mut self, events: Vec<Event>) {
+        if own_addresses::outdated(&events) {
+            self.on_addresses();
+        }
         let mut names: BTreeSet<String> = BTreeSet::new();
         for event in events {
             match event {
@@ -395,6 +401,21 @@ impl Driver {
         }
         if touched {
             self.publish();
+        }
+    }
+
+    /// Host endpoints may be known by the addresses of the node.
+    fn on_addresses(&mut self) {
+        match own_addresses::read(&self.netlink) {
+            Ok(addresses) => {
+                self.compiler.set_interfaces(addresses);
+                let touched = self.compiler.take_touched();
+                if !touched.is_empty() {
+                    self.ruleset.touch(touched);
+                    self.step_at.get_or_insert(Instant::now() + COALESCE);
+                }
+            }
+            Err(error) => warn!(%error, "the addresses of this host cannot be read"),
         }
     }
 
@@ -576,6 +597,9 @@ impl Driver {
         });
         let mut notices: Vec<String> = self.resources.notices().to_vec();
         notices.extend_from_slice(self.bystanders.notices());
+        notices.extend(self.compiler.unplaced_hosts().iter().map(|host| {
+            format!("{host} is not applied: no interface has one of its expected addresses")
+        }));
         notices.extend(
             self.ruleset
                 .problem()

@@ -233,6 +233,7 @@ mod tests {
             ingress: Vec::new(),
             egress: Vec::new(),
             profiles: Vec::new(),
+            limits: Default::default(),
         })
     }
 

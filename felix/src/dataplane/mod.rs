@@ -19,6 +19,7 @@ mod flow_guard;
 mod flow_judge;
 mod host;
 mod metrics;
+mod own_addresses;
 mod resources;
 mod ruleset;
 mod state;

@@ -4,9 +4,14 @@
 //! and shares no code with the graph and the compiler. Tests hold the kernel against it, and traces
 //! take their explanation from it. It is not made for speed.
 //!
-//! Not covered: host endpoints, services as peers, HTTP conditions (which the kernel does not see).
+//! [`Model::host_verdict`] answers for host endpoints, [`Model::committed`] shows what staged policies would do.
+//! Not covered: HTTP conditions, which the kernel does not see.
 
+mod host;
 mod peer;
+mod staged;
+
+pub use host::Way;
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -17,7 +22,7 @@ use std::sync::Arc;
 use cali_api::kubernetes::{LABEL_NAMESPACE, SERVICE_ACCOUNT_LABEL_PREFIX};
 use cali_api::selector::Selector;
 use cali_api::v3::{Action, DEFAULT_TIER, Order, Rule, TierAction, WorkloadEndpoint};
-use cali_api::{AnyResource, Cidr, Key, Kind};
+use cali_api::{AnyResource, Cidr, Key, Kind, StringMap};
 
 use crate::calc::Direction;
 
@@ -73,6 +78,12 @@ pub enum Reason {
     },
     /// No tier decided and no profile allowed it.
     NoProfile,
+    /// A port that no policy of a host endpoint closes.
+    Failsafe,
+    /// Without it there is no IPv6 on a link.
+    NeighbourDiscovery,
+    /// No policy of the host endpoint that sees the packet decides on it.
+    NotAsked,
     /// The endpoint is not known: what has no policy gets no packet.
     UnknownEndpoint,
 }
@@ -86,6 +97,9 @@ impl fmt::Display for Reason {
             Self::EndOfTier { tier } => write!(f, "end of tier {tier}"),
             Self::Profile { profile, rule } => write!(f, "rule {rule} of profile {profile}"),
             Self::NoProfile => f.write_str("no policy or profile allows it"),
+            Self::Failsafe => f.write_str("failsafe port"),
+            Self::NeighbourDiscovery => f.write_str("neighbour discovery"),
+            Self::NotAsked => f.write_str("no policy decides on it"),
             Self::UnknownEndpoint => f.write_str("the endpoint is not known"),
         }
     }
@@ -100,12 +114,38 @@ pub struct Verdict {
     pub reason: Reason,
 }
 
+impl Verdict {
+    fn allow(reason: Reason) -> Self {
+        Self {
+            outcome: Outcome::Allow,
+            reason,
+        }
+    }
+
+    fn deny(reason: Reason) -> Self {
+        Self {
+            outcome: Outcome::Deny,
+            reason,
+        }
+    }
+}
+
+/// What a policy sees of a host endpoint's packets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sees {
+    Untracked,
+    PreDnat,
+    Forwarded,
+    Local,
+}
+
 /// A policy as far as evaluation goes.
 struct Policy<'a> {
     key: Key,
     tier: &'a str,
     order: Option<Order>,
     applies: [bool; 2],
+    sees: &'static [Sees],
     rules: [&'a [Rule]; 2],
 }
 
@@ -164,44 +204,51 @@ impl Model {
                 reason: Reason::UnknownEndpoint,
             };
         };
-        'tiers: for (tier, end, policies) in self.tiers(object, direction) {
+        let labels = self.workload_labels(object);
+        let tiers = self.tiers(&labels, Sees::Local, direction);
+        self.tiers_verdict(tiers, packet, direction)
+            .unwrap_or_else(|| self.profile_verdict(&object.spec.profiles, packet, direction))
+    }
+
+    /// What the tiers say; `None` when they leave it to whatever follows.
+    fn tiers_verdict(
+        &self,
+        tiers: Vec<(&str, TierAction, Vec<Policy<'_>>)>,
+        packet: &Packet,
+        direction: Direction,
+    ) -> Option<Verdict> {
+        'tiers: for (tier, end, policies) in tiers {
             for policy in policies {
                 for (number, rule) in policy.rules[direction as usize].iter().enumerate() {
-                    let decided = |outcome| Verdict {
-                        outcome,
-                        reason: Reason::Rule {
-                            tier: tier.to_owned(),
-                            policy: policy.key.clone(),
-                            rule: number,
-                        },
+                    let reason = || Reason::Rule {
+                        tier: tier.to_owned(),
+                        policy: policy.key.clone(),
+                        rule: number,
                     };
-                    match self.effect(policy.key.namespace.as_deref(), rule, packet) {
-                        Some(Action::Allow) => return decided(Outcome::Allow),
-                        Some(Action::Deny) => return decided(Outcome::Deny),
+                    match self.effect(policy.key.namespace.as_deref(), rule, packet, direction) {
+                        Some(Action::Allow) => return Some(Verdict::allow(reason())),
+                        Some(Action::Deny) => return Some(Verdict::deny(reason())),
                         Some(Action::Pass) => continue 'tiers,
                         Some(Action::Log) | None => {}
                     }
                 }
             }
             if end == TierAction::Deny {
-                return Verdict {
-                    outcome: Outcome::Deny,
-                    reason: Reason::EndOfTier {
-                        tier: tier.to_owned(),
-                    },
-                };
+                return Some(Verdict::deny(Reason::EndOfTier {
+                    tier: tier.to_owned(),
+                }));
             }
         }
-        self.profile_verdict(object, packet, direction)
+        None
     }
 
     fn profile_verdict(
         &self,
-        endpoint: &WorkloadEndpoint,
+        profiles: &[String],
         packet: &Packet,
         direction: Direction,
     ) -> Verdict {
-        for name in &endpoint.spec.profiles {
+        for name in profiles {
             let key = Key::cluster(Kind::Profile, name.as_str());
             let Some(AnyResource::Profile(profile)) =
                 self.objects.get(&key).map(|object| &**object)
@@ -217,34 +264,27 @@ impl Model {
                     profile: name.clone(),
                     rule: number,
                 };
-                match self.effect(None, rule, packet) {
-                    Some(Action::Allow) => {
-                        return Verdict {
-                            outcome: Outcome::Allow,
-                            reason,
-                        };
-                    }
-                    Some(Action::Deny) => {
-                        return Verdict {
-                            outcome: Outcome::Deny,
-                            reason,
-                        };
-                    }
+                match self.effect(None, rule, packet, direction) {
+                    Some(Action::Allow) => return Verdict::allow(reason),
+                    Some(Action::Deny) => return Verdict::deny(reason),
                     Some(Action::Pass) => break,
                     Some(Action::Log) | None => {}
                 }
             }
         }
-        Verdict {
-            outcome: Outcome::Deny,
-            reason: Reason::NoProfile,
-        }
+        Verdict::deny(Reason::NoProfile)
     }
 
     /// What a rule does with a packet; `None` when it does not match. A rule that cannot be read
     /// denies everything if it denied or passed, and nothing otherwise.
-    fn effect(&self, namespace: Option<&str>, rule: &Rule, packet: &Packet) -> Option<Action> {
-        match self.matches(namespace, rule, packet) {
+    fn effect(
+        &self,
+        namespace: Option<&str>,
+        rule: &Rule,
+        packet: &Packet,
+        direction: Direction,
+    ) -> Option<Action> {
+        match self.matches(namespace, rule, packet, direction) {
             Ok(true) => Some(rule.action),
             Ok(false) => None,
             Err(_) => matches!(rule.action, Action::Deny | Action::Pass).then_some(Action::Deny),
@@ -254,14 +294,15 @@ impl Model {
     /// The tiers that the packet may see, each with its policies, all in order.
     fn tiers<'a>(
         &'a self,
-        endpoint: &WorkloadEndpoint,
+        labels: &StringMap,
+        sees: Sees,
         direction: Direction,
     ) -> Vec<(&'a str, TierAction, Vec<Policy<'a>>)> {
         let mut policies: Vec<Policy<'a>> = self
             .objects
             .iter()
-            .filter_map(|(key, object)| self.policy(key, object, endpoint))
-            .filter(|policy| policy.applies[direction as usize])
+            .filter_map(|(key, object)| policy(key, object, labels))
+            .filter(|policy| policy.sees.contains(&sees) && policy.applies[direction as usize])
             .collect();
         policies
             .sort_by(|a, b| by_order(a.order, b.order).then_with(|| tie(&a.key).cmp(&tie(&b.key))));
@@ -299,60 +340,62 @@ impl Model {
             _ => None,
         }
     }
+}
 
-    /// The policy, if it selects the endpoint. One whose selectors cannot be read selects nothing.
-    fn policy<'a>(
-        &self,
-        key: &Key,
-        object: &'a AnyResource,
-        endpoint: &WorkloadEndpoint,
-    ) -> Option<Policy<'a>> {
-        let labels = self.workload_labels(endpoint);
-        let selected =
-            |text: &str| Selector::parse(text).is_ok_and(|selector| selector.matches(&labels));
-        let accounts = |text: &str| {
-            Selector::parse(text).is_ok_and(|selector| {
-                selector
-                    .with_label_prefix(SERVICE_ACCOUNT_LABEL_PREFIX)
-                    .matches(&labels)
-            })
-        };
-        match object {
-            AnyResource::NetworkPolicy(policy) => {
-                let spec = &policy.spec;
-                let same_namespace =
-                    labels.get(LABEL_NAMESPACE).map(String::as_str) == key.namespace.as_deref();
-                (same_namespace
-                    && selected(&spec.selector)
-                    && accounts(&spec.service_account_selector))
+/// The policy, if it selects an endpoint with these labels. One whose selectors cannot be read selects nothing.
+fn policy<'a>(key: &Key, object: &'a AnyResource, labels: &StringMap) -> Option<Policy<'a>> {
+    let selected =
+        |text: &str| Selector::parse(text).is_ok_and(|selector| selector.matches(labels));
+    let accounts = |text: &str| {
+        Selector::parse(text).is_ok_and(|selector| {
+            selector
+                .with_label_prefix(SERVICE_ACCOUNT_LABEL_PREFIX)
+                .matches(labels)
+        })
+    };
+    match object {
+        AnyResource::NetworkPolicy(policy) => {
+            let spec = &policy.spec;
+            let same_namespace =
+                labels.get(LABEL_NAMESPACE).map(String::as_str) == key.namespace.as_deref();
+            (same_namespace && selected(&spec.selector) && accounts(&spec.service_account_selector))
                 .then(|| Policy {
                     key: key.clone(),
                     tier: spec.tier_name(),
                     order: spec.order,
                     applies: [spec.applies_to_ingress(), spec.applies_to_egress()],
+                    sees: &[Sees::Local],
                     rules: [&spec.ingress, &spec.egress],
                 })
-            }
-            AnyResource::GlobalNetworkPolicy(policy) => {
-                let spec = &policy.spec;
-                let namespace = spec.namespace_selector.is_empty()
-                    || Selector::parse(&spec.namespace_selector)
-                        .is_ok_and(|selector| selector.of_namespaces().matches(&labels));
-                let for_workloads = !spec.do_not_track && !spec.pre_dnat;
-                (for_workloads
-                    && namespace
-                    && selected(&spec.selector)
-                    && accounts(&spec.service_account_selector))
-                .then(|| Policy {
-                    key: key.clone(),
-                    tier: spec.tier_name(),
-                    order: spec.order,
-                    applies: [spec.applies_to_ingress(), spec.applies_to_egress()],
-                    rules: [&spec.ingress, &spec.egress],
-                })
-            }
-            _ => None,
         }
+        AnyResource::GlobalNetworkPolicy(policy) => {
+            let spec = &policy.spec;
+            let namespace = spec.namespace_selector.is_empty()
+                || Selector::parse(&spec.namespace_selector)
+                    .is_ok_and(|selector| selector.of_namespaces().matches(labels));
+            let sees: &[Sees] = if spec.do_not_track {
+                &[Sees::Untracked]
+            } else if spec.pre_dnat {
+                &[Sees::PreDnat]
+            } else if spec.apply_on_forward {
+                &[Sees::Forwarded, Sees::Local]
+            } else {
+                &[Sees::Local]
+            };
+            (namespace && selected(&spec.selector) && accounts(&spec.service_account_selector))
+                .then(|| Policy {
+                    key: key.clone(),
+                    tier: spec.tier_name(),
+                    order: spec.order,
+                    applies: [
+                        spec.applies_to_ingress(),
+                        spec.applies_to_egress() && sees != [Sees::PreDnat],
+                    ],
+                    sees,
+                    rules: [&spec.ingress, &spec.egress],
+                })
+        }
+        _ => None,
     }
 }
 

@@ -7,10 +7,11 @@ use cali_api::kubernetes::{
     SERVICE_ACCOUNT_LABEL_PREFIX,
 };
 use cali_api::selector::{Selector, SelectorError};
-use cali_api::v3::{EntityRule, Icmp, Port, Protocol, Rule, WorkloadEndpoint};
+use cali_api::v3::{EntityRule, Icmp, Port, Protocol, Rule, ServiceMatch, WorkloadEndpoint};
 use cali_api::{AnyResource, Cidr, Key, Kind, StringMap};
 
 use super::{Model, Packet, any_contains};
+use crate::calc::Direction;
 
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
@@ -22,7 +23,7 @@ pub(super) enum Unreadable {
     Selector(#[from] SelectorError),
     #[error("ports need a protocol")]
     PortsWithoutProtocol,
-    #[error("services are not supported")]
+    #[error("services cannot stand here")]
     Services,
     #[error("no such IP version")]
     IpVersion,
@@ -48,7 +49,19 @@ impl Model {
         namespace: Option<&str>,
         rule: &Rule,
         packet: &Packet,
+        direction: Direction,
     ) -> Result<bool, Unreadable> {
+        let (mine, peer) = match direction {
+            Direction::Ingress => (&rule.destination, &rule.source),
+            Direction::Egress => (&rule.source, &rule.destination),
+        };
+        if mine.services.is_some() {
+            return Err(Unreadable::Services);
+        }
+        let services = match &peer.services {
+            Some(service) => self.service_matches(namespace, peer, service, packet, direction)?,
+            None => true,
+        };
         let version = match rule.ip_version {
             None => true,
             Some(4) => packet.destination.is_ipv4(),
@@ -82,7 +95,7 @@ impl Model {
         let source = self.end_matches(namespace, rule.protocol, &rule.source, source)?;
         let destination =
             self.end_matches(namespace, rule.protocol, &rule.destination, destination)?;
-        Ok(version && protocol && icmp && source && destination)
+        Ok(version && protocol && icmp && source && destination && services)
     }
 
     fn end_matches(
@@ -92,9 +105,6 @@ impl Model {
         entity: &EntityRule,
         end: End,
     ) -> Result<bool, Unreadable> {
-        if entity.services.is_some() {
-            return Err(Unreadable::Services);
-        }
         if protocol.is_none() && !(entity.ports.is_empty() && entity.not_ports.is_empty()) {
             return Err(Unreadable::PortsWithoutProtocol);
         }
@@ -133,6 +143,65 @@ impl Model {
             && wanted
             && (entity.ports.is_empty() || port_is(&entity.ports))
             && !port_is(&entity.not_ports))
+    }
+
+    /// Whether the sender (of ingress rules) has an address of the service, or the receiver (of egress rules) is one
+    /// of its ports.
+    fn service_matches(
+        &self,
+        namespace: Option<&str>,
+        entity: &EntityRule,
+        service: &ServiceMatch,
+        packet: &Packet,
+        direction: Direction,
+    ) -> Result<bool, Unreadable> {
+        let alone = EntityRule {
+            services: None,
+            ports: Vec::new(),
+            not_ports: Vec::new(),
+            ..entity.clone()
+        };
+        let with_ports = direction == Direction::Egress;
+        let ports = !(entity.ports.is_empty() && entity.not_ports.is_empty());
+        let home = match service.namespace.as_str() {
+            "" => namespace,
+            name => Some(name),
+        };
+        let (Some(home), false) = (home, service.name.is_empty()) else {
+            return Err(Unreadable::Services);
+        };
+        if !alone.is_empty() || (with_ports && ports) {
+            return Err(Unreadable::Services);
+        }
+        let slices = self
+            .objects
+            .iter()
+            .filter_map(|(key, object)| match &**object {
+                AnyResource::K8sEndpointSlice(slice) if key.namespace.as_deref() == Some(home) => {
+                    Some(slice)
+                }
+                _ => None,
+            });
+        let of_service = slices.filter(|slice| {
+            slice.metadata.labels.get("kubernetes.io/service-name") == Some(&service.name)
+        });
+        let addr = match direction {
+            Direction::Ingress => packet.source,
+            Direction::Egress => packet.destination,
+        };
+        Ok(of_service.into_iter().any(|slice| {
+            let mut addresses = slice.spec.endpoints.iter().flat_map(|one| &one.addresses);
+            let port_is = slice.spec.ports.iter().any(|port| {
+                let protocol = port
+                    .protocol
+                    .as_deref()
+                    .unwrap_or("TCP")
+                    .parse::<Protocol>();
+                protocol.is_ok_and(|protocol| protocol.number() == packet.protocol)
+                    && port.port == Some(packet.destination_port.into())
+            });
+            addresses.any(|text| text.parse() == Ok(addr)) && (port_is || !with_ports)
+        }))
     }
 
     /// Whether somebody who has the address satisfies the test.
@@ -210,7 +279,7 @@ impl Model {
         self.with_profiles(labels, &spec.profiles)
     }
 
-    fn with_profiles(&self, mut labels: StringMap, profiles: &[String]) -> StringMap {
+    pub(super) fn with_profiles(&self, mut labels: StringMap, profiles: &[String]) -> StringMap {
         for name in profiles {
             let key = Key::cluster(Kind::Profile, name.as_str());
             if let Some(AnyResource::Profile(profile)) =
