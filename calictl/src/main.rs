@@ -7,6 +7,7 @@ use std::process::ExitCode;
 mod bgp;
 mod bgp_table;
 mod columns;
+mod conformance;
 mod converted;
 mod flow;
 mod ipam;
@@ -56,6 +57,8 @@ enum Command {
     /// Look at addresses and who holds them
     #[command(subcommand)]
     Ipam(ipam::Command),
+    /// Run policy cases with real packets, in network namespaces of their own
+    Conformance(conformance::Conformance),
     /// Run a containerlab topology in network namespaces on this machine
     #[command(subcommand)]
     Lab(lab::Command),
@@ -75,6 +78,9 @@ fn run(command: Command) -> Result<ExitCode> {
     if let Command::Lab(command) = command {
         return lab::run(command);
     }
+    if let Command::Conformance(arguments) = command {
+        return conformance::run(&arguments);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -93,6 +99,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Node(command) => return node::run(&command).await,
             Command::Bgp(command) => bgp::run(&command).await?,
             Command::Ipam(command) => ipam::run(&command).await?,
+            Command::Conformance(arguments) => return conformance::run(&arguments),
             Command::Lab(command) => return lab::run(command),
         }
         Ok(ExitCode::SUCCESS)

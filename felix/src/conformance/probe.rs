@@ -8,8 +8,9 @@ use std::fmt;
 use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cali_netlink::NetNs;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -167,33 +168,46 @@ impl Drop for Listener {
 /// Listens on both families; panics where that cannot be done.
 #[must_use]
 pub fn listen(ns: &NetNs, probe: Probe) -> Listener {
-    let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let made = ns.run(|| -> std::io::Result<Listener> {
-        Ok(match probe {
-            Probe::Tcp(port) => Listener::Tcp(TcpListener::bind(any(port))?),
-            Probe::Udp(port) => {
-                let socket = UdpSocket::bind(any(port))?;
-                let answering = socket.try_clone()?;
-                thread::spawn(move || {
-                    let mut data = [0; 64];
-                    while let Ok((len, from)) = answering.recv_from(&mut data) {
-                        if len == 0 {
-                            break;
-                        }
-                        let _ = answering.send_to(&data[..len], from);
-                    }
-                });
-                Listener::Udp(socket)
+    let made = ns.run(|| {
+        let end = Instant::now() + LIMIT;
+        loop {
+            // A program that is just being started may still hold the last case's socket.
+            match open(probe) {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                made => return made,
             }
-            Probe::Sctp(port) => Listener::Sctp(sctp::Responder::start(port)?),
-            Probe::Ping | Probe::Timestamp => Listener::None,
-        })
+        }
     });
     match made {
         Ok(Ok(listener)) => listener,
         Ok(Err(error)) => panic!("listen for {probe}: {error}"),
         Err(error) => panic!("enter the namespace: {error}"),
     }
+}
+
+fn open(probe: Probe) -> std::io::Result<Listener> {
+    let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+    Ok(match probe {
+        Probe::Tcp(port) => Listener::Tcp(TcpListener::bind(any(port))?),
+        Probe::Udp(port) => {
+            let socket = UdpSocket::bind(any(port))?;
+            let answering = socket.try_clone()?;
+            thread::spawn(move || {
+                let mut data = [0; 64];
+                while let Ok((len, from)) = answering.recv_from(&mut data) {
+                    if len == 0 {
+                        break;
+                    }
+                    let _ = answering.send_to(&data[..len], from);
+                }
+            });
+            Listener::Udp(socket)
+        }
+        Probe::Sctp(port) => Listener::Sctp(sctp::Responder::start(port)?),
+        Probe::Ping | Probe::Timestamp => Listener::None,
+    })
 }
 
 /// Sends a probe from a namespace; with `silent`, it is not waited for long.
@@ -235,8 +249,14 @@ fn send(to: IpAddr, probe: Probe, source_port: u16, limit: Duration) -> std::io:
             let socket = bound(to, Type::DGRAM, protocol, 0, limit)?;
             exchange(&socket, SocketAddr::new(to, 0), &request).map(drop)
         }
-        Probe::Timestamp => timestamp(to, source_port, limit),
+        Probe::Timestamp => timestamp(to, fresh_number(), limit),
     }
+}
+
+/// Identifiers and ports of packets made by hand: no two probes of a run share a flow.
+pub(super) fn fresh_number() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    50_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 10_000
 }
 
 /// RFC 792, timestamp message: twenty bytes, answered with type 14.

@@ -9,12 +9,13 @@ use std::thread;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Revision};
 use cali_netlink::NetNs;
+use cali_netlink::conntrack::Conntrack;
 
 use super::backend::Backend;
 use super::case::{Case, File, NODE, ProbeText};
 use super::expect::expected;
 use super::lab::{Lab, Place};
-use super::probe::{Listener, Probe, listen, probe};
+use super::probe::{Answer, Listener, Probe, listen, probe};
 use crate::calc::{Batch, Graph, Input};
 use crate::verdict::Model;
 
@@ -120,6 +121,24 @@ struct Shot<'a> {
     staged: bool,
 }
 
+impl Shot<'_> {
+    fn send(&self) -> Answer {
+        let silent = self.text.silent && !self.text.allowed;
+        probe(self.from, self.to, self.what, self.text.source_port, silent)
+    }
+}
+
+/// No packet of this case may find a flow of the last one.
+fn forget_flows(lab: &Lab) -> Result<(), String> {
+    let places = lab.pods.iter().chain([&lab.world, &lab.lan]);
+    let addresses: Vec<IpAddr> = places
+        .flat_map(|place| [true, false].map(|v4| place.address(v4)))
+        .collect();
+    let conntrack = Conntrack::open(lab.node.netns()).map_err(|error| error.to_string())?;
+    let deleted = conntrack.delete_addresses(&addresses);
+    deleted.map(drop).map_err(|error| error.to_string())
+}
+
 /// Runs a case: how many packets were sent, and what did not agree.
 ///
 /// # Errors
@@ -132,6 +151,7 @@ pub fn run_case(
     let objects = case.objects(lab)?;
     let interfaces = lab.interfaces();
     backend.enforce(&compile_batch(&objects)?, &interfaces)?;
+    forget_flows(lab)?;
     let model: Model = objects.iter().cloned().collect();
     let mut wanted: BTreeSet<(&str, Probe)> = BTreeSet::new();
     for text in &case.probes {
@@ -144,41 +164,58 @@ pub fn run_case(
         listeners.push(listen(ns, what));
     }
     let shots = shots(lab, case, &model)?;
-    let failures = thread::scope(|scope| {
-        let sent: Vec<_> = shots
-            .iter()
-            .map(|shot| {
-                let text = shot.text;
-                let silent = text.silent && !text.allowed;
-                scope.spawn(move || probe(shot.from, shot.to, shot.what, text.source_port, silent))
-            })
-            .collect();
-        let judged =
-            shots.iter().zip(sent).filter_map(|(shot, sent)| {
-                let text = shot.text;
-                let kernel = match sent.join() {
-                    Ok(answer) => answer.verdict(text.silent),
-                    Err(_) => Err("the probe panicked".to_owned()),
-                };
-                let staged = text.staged.is_none_or(|wanted| wanted == shot.staged);
-                (kernel != Ok(text.allowed) || shot.said != text.allowed || !staged).then(|| {
-                format!(
-                    "{} -> {} {} over IPv{}: expected {}, model says {} ({}), {} says {kernel:?}{}",
-                    text.from,
-                    text.to,
-                    text.what,
-                    if shot.v4 { 4 } else { 6 },
-                    text.allowed,
-                    shot.said,
-                    shot.why,
-                    backend.name(),
-                    if staged { "" } else { "; staged policies say otherwise" },
-                )
-            })
-            });
-        judged.collect()
-    });
+    let answers = send_all(&shots);
+    let mut failures = Vec::new();
+    for (number, shot) in shots.iter().enumerate() {
+        let text = shot.text;
+        let kernel = match answers.get(&number) {
+            Some(answer) => answer.verdict(text.silent),
+            None => Err("the probe panicked".to_owned()),
+        };
+        let staged = text.staged.is_none_or(|wanted| wanted == shot.staged);
+        if kernel != Ok(text.allowed) || shot.said != text.allowed || !staged {
+            failures.push(format!(
+                "{} -> {} {} over IPv{}: expected {}, model says {} ({}), {} says {kernel:?}{}",
+                text.from,
+                text.to,
+                text.what,
+                if shot.v4 { 4 } else { 6 },
+                text.allowed,
+                shot.said,
+                shot.why,
+                backend.name(),
+                if staged {
+                    ""
+                } else {
+                    "; staged policies say otherwise"
+                },
+            ));
+        }
+    }
     Ok((shots.len(), failures))
+}
+
+/// Sends all probes, most of them at once; their answers by number.
+fn send_all(shots: &[Shot<'_>]) -> BTreeMap<usize, Answer> {
+    // A raw socket hears of every refusal between two addresses: probes of that kind go one after another.
+    let by_hand =
+        |(_, shot): &(usize, &Shot<'_>)| matches!(shot.what, Probe::Sctp(_) | Probe::Timestamp);
+    let (alone, together): (Vec<_>, Vec<_>) = shots.iter().enumerate().partition(by_hand);
+    thread::scope(|scope| {
+        let mut threads: Vec<_> = together
+            .into_iter()
+            .map(|(number, shot)| scope.spawn(move || vec![(number, shot.send())]))
+            .collect();
+        threads.push(scope.spawn(move || {
+            let sent = alone.into_iter();
+            sent.map(|(number, shot)| (number, shot.send())).collect()
+        }));
+        let threads = threads.into_iter();
+        threads
+            .filter_map(|thread| thread.join().ok())
+            .flatten()
+            .collect()
+    })
 }
 
 fn shots<'a>(lab: &'a Lab, case: &'a Case, model: &Model) -> Result<Vec<Shot<'a>>, String> {

@@ -9,14 +9,12 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::probe::bound;
+use super::probe::{bound, fresh_number};
 
 const SCTP: i32 = 132;
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
 const HEADER: usize = 12;
-/// Ports that nobody else's probes come from.
-const FIRST_PORT: u16 = 50_000;
 
 /// CRC-32C (Castagnoli), reflected, as RFC 9260 appendix A wants it.
 fn crc32c(data: &[u8]) -> u32 {
@@ -76,10 +74,9 @@ pub(super) fn initiate(
     source_port: u16,
     limit: Duration,
 ) -> std::io::Result<()> {
-    let source_port = if source_port == 0 {
-        FIRST_PORT | port & 0xfff
-    } else {
-        source_port
+    let source_port = match source_port {
+        0 => fresh_number(),
+        port => port,
     };
     let socket = bound(to, Type::RAW, Protocol::from(SCTP), 0, limit)?;
     socket.connect(&SocketAddr::new(to, 0).into())?;
