@@ -588,7 +588,7 @@ mod tests {
         assert_eq!(problems, Vec::<String>::new());
         let pods = "projectcalico.org/orchestrator == \"k8s\"";
         let source =
-            json!({"selector": format!("({pods} && app == \"x\")"), "namespaceSelector": "all()"});
+            json!({"selector": format!("{pods} && app == \"x\""), "namespaceSelector": "all()"});
         assert_eq!(made[0]["metadata"]["name"], "kcnp.kube-admin.one");
         let spec = &made[0]["spec"];
         assert_eq!(
