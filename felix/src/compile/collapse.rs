@@ -116,7 +116,8 @@ pub(super) fn collapse<'a>(
     sets: &impl Sets,
     into: &mut Rendered,
 ) {
-    let mut by_port: BTreeMap<(u8, u16), Vec<(Allowed<'a>, Arc<Rule>)>> = BTreeMap::new();
+    type AtPort<'a> = Vec<(Allowed<'a>, Arc<Rule>)>;
+    let mut by_port: BTreeMap<(u8, u16), AtPort<'a>> = BTreeMap::new();
     let mut rest: Vec<(Allowed<'a>, Arc<Rule>)> = Vec::new();
     for item in items {
         match ports(item.rule) {

@@ -102,7 +102,7 @@ impl FlowGuard {
 
     pub(super) fn next_due(&self) -> Option<Instant> {
         let judge = (!self.pending.is_empty() || !self.freed.is_empty())
-            .then(|| self.not_before)
+            .then_some(self.not_before)
             .flatten();
         [judge, self.look_at].into_iter().flatten().min()
     }
