@@ -9,7 +9,6 @@ use cali_api::v3::{FelixConfigurationSpec, WorkloadEndpoint};
 use cali_api::{AnyResource, Key, Kind, NodeName, StringMap};
 use foldhash::HashMap;
 
-use super::encapsulation::Encapsulation;
 use super::ipsets::IpSets;
 use super::local::{Decided, Local};
 use super::output::{Batch, Delta, Endpoint, HostEndpoint, IpSetId, PoolNat, Rules};
@@ -54,7 +53,6 @@ pub struct Graph {
     pools: BTreeMap<Key, PoolNat>,
     tunnel_peers: PeerIndex,
     configurations: BTreeMap<Key, Arc<AnyResource>>,
-    encapsulation: Encapsulation,
     endpoints: HashMap<Key, Arc<Endpoint>>,
     hosts: HashMap<Key, Arc<HostEndpoint>>,
     policy_usage: Usage<Key>,
@@ -80,7 +78,6 @@ impl Graph {
             pools: BTreeMap::new(),
             tunnel_peers: PeerIndex::default(),
             configurations: BTreeMap::new(),
-            encapsulation: Encapsulation::default(),
             endpoints: HashMap::default(),
             hosts: HashMap::default(),
             policy_usage: Usage::default(),
@@ -134,13 +131,6 @@ impl Graph {
                 };
                 self.sets.set_slice(&key, slice);
             }
-            Kind::Node => {
-                let spec = match value.as_deref() {
-                    Some(AnyResource::Node(node)) => Some(&node.spec),
-                    _ => None,
-                };
-                self.encapsulation.set_node(&key.name, spec);
-            }
             Kind::NetworkPolicy | Kind::GlobalNetworkPolicy => self.on_policy(key, value.as_ref()),
             Kind::Profile => self.on_profile(key, value),
             Kind::Tier => {
@@ -163,7 +153,6 @@ impl Graph {
                 match value.as_deref() {
                     Some(AnyResource::IPPool(pool)) => {
                         self.tunnel_peers.set_pool(key.clone(), Some(pool));
-                        self.encapsulation.set_pool(&key, Some(&pool.spec));
                         let nat = PoolNat {
                             cidr: pool.spec.cidr,
                             nat_outgoing: pool.spec.nat_outgoing,
@@ -172,7 +161,6 @@ impl Graph {
                     }
                     _ => {
                         self.tunnel_peers.set_pool(key.clone(), None);
-                        self.encapsulation.set_pool(&key, None);
                         self.pools.remove(&key);
                     }
                 }
@@ -242,9 +230,6 @@ impl Graph {
             let mut pools: Vec<PoolNat> = self.pools.values().copied().collect();
             pools.sort_unstable();
             deltas.push(Delta::Pools(pools.into()));
-        }
-        if let Some(tunnels) = self.encapsulation.take() {
-            deltas.push(Delta::Tunnels(Arc::new(tunnels)));
         }
         let (endpoints, endpoints_gone) = self.flush_endpoints();
         let (policies, policies_gone) = self.flush_policies();

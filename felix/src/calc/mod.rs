@@ -3,7 +3,6 @@
 //! A pure, incremental graph: [`Input`] in, [`Batch`] out, no clock, no I/O. The same objects give
 //! the same result in whatever order they arrive, and a change costs what it touches.
 
-mod encapsulation;
 mod graph;
 mod ipsets;
 mod items;
@@ -26,7 +25,7 @@ pub use graph::Graph;
 pub use output::{
     Action, Batch, Delta, Direction, Endpoint, HostEndpoint, HostInterface, Icmp, IpSetId,
     IpSetKind, IpVersion, Limit, Limits, Member, PeerMatch, PoolNat, PortRange, Rule, Rules,
-    STAGES, Stage, TierDefault, TierPolicies, Tiers, TunnelPeers, Tunnels,
+    STAGES, Stage, TierDefault, TierPolicies, Tiers, TunnelPeers,
 };
 pub use snapshot::{Snapshot, Violation};
 

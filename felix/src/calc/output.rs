@@ -394,17 +394,6 @@ impl HostEndpoint {
     }
 }
 
-/// Who may send encapsulated packets to this node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tunnels {
-    /// A pool uses IPIP.
-    pub ipip: bool,
-    /// A pool uses VXLAN.
-    pub vxlan: bool,
-    /// Addresses of all nodes, sorted.
-    pub nodes: Vec<IpAddr>,
-}
-
 /// What the rule set needs to know of an IP pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PoolNat {
@@ -434,8 +423,6 @@ pub enum Delta {
     Pools(Arc<[PoolNat]>),
     /// Senders of encapsulated packets. Sent when they change.
     TunnelPeers(Arc<TunnelPeers>),
-    /// Encapsulations and the nodes that use them. Sent when they change.
-    Tunnels(Arc<Tunnels>),
     /// A set came into use, with all its members.
     IpSetCreate {
         /// Which set.

@@ -10,7 +10,7 @@ use cali_api::Key;
 use cali_api::v3::FelixConfigurationSpec;
 
 use super::output::{
-    Batch, Delta, Endpoint, HostEndpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers, Tunnels,
+    Batch, Delta, Endpoint, HostEndpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers,
 };
 
 /// A delta that cannot follow what was said before.
@@ -63,8 +63,6 @@ pub struct Snapshot {
     pub endpoints: BTreeMap<Key, Arc<Endpoint>>,
     /// Host endpoints of this node.
     pub hosts: BTreeMap<Key, Arc<HostEndpoint>>,
-    /// Encapsulations.
-    pub tunnels: Arc<Tunnels>,
 }
 
 impl Snapshot {
@@ -88,7 +86,6 @@ impl Snapshot {
             Delta::Settings(settings) => self.settings = Some(settings.clone()),
             Delta::Pools(pools) => self.pools = pools.to_vec(),
             Delta::TunnelPeers(peers) => self.tunnel_peers = peers.clone(),
-            Delta::Tunnels(tunnels) => self.tunnels = tunnels.clone(),
             Delta::IpSetCreate {
                 id, kind, members, ..
             } => {

@@ -24,17 +24,17 @@ use std::sync::Arc;
 
 use cali_api::Cidr;
 use cali_netlink::nft::{
-    BaseHook, Chain, ChainType, CmpOp, Elem, Expr, FibResult, Hook, Key, KeyType, Meta, Policy,
-    Reg, Rule, Set, Verdict, ct_status, fib_flag, nat_flag,
+    BaseHook, Chain, ChainType, CmpOp, Expr, FibResult, Hook, Key, Meta, Policy, Reg, Rule,
+    Verdict, ct_status, fib_flag, nat_flag,
 };
 
 use super::expr::{self, Side, cmp, counter};
 use super::hosts::{Shape, Site};
 use super::names;
 use super::program::{ChainProgram, SetProgram};
-use super::rule::{address_type, network_elems, network_set, outermost};
+use super::rule::{network_elems, network_set, outermost};
 use super::settings::{HostAction, Settings};
-use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers, Tunnels};
+use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers};
 
 const IPIP: u8 = 4;
 const UDP: u8 = 17;
@@ -52,7 +52,7 @@ const WORKLOAD_TO_HOST: &str = "cali-wl-to-host";
 pub(super) struct Ground<'a> {
     pub(super) settings: &'a Settings,
     pub(super) hosts: &'a Shape,
-    pub(super) tunnels: &'a Tunnels,
+    pub(super) tunnels: &'a TunnelPeers,
 }
 
 /// Chains that are there only while there are host endpoints.
@@ -88,20 +88,6 @@ pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
     let absent = absent.filter(|name: &Arc<str>| !chains.iter().any(|c| c.chain.name == *name));
     let absent = absent.collect();
     (chains, absent)
-}
-
-/// The addresses of all nodes: who may send encapsulated packets.
-pub(super) fn node_sets(tunnels: &Tunnels) -> Vec<SetProgram> {
-    [IpVersion::V4, IpVersion::V6]
-        .into_iter()
-        .map(|version| {
-            let key = KeyType::one(address_type(version));
-            let nodes = tunnels.nodes.iter();
-            let nodes = nodes.filter(|addr| IpVersion::of(**addr) == version);
-            SetProgram::new(Set::exact(pool_set("nodes", version), key))
-                .with(nodes.map(|addr| Elem::new(Key::ip(*addr))))
-        })
-        .collect()
 }
 
 /// The way to the host endpoints of a site.

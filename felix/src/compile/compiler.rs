@@ -22,7 +22,7 @@ use super::stack::{Endings, Place, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
     Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, PortRange, Rules, TierDefault,
-    TunnelPeers, Tunnels,
+    TunnelPeers,
 };
 
 const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
@@ -76,7 +76,6 @@ pub struct Compiler {
     tunnel_peers: Arc<TunnelPeers>,
     pub(super) desired: Desired,
     pub(super) hosts: Hosts,
-    tunnels: Arc<Tunnels>,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
     pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
@@ -115,7 +114,6 @@ impl Default for Compiler {
                 touched: Touched::default(),
             },
             hosts: Hosts::default(),
-            tunnels: Arc::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
             profiles: HashMap::default(),
@@ -200,9 +198,6 @@ impl Compiler {
             Delta::TunnelPeers(peers) => {
                 self.tunnel_peers = peers.clone();
                 self.put_tunnel_peers();
-            }
-            Delta::Tunnels(tunnels) => {
-                self.tunnels = tunnels.clone();
                 self.put_base_chains();
             }
             Delta::HostEndpoint { id, endpoint } => self.put_host(id, Some(endpoint)),
@@ -297,13 +292,10 @@ impl Compiler {
     }
 
     pub(super) fn put_base_chains(&mut self) {
-        for set in base::node_sets(&self.tunnels) {
-            self.desired.put_set(set);
-        }
         let (chains, absent) = base::chains(base::Ground {
             settings: &self.settings,
             hosts: &self.hosts.shape,
-            tunnels: &self.tunnels,
+            tunnels: &self.tunnel_peers,
         });
         for chain in chains {
             self.desired.put_chain(chain);
