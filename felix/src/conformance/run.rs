@@ -197,9 +197,10 @@ pub fn run_case(
 
 /// Sends all probes, most of them at once; their answers by number.
 fn send_all(shots: &[Shot<'_>]) -> BTreeMap<usize, Answer> {
-    // A raw socket hears of every refusal between two addresses: probes of that kind go one after another.
-    let by_hand =
-        |(_, shot): &(usize, &Shot<'_>)| matches!(shot.what, Probe::Sctp(_) | Probe::Timestamp);
+    // A raw socket hears of every refusal of its protocol between two addresses: probes of that kind go one after another.
+    let by_hand = |(_, shot): &(usize, &Shot<'_>)| {
+        matches!(shot.what, Probe::Sctp(_) | Probe::Ping | Probe::Timestamp)
+    };
     let (alone, together): (Vec<_>, Vec<_>) = shots.iter().enumerate().partition(by_hand);
     thread::scope(|scope| {
         let mut threads: Vec<_> = together
