@@ -5,6 +5,7 @@
 //!   per item.
 //! - [`events`]: notifications, on a socket of their own.
 //! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
+//! - [`ipset`]: IP sets, with our own encoder and decoder.
 //! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
 //! - [`wireguard`]: keys and peers of WireGuard devices, over generic netlink.
 //! - [`process`]: a process held by a descriptor.
@@ -21,6 +22,7 @@ pub mod error;
 pub mod events;
 pub mod fdpass;
 mod genetlink;
+pub mod ipset;
 pub mod link;
 mod link_change;
 pub mod mac;
