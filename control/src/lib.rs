@@ -6,6 +6,7 @@
 //!
 //! This crate holds no logic: it decides nothing and keeps no state.
 
+pub mod client;
 pub mod cni;
 pub mod frame;
 pub mod paths;

@@ -9,6 +9,8 @@
 //! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
 //! | word | tunnels, MTU | what this node receives, in the Node resource |
 //! | sockets | | status; best paths of `bgpd` |
+//! | CNI install | whether the dataplane is ready | plugin and configuration where the runtime looks for them |
+//! | health | what the parts say | liveness, readiness, metrics, a page |
 //! | supervisor | | the process `bgpd` |
 //!
 //! **Fail static**: nothing in the kernel is taken back when the daemon ends, for whatever reason. An orderly stop ends `bgpd` as well (its
@@ -29,13 +31,17 @@ use cali_ipam::reserve::{Keeper, Settings as KeeperSettings};
 use cali_netlink::Netlink;
 use cali_netlink::events::Group;
 use cali_routes::{Backend, Input};
+use cali_telemetry::Registry;
 use felix::dataplane::{Config, Dataplane, Handle, StatusLog};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use typha::config::Env;
 
 use crate::capabilities::Lacking;
+use crate::cni_install;
 use crate::endpoints::Endpoints;
 use crate::fan_out::FanOut;
+use crate::health;
 use crate::mtu::{self, MtuFile};
 use crate::routes_socket;
 use crate::startup::settings::Settings;
@@ -68,6 +74,12 @@ pub enum DaemonError {
     /// The reserve of addresses.
     #[error("cannot open the reserve of addresses")]
     Reserve(#[source] cali_ipam::Error),
+    /// A setting of the CNI installation or of the health port.
+    #[error(transparent)]
+    Setting(#[from] typha::config::ConfigError),
+    /// The health or metrics port.
+    #[error("cannot serve health or metrics")]
+    Health(#[source] std::io::Error),
     /// The CNI server.
     #[error(transparent)]
     Cni(#[from] cali_cni::server::StartError),
@@ -157,6 +169,7 @@ struct Running {
     supervisor: Option<Supervisor>,
     _cni: Server,
     _dataplane: Dataplane,
+    _health: health::Servers,
 }
 
 async fn start(
@@ -251,9 +264,22 @@ async fn start(
     let sources = Sources {
         identity,
         addresses,
-        dataplane: handle,
+        dataplane: handle.clone(),
         bgpd,
     };
+    let env = Env::of_process();
+    let served = health::Settings::read(&env)?;
+    let (health, observed) = health::start(&served, sources.clone(), Registry::new())
+        .await
+        .map_err(DaemonError::Health)?;
+    parts.run("health", observed);
+    if let Some(install) = cni_install(&env, settings)? {
+        let from = own_folder().unwrap_or_else(|| "/".into());
+        parts.run(
+            "CNI install",
+            cni_install::keep(install, from, handle.state()),
+        );
+    }
     parts.run_forever(
         "status socket",
         status_socket::serve(status_socket, sources),
@@ -265,6 +291,7 @@ async fn start(
         supervisor,
         _cni: cni,
         _dataplane: dataplane,
+        _health: health,
     })
 }
 
@@ -272,11 +299,29 @@ fn listen(path: PathBuf, mode: u32) -> Result<tokio::net::UnixListener, DaemonEr
     routes_socket::bind(&path, mode).map_err(|source| DaemonError::Socket { path, source })
 }
 
+/// Where this program stands; the others stand beside it.
+fn own_folder() -> Option<PathBuf> {
+    Some(std::env::current_exe().ok()?.parent()?.to_owned())
+}
+
+fn cni_install(
+    env: &Env,
+    settings: &Settings,
+) -> Result<Option<cni_install::plan::Install>, DaemonError> {
+    let root = PathBuf::from(env.get("CALI_HOST_ROOT").unwrap_or("/host"));
+    let configurations = cni_install::runtime_configurations(&root);
+    Ok(cni_install::plan::plan_install(
+        env,
+        &configurations,
+        settings.pool_v6.cidr.is_some_and(|pool| pool.is_some()),
+        |path| path.exists(),
+    )?)
+}
+
 /// `bgpd` from the folder of this program, else from `PATH`.
 fn bgpd(settings: &Settings) -> Program {
-    let beside = std::env::current_exe()
-        .ok()
-        .and_then(|own| Some(own.parent()?.join("bgpd")))
+    let beside = own_folder()
+        .map(|folder| folder.join("bgpd"))
         .filter(|path| path.exists());
     Program {
         path: beside.unwrap_or_else(|| "bgpd".into()),

@@ -6,9 +6,11 @@
 //! It decides nothing about packets: that is done in the crates that it connects.
 
 pub mod capabilities;
+pub mod cni_install;
 pub mod daemon;
 pub mod endpoints;
 pub mod fan_out;
+pub mod health;
 pub mod mtu;
 pub mod pod_links;
 pub mod routes_socket;

@@ -54,6 +54,30 @@ pub struct Sources {
     pub bgpd: watch::Receiver<Option<u32>>,
 }
 
+impl Sources {
+    /// The node as a whole, now.
+    #[must_use]
+    pub fn status(&self) -> NodeStatus {
+        status(
+            &self.identity,
+            &self.addresses.borrow().clone(),
+            &self.dataplane.state().borrow().clone(),
+            *self.bgpd.borrow(),
+        )
+    }
+
+    /// The node's endpoints, now.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<EndpointStatus> {
+        let state = self.dataplane.state().borrow().clone();
+        state
+            .endpoints
+            .iter()
+            .map(|(key, state)| endpoint(key, state))
+            .collect()
+    }
+}
+
 /// Serves until dropped by its owner.
 pub async fn serve(listener: UnixListener, sources: Sources) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
@@ -103,26 +127,12 @@ async fn converse(stream: UnixStream, sources: &Sources) -> Result<(), Error> {
 
 async fn answer(request: NodeRequest, sources: &Sources) -> NodeResponse {
     match request {
-        NodeRequest::Status => NodeResponse::Status(status(
-            &sources.identity,
-            &sources.addresses.borrow().clone(),
-            &sources.dataplane.state().borrow().clone(),
-            *sources.bgpd.borrow(),
-        )),
+        NodeRequest::Status => NodeResponse::Status(sources.status()),
         NodeRequest::Routes => match sources.dataplane.routes().view().await {
             Ok(routes) => NodeResponse::Routes(routes.into_iter().map(owned).collect()),
             Err(error) => NodeResponse::Error(error.to_string()),
         },
-        NodeRequest::Endpoints => {
-            let state = sources.dataplane.state().borrow().clone();
-            NodeResponse::Endpoints(
-                state
-                    .endpoints
-                    .iter()
-                    .map(|(key, state)| endpoint(key, state))
-                    .collect(),
-            )
-        }
+        NodeRequest::Endpoints => NodeResponse::Endpoints(sources.endpoints()),
     }
 }
 
