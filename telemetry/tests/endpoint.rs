@@ -1,5 +1,7 @@
 //! The server as a client sees it, over a real socket.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -268,12 +268,10 @@ impl Scene {
     fn new() -> Result<Self> {
         let node = Namespace::new("node")?;
         node.ip("link set lo up")?;
-        for setting in ["net.ipv4.ip_forward=1"] {
-            node.netns
-                .command("sysctl")
-                .args(["-qw", setting])
-                .status()?;
-        }
+        node.netns
+            .command("sysctl")
+            .args(["-qw", "net.ipv4.ip_forward=1"])
+            .status()?;
         let mut pods = Vec::new();
         for (number, label) in ["sender", "one", "many"].iter().enumerate() {
             let pod = Namespace::new(label)?;
@@ -347,7 +345,8 @@ fn packets(rounds: usize) -> Result<()> {
         milliseconds(change.cpu)
     );
     println!("| 1/s | one policy | {POLICIES} policies | ratio |\n|---|---:|---:|---:|");
-    let rows: [(&str, fn(&Rates) -> &Vec<f64>); 3] = [
+    type Column = fn(&Rates) -> &Vec<f64>;
+    let rows: [(&str, Column); 3] = [
         ("packets of an established flow", |rates| &rates.established),
         ("packets of new flows", |rates| &rates.new_flows),
         ("new TCP connections", |rates| &rates.connections),

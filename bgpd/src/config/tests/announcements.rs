@@ -98,7 +98,7 @@ fn a_workload_that_moves_in_is_told_of_inside_an_own_block_with_its_own_preferen
         affinity("10.10.1.0/26", "node1", "confirmed"),
     ]);
     let moving = device("10.10.1.5/32", "cali1", DeviceRouteKind::Written, 512);
-    let one = with_devices(&objects, &[moving.clone()]);
+    let one = with_devices(&objects, std::slice::from_ref(&moving));
     assert_eq!(to_mesh(&one), ["10.10.1.0/26", "10.10.1.5/32"]);
     let route = &one.originated[&moving.prefix];
     assert_eq!(route.attributes.local_pref, Some(2_147_483_647 - 512));
