@@ -109,10 +109,12 @@ fn unused(program: &Program) -> BTreeSet<Arc<str>> {
             used.insert(name.clone());
         }
     }
+    // Where a map of addresses would lead if its selectors matched anybody: stays with the map's rule, as sets do.
+    let counts = |name: &str| name.starts_with("cali-ai-") || name.starts_with("cali-ao-");
     let chains = program
         .chains
         .values()
-        .filter(|chain| chain.chain.base.is_none())
+        .filter(|chain| chain.chain.base.is_none() && !counts(&chain.chain.name))
         .map(|chain| &chain.chain.name);
     // Sets of a rule that can match no packet of the family stay with their selector.
     let sets = program.sets.keys().filter(|name| name.starts_with("cali-"));

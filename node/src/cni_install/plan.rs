@@ -285,7 +285,11 @@ version = 2
     fn the_list_is_one_that_the_plugin_reads() {
         let plan = plan(&[("CNI_MTU", "1400")], &[]);
         let list: serde_json::Value = serde_json::from_str(&plan.list).unwrap();
-        let plugin = cali_cni::config::Config::read(&list["plugins"][0]).unwrap();
+        // A runtime adds the name and the version of the list to what it gives to each plugin.
+        let mut given = list["plugins"][0].clone();
+        given["name"] = list["name"].clone();
+        given["cniVersion"] = list["cniVersion"].clone();
+        let plugin = cali_cni::config::Config::read(&given).unwrap();
         assert_eq!(plugin.mtu, 1400);
         assert!(plugin.container_settings.allow_ip_forwarding);
         assert_eq!(plugin.ipam.type_.as_deref(), Some("calico-ipam"));
