@@ -160,7 +160,7 @@ async fn a_peer_that_stops_reading_is_given_up_and_nobody_waits_for_it() {
     // More than fits between both, so that the writer has to wait.
     let mut many = settings(2, 64512, &[(1, 64512)], &["10.2.0.0/26"]);
     let route = many.originated.values().next().unwrap().clone();
-    for n in 0..12_000_u32 {
+    for n in 0..30_000_u32 {
         let prefix = Prefix::v4(0x0b00_0000 + (n << 8), 24);
         let mut one = route.clone();
         one.prefix = prefix;
@@ -170,7 +170,7 @@ async fn a_peer_that_stops_reading_is_given_up_and_nobody_waits_for_it() {
     good.speaker.configure(many).await.unwrap();
     tested
         .wait("all routes of the good peer", |_, c| {
-            c.paths.len() == 12_001
+            c.paths.len() == 30_001
         })
         .await;
     let mut given_up = None;
