@@ -2,7 +2,7 @@
 //!
 //! Each file of `tests/conformance` holds cases: namespaces, pods, objects, probes with the verdict
 //! that the specification demands. Every probe is evaluated by `felix::verdict` and sent as a packet
-//! through the compiled rules, over IPv4 and IPv6. From case to case the kernel is changed by one
+//! through the rules of each backend (nf_tables, iptables-nft, iptables-legacy), over IPv4 and IPv6. From case to case the kernel is changed by one
 //! transaction of the differences, so the planner is under test as well.
 //!
 //! Pods are numbered in the order in which a case lists them: the n-th has 10.65.0.n and fd65::n.
@@ -17,10 +17,11 @@ use std::thread;
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Revision};
-use felix::calc::{Graph, Input};
+use felix::calc::{Batch, Graph, Input};
 use felix::compile::{Compiler, Program, plan_transaction};
+use felix::iptables::Renderer;
 use felix::verdict::{Model, Packet};
-use policy_lab::{Lab, Listener, Place, Probe, expected, listen, probe};
+use policy_lab::{BACKENDS, Backend, Lab, Listener, Place, Probe, expected, listen, probe};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -155,7 +156,25 @@ impl Case {
     }
 }
 
+/// Enforces the objects from nothing, by what differs from the case before.
+fn enforce(lab: &mut Lab, objects: &[Arc<AnyResource>]) {
+    match lab.backend {
+        Backend::Nftables => lab.enforce(&compile(objects)),
+        Backend::Iptables(_) => {
+            let mut renderer = Renderer::default();
+            renderer.apply(&first_batch(objects));
+            lab.enforce_chains(renderer.program());
+        }
+    }
+}
+
 fn compile(objects: &[Arc<AnyResource>]) -> Program {
+    let mut compiler = Compiler::default();
+    compiler.apply(&first_batch(objects));
+    compiler.program().clone()
+}
+
+fn first_batch(objects: &[Arc<AnyResource>]) -> Batch {
     let mut graph = Graph::new(NODE.into());
     let updates = objects.iter().map(|object| Update {
         key: object.key(),
@@ -164,16 +183,14 @@ fn compile(objects: &[Arc<AnyResource>]) -> Program {
     });
     graph.handle(Input::Sync(SyncEvent::Updates(updates.collect())));
     graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
-    let mut compiler = Compiler::default();
-    compiler.apply(&graph.flush().expect("a first batch"));
-    compiler.program().clone()
+    graph.flush().expect("a first batch")
 }
 
 /// Runs a case; returns what did not agree.
 fn run(lab: &mut Lab, case: &Case) -> Vec<String> {
     let objects = case.objects(lab);
     let model: Model = objects.iter().cloned().collect();
-    lab.enforce(&compile(&objects));
+    enforce(lab, &objects);
     let lab = &*lab;
     let wanted: BTreeSet<(&str, Probe)> = case
         .probes
@@ -209,7 +226,8 @@ fn run(lab: &mut Lab, case: &Case) -> Vec<String> {
             let kernel = sent.join().expect("a probe");
             if kernel != Ok(text.allowed) || said != text.allowed {
                 failures.push(format!(
-                    "{}: {} -> {} {} over IPv{}: expected {}, model says {said} ({why}), kernel says {kernel:?}",
+                    "{:?}: {}: {} -> {} {} over IPv{}: expected {}, model says {said} ({why}), kernel says {kernel:?}",
+                    lab.backend,
                     case.name,
                     text.from,
                     text.to,
@@ -227,22 +245,21 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance")
 }
 
-/// Runs all cases of a file in a lab of their own.
+/// Runs all cases of a file on every backend, each in a lab of its own.
 fn run_file(name: &str) {
     let path = folder().join(name);
     let text = std::fs::read_to_string(&path)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let file: File =
         serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let mut lab = Lab::new(PODS);
-    let mut failures = Vec::new();
-    for case in &file.cases {
-        let failed = run(&mut lab, case);
-        if !failed.is_empty() {
-            eprintln!("{}\n{}", failed.join("\n"), lab.ruleset());
-        }
-        failures.extend(failed);
-    }
+    let failures: Vec<String> = thread::scope(|scope| {
+        let file = &file;
+        let backends = BACKENDS.map(|backend| scope.spawn(move || run_cases(file, backend)));
+        backends
+            .into_iter()
+            .flat_map(|backend| backend.join().expect("a backend"))
+            .collect()
+    });
     let probes: usize = file.cases.iter().map(|case| case.probes.len()).sum();
     eprintln!("{name}: {} cases, {probes} probes", file.cases.len());
     assert!(
@@ -251,6 +268,19 @@ fn run_file(name: &str) {
         failures.len(),
         failures.join("\n")
     );
+}
+
+fn run_cases(file: &File, backend: Backend) -> Vec<String> {
+    let mut lab = Lab::with(PODS, backend);
+    let mut failures = Vec::new();
+    for case in &file.cases {
+        let failed = run(&mut lab, case);
+        if !failed.is_empty() {
+            eprintln!("{}\n{}", failed.join("\n"), lab.ruleset());
+        }
+        failures.extend(failed);
+    }
+    failures
 }
 
 macro_rules! conformance {

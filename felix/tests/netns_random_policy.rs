@@ -16,8 +16,10 @@ use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Key, Revision};
 use felix::calc::{Graph, Input};
 use felix::compile::Compiler;
+use felix::dataplane::Variant;
+use felix::iptables::Renderer;
 use felix::verdict::Model;
-use policy_lab::{Lab, Listener, Place, Probe, expected, listen, probe};
+use policy_lab::{Backend, Lab, Listener, Place, Probe, expected, listen, probe};
 use random_policy::{Dice, TCP_PORTS, UDP_PORTS, World};
 
 const PODS: u8 = 4;
@@ -31,17 +33,19 @@ struct Node {
     lab: Lab,
     graph: Graph,
     compiler: Compiler,
+    renderer: Renderer,
     known: Objects,
 }
 
 impl Node {
-    fn new() -> Self {
+    fn new(backend: Backend) -> Self {
         let mut graph = Graph::new(random_policy::NODE.into());
         graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
         Self {
-            lab: Lab::new(PODS),
+            lab: Lab::with(PODS, backend),
             graph,
             compiler: Compiler::default(),
+            renderer: Renderer::default(),
             known: Objects::new(),
         }
     }
@@ -63,9 +67,15 @@ impl Node {
         self.graph.handle(Input::Sync(updates));
         self.known = objects.clone();
         if let Some(batch) = self.graph.flush() {
-            self.compiler.apply(&batch);
+            match self.lab.backend {
+                Backend::Nftables => self.compiler.apply(&batch),
+                Backend::Iptables(_) => self.renderer.apply(&batch),
+            }
         }
-        self.lab.enforce(self.compiler.program());
+        match self.lab.backend {
+            Backend::Nftables => self.lab.enforce(self.compiler.program()),
+            Backend::Iptables(_) => self.lab.enforce_chains(self.renderer.program()),
+        }
     }
 
     fn places(&self) -> Vec<&Place> {
@@ -189,10 +199,24 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 #[test]
-fn the_kernel_and_the_model_agree_on_random_policies() {
+fn nf_tables_and_the_model_agree_on_random_policies() {
+    agree_on_random_policies(Backend::Nftables, ROUNDS);
+}
+
+#[test]
+fn iptables_nft_and_the_model_agree_on_random_policies() {
+    agree_on_random_policies(Backend::Iptables(Variant::Nft), ROUNDS / 2);
+}
+
+#[test]
+fn iptables_legacy_and_the_model_agree_on_random_policies() {
+    agree_on_random_policies(Backend::Iptables(Variant::Legacy), ROUNDS / 2);
+}
+
+fn agree_on_random_policies(backend: Backend, rounds: u64) {
     let seed = setting("CALI_RANDOM_SEED", 1);
-    let rounds = setting("CALI_RANDOM_ROUNDS", ROUNDS);
-    let mut node = Node::new();
+    let rounds = setting("CALI_RANDOM_ROUNDS", rounds);
+    let mut node = Node::new(backend);
     let listeners: Vec<Listener> = node
         .places()
         .iter()
@@ -242,7 +266,7 @@ fn the_kernel_and_the_model_agree_on_random_policies() {
         }
     }
     let [denied, allowed] = allowed;
-    eprintln!("{rounds} rounds: {allowed} flows allowed, {denied} denied");
+    eprintln!("{backend:?}: {rounds} rounds: {allowed} flows allowed, {denied} denied");
     assert!(
         allowed > denied / 8 && denied > allowed / 8,
         "one-sided policies show little: {allowed} allowed, {denied} denied"

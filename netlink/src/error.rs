@@ -60,6 +60,53 @@ impl fmt::Display for Cause {
     }
 }
 
+impl Cause {
+    /// The cause behind a positive error number of an answer. Numbers beyond those of the system belong to `ip_set`
+    /// (`include/uapi/linux/netfilter/ipset/ip_set.h`, `IPSET_ERR_PRIVATE`).
+    pub(crate) fn from_code(code: i32, message: Option<Box<str>>) -> Self {
+        let (errno, text) = match code {
+            4097 => (
+                Errno::EPROTO,
+                "the protocol of IP sets does not allow this message",
+            ),
+            4098 => (
+                Errno::EPROTONOSUPPORT,
+                "the kernel does not know this type of IP set",
+            ),
+            4099 => (Errno::ENOSPC, "the kernel can hold no more IP sets"),
+            4100 => (Errno::EBUSY, "the IP set is in use"),
+            4101 => (Errno::EEXIST, "an IP set with the second name is there"),
+            4102 => (Errno::EINVAL, "the types of the IP sets do not match"),
+            4103 => (
+                Errno::EEXIST,
+                "the member is there already, or is not there",
+            ),
+            4104 => (Errno::EINVAL, "the prefix length is not valid"),
+            4106 => (
+                Errno::EAFNOSUPPORT,
+                "the type of IP set does not know this family",
+            ),
+            4108 => (Errno::EBUSY, "something refers to the IP set"),
+            4352 => (Errno::ENOSPC, "the IP set is full"),
+            4353.. => (
+                Errno::EINVAL,
+                "the member is not valid for this type of IP set",
+            ),
+            4096.. => (Errno::EINVAL, "not valid for IP sets"),
+            _ => {
+                return Self::Kernel {
+                    errno: Errno::from_raw(code),
+                    message,
+                };
+            }
+        };
+        Self::Kernel {
+            errno,
+            message: Some(message.unwrap_or_else(|| text.into())),
+        }
+    }
+}
+
 impl Error {
     /// An error with an error number and no further text.
     pub fn errno(operation: &'static str, object: impl Into<String>, errno: Errno) -> Self {

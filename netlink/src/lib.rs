@@ -5,6 +5,7 @@
 //!   per item.
 //! - [`events`]: notifications, on a socket of their own.
 //! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
+//! - [`ipset`]: IP sets, with our own encoder and decoder.
 //! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
 //! - [`process`]: a process held by a descriptor.
 //! - [`reconcile`]: the pure planner that every kernel programmer here uses.
@@ -19,6 +20,7 @@ pub mod conntrack;
 pub mod error;
 pub mod events;
 pub mod fdpass;
+pub mod ipset;
 pub mod link;
 mod link_change;
 pub mod mac;

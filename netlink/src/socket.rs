@@ -334,10 +334,7 @@ impl Socket {
                         let code = read_u32(message.payload, 0).unwrap_or(0) as i32;
                         if code < 0 {
                             let message = read_text(Attrs::after(message.payload, 4));
-                            return Err(Cause::Kernel {
-                                errno: Errno::from_raw(-code),
-                                message,
-                            });
+                            return Err(Cause::from_code(code.saturating_neg(), message));
                         }
                         return Ok(consistent.then_some(all));
                     }
@@ -415,13 +412,9 @@ pub(crate) fn read_ack(message: &Message<'_>) -> Option<Ack> {
     } else {
         Attrs::after(message.payload, header)
     };
-    let errno = Errno::from_raw(code.saturating_neg());
     Some(Ack {
         sequence: message.sequence,
-        result: Err(Cause::Kernel {
-            errno,
-            message: read_text(attrs),
-        }),
+        result: Err(Cause::from_code(code.saturating_neg(), read_text(attrs))),
         offset: attrs.find(ERROR_OFFSET).and_then(Attr::get_u32),
     })
 }

@@ -32,7 +32,7 @@ const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// Multicast listener discovery and neighbour discovery, without which a workload has no IPv6
 /// (RFC 2710, RFC 4861): queries, reports, solicitations and neighbour advertisements.
-const NEIGHBOUR_DISCOVERY: [u8; 6] = [130, 131, 132, 133, 135, 136];
+pub(crate) const NEIGHBOUR_DISCOVERY: [u8; 6] = [130, 131, 132, 133, 135, 136];
 
 const WORKLOAD_TO_HOST: &str = "cali-wl-to-host";
 

@@ -21,16 +21,18 @@ mod compiler;
 mod desired;
 mod expr;
 mod known_sets;
-mod names;
+pub(crate) mod names;
 mod plan;
 mod program;
 mod rule;
 mod settings;
 mod stack;
 
+pub(crate) use base::NEIGHBOUR_DISCOVERY;
 pub use compiler::Compiler;
 pub use plan::{Plan, PlanOutcome, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
+pub(crate) use rule::{merge_ports, outermost};
 pub use settings::{DenyAction, HostAction, Settings};
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub(super) fn digest(text: &str) -> String {
 }
 
 /// A policy as Calico writes it in log prefixes and chain names, e.g. `np/ns/name`.
-pub(super) fn policy_text(id: &Key) -> String {
+pub(crate) fn policy_text(id: &Key) -> String {
     let kind = match id.kind {
         Kind::NetworkPolicy => "np",
         Kind::GlobalNetworkPolicy => "gnp",

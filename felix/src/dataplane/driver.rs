@@ -17,12 +17,11 @@ use tracing::{error, info, warn};
 
 use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
+use super::enforcer::{BackendOverride, Enforcer};
 use super::host::{self, Connections, Interfaces};
 use super::resources::Resources;
-use super::ruleset::Ruleset;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
-use crate::compile::Compiler;
 
 /// Changes that come within this time become one step.
 const COALESCE: Duration = Duration::from_millis(10);
@@ -43,6 +42,8 @@ pub struct Config {
     pub routes: KernelSettings,
     /// How long a tunnel device outlives the last pool that asked for it.
     pub tunnel_linger: Duration,
+    /// What the environment says of the backend that enforces policy.
+    pub enforcement: BackendOverride,
 }
 
 impl Config {
@@ -54,6 +55,7 @@ impl Config {
             backend: Backend::default(),
             routes: KernelSettings::default(),
             tunnel_linger: Duration::from_secs(60),
+            enforcement: BackendOverride::default(),
         }
     }
 }
@@ -118,8 +120,7 @@ impl Dataplane {
         let driver = Driver {
             graph: Graph::new(config.node),
             bystanders: Bystanders::new(nft.clone(), netlink.netns(), Instant::now()),
-            compiler: Compiler::default(),
-            ruleset: Ruleset::adopt(nft)?,
+            enforcer: Enforcer::new(netlink.netns().clone(), nft, config.enforcement),
             resources,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
@@ -234,8 +235,7 @@ impl Handle {
 
 struct Driver {
     graph: Graph,
-    compiler: Compiler,
-    ruleset: Ruleset,
+    enforcer: Enforcer,
     bystanders: Bystanders,
     resources: Resources,
     endpoints: Endpoints,
@@ -272,7 +272,7 @@ impl Driver {
             let far = now + Duration::from_secs(3600);
             let due = [
                 self.step_at,
-                self.ruleset_due(now),
+                self.enforcer_due(now),
                 self.bystanders.next_due(),
             ]
             .into_iter()
@@ -352,13 +352,13 @@ impl Driver {
                     changes.push(event);
                 }
                 Event::Overflow => {
-                    self.ruleset.on_overflow();
+                    self.enforcer.on_overflow(now);
                     self.bystanders.on_overflow(now);
                 }
                 _ => {}
             }
         }
-        self.ruleset.on_events(changes);
+        self.enforcer.on_events(changes, now);
     }
 
     /// Interfaces that came, or came up, are set up; the last word about each counts.
@@ -401,9 +401,9 @@ impl Driver {
         self.publish();
     }
 
-    fn ruleset_due(&self, now: Instant) -> Option<Instant> {
+    fn enforcer_due(&self, now: Instant) -> Option<Instant> {
         if self.in_sync {
-            self.ruleset.next_due(now)
+            self.enforcer.next_due(now)
         } else {
             None
         }
@@ -418,7 +418,9 @@ impl Driver {
             changes = self.on_batch(&batch);
         }
         if self.in_sync {
-            self.ruleset.apply(self.compiler.program(), Instant::now());
+            let now = Instant::now();
+            self.enforcer.retry_start(|| self.graph.whole(), now);
+            self.enforcer.apply(now);
         }
         self.wish_tunnels();
         let (gone, new): (VecDeque<_>, VecDeque<_>) = changes
@@ -472,12 +474,8 @@ impl Driver {
                 }
             }
         }
-        self.compiler.apply(batch);
-        let touched = self.compiler.take_touched();
-        if batch.in_sync {
-            self.ruleset.touch_all(self.compiler.program());
-        }
-        self.ruleset.touch(touched);
+        self.enforcer
+            .on_batch(batch, || self.graph.whole(), Instant::now());
         self.endpoints.on_batch(batch)
     }
 
@@ -524,15 +522,11 @@ impl Driver {
         });
         let mut notices: Vec<String> = self.resources.notices().to_vec();
         notices.extend_from_slice(self.bystanders.notices());
-        notices.extend(
-            self.ruleset
-                .problem()
-                .map(|problem| format!("nf_tables: {problem}")),
-        );
+        notices.extend(self.enforcer.notices());
         let state = State {
-            ready: self.in_sync && self.ruleset.is_settled(),
+            ready: self.in_sync && self.enforcer.is_settled(),
             endpoints: endpoints.collect(),
-            refused: self.ruleset.refused(),
+            refused: self.enforcer.refused(),
             unusable: self.graph.problems(),
             notices,
             tunnels: self.tunnel_state.borrow_and_update().clone(),
@@ -567,13 +561,10 @@ impl Driver {
         if let Some(problem) = self.interfaces.problem(&endpoint.interface) {
             return Some(problem.clone());
         }
-        for chain in ["cali-tw-", "cali-fw-"] {
-            let chain = format!("{chain}{}", endpoint.interface);
-            if !self.ruleset.has_chain(&chain) {
-                return Some(format!("its rules (chain {chain}) are not in the kernel"));
-            }
+        if let Err(problem) = self.enforcer.has_endpoint(&endpoint.interface) {
+            return Some(problem);
         }
-        if !self.ruleset.is_settled() {
+        if !self.enforcer.is_settled() {
             return Some("its rules are being written".to_owned());
         }
         let waiting = routes

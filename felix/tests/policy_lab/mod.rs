@@ -9,14 +9,16 @@
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cali_api::Key;
 use cali_netlink::NetNs;
 use cali_netlink::nft::{Family, Nft, TableName};
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, eventually};
 use felix::calc::Direction;
 use felix::compile::{Program, Touched, plan_transaction};
+use felix::dataplane::{Iptables, Variant};
+use felix::iptables;
 use felix::verdict::{Model, Outcome, Packet};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -66,8 +68,23 @@ impl Place {
     }
 }
 
+/// What enforces policy in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backend {
+    Nftables,
+    Iptables(Variant),
+}
+
+pub(crate) const BACKENDS: [Backend; 3] = [
+    Backend::Nftables,
+    Backend::Iptables(Variant::Nft),
+    Backend::Iptables(Variant::Legacy),
+];
+
 /// A node, its pods and the world.
 pub(crate) struct Lab {
+    pub(crate) backend: Backend,
+    iptables: Option<Iptables>,
     pub(crate) node: TestNs,
     pub(crate) pods: Vec<Place>,
     pub(crate) world: Place,
@@ -77,6 +94,10 @@ pub(crate) struct Lab {
 
 impl Lab {
     pub(crate) fn new(pods: u8) -> Self {
+        Self::with(pods, Backend::Nftables)
+    }
+
+    pub(crate) fn with(pods: u8, backend: Backend) -> Self {
         let node = TestNs::new("node");
         for setting in [
             "net.ipv4.ip_forward=1",
@@ -90,7 +111,16 @@ impl Lab {
         let pods = (1..=pods).map(|number| pod(&node, number)).collect();
         let world = world(&node);
         let nft = Nft::open(node.netns()).expect("open nf_tables");
+        let iptables = match backend {
+            Backend::Nftables => None,
+            Backend::Iptables(variant) => {
+                let adopted = Iptables::adopt(node.netns(), variant, Instant::now());
+                Some(adopted.expect("adopt the chains"))
+            }
+        };
         Self {
+            backend,
+            iptables,
             node,
             pods,
             world,
@@ -132,6 +162,21 @@ impl Lab {
         );
     }
 
+    /// Brings the kernel to chains and sets, and reads back that they are there.
+    pub(crate) fn enforce_chains(&mut self, desired: &iptables::Program) {
+        let Backend::Iptables(variant) = self.backend else {
+            panic!("a lab of {:?}", self.backend)
+        };
+        let kernel = self.iptables.as_mut().expect("a lab of iptables");
+        kernel.touch_all(desired);
+        kernel.apply(desired, Instant::now());
+        let told = (kernel.refused(), kernel.problem().map(str::to_owned));
+        assert!(kernel.is_complete(), "{told:?}\n{}", self.ruleset());
+        let seen = Iptables::adopt(self.node.netns(), variant, Instant::now()).expect("adopt");
+        let differing = seen.differing(desired);
+        assert!(differing.is_empty(), "{differing:?}\n{}", self.ruleset());
+    }
+
     /// Takes a dump for what is in the kernel.
     pub(crate) fn assume(&mut self, listed: Program) {
         self.current = listed;
@@ -158,7 +203,15 @@ impl Lab {
 
     /// What `nft` itself makes of the rules: for messages of failed tests.
     pub(crate) fn ruleset(&self) -> String {
-        self.node.run("nft", &["list", "ruleset"])
+        match self.backend {
+            Backend::Nftables => self.node.run("nft", &["list", "ruleset"]),
+            Backend::Iptables(variant) => ["iptables", "ip6tables"]
+                .map(|family| {
+                    self.node
+                        .run(&format!("{family}-{}-save", variant.name()), &["-c"])
+                })
+                .join("\n"),
+        }
     }
 }
 
@@ -275,13 +328,19 @@ impl Drop for Listener {
     }
 }
 
+/// A program that another thread starts holds the sockets of this process, also those that are closed meanwhile, until it
+/// has become that program: their ports are free a little later.
+pub(crate) fn patiently<T>(bind: impl FnMut() -> std::io::Result<T>) -> T {
+    eventually(LIMIT, bind)
+}
+
 /// Listens on both families.
 pub(crate) fn listen(ns: &NetNs, probe: Probe) -> Listener {
     let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
     ns.run(|| match probe {
-        Probe::Tcp(port) => Listener::Tcp(TcpListener::bind(any(port)).expect("listen")),
+        Probe::Tcp(port) => Listener::Tcp(patiently(|| TcpListener::bind(any(port)))),
         Probe::Udp(port) => {
-            let socket = UdpSocket::bind(any(port)).expect("bind");
+            let socket = patiently(|| UdpSocket::bind(any(port)));
             let answering = socket.try_clone().expect("a second handle");
             thread::spawn(move || {
                 let mut data = [0; 64];
