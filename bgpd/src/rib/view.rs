@@ -5,7 +5,7 @@ use super::engine::Rib;
 use super::event::{Gateway, PeerSlot, RouteSource};
 use super::hops::Hop;
 use super::import::Refusal;
-use super::table::{Dest, mark};
+use super::table::{DestId, Table, mark};
 use crate::wire::{Attributes, Family, NextHop, Nlri, Prefix};
 
 /// What became of a path.
@@ -75,7 +75,7 @@ impl Rib {
         let table = &self.base.tables[family];
         table
             .find(prefix)
-            .map(|id| self.views(table.get(id)))
+            .map(|id| self.views(table, id))
             .unwrap_or_default()
     }
 
@@ -87,9 +87,7 @@ impl Rib {
         };
         let table = &self.base.tables[family];
         let stop = from.saturating_add(count).min(table.end());
-        let views = (from..stop)
-            .flat_map(|id| self.views(table.get(id)))
-            .collect();
+        let views = (from..stop).flat_map(|id| self.views(table, id)).collect();
         (views, (stop < table.end()).then_some(stop))
     }
 
@@ -145,7 +143,7 @@ impl Rib {
         };
         let table = &self.base.tables[family];
         (0..table.end())
-            .flat_map(|id| &table.get(id).paths)
+            .flat_map(|id| table.get(id).paths.iter())
             .any(|p| p.peer == slot.0 && p.has(mark::STALE))
     }
 
@@ -157,7 +155,8 @@ impl Rib {
         }
     }
 
-    fn views<'a>(&'a self, dest: &'a Dest) -> Vec<PathView<'a>> {
+    fn views<'a>(&'a self, table: &'a Table, id: DestId) -> Vec<PathView<'a>> {
+        let (dest, prefix) = (table.get(id), table.prefix(id));
         let context = self.base.context();
         let selection = context.select(&dest.paths);
         let status = |index: usize| {
@@ -177,7 +176,7 @@ impl Rib {
             PathStatus::NotBest(context.lost_at(path, &dest.paths).unwrap_or(Step::PathId))
         };
         let view = |(index, path): (usize, &super::table::Path)| PathView {
-            prefix: dest.prefix,
+            prefix,
             peer: PeerSlot(path.peer),
             source: self.base.source(path),
             path_id: path.path_id,

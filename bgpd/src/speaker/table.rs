@@ -144,11 +144,9 @@ impl State {
         let path = learned.map(|best| Path {
             gateways: best.gateways.clone(),
             local_pref: best.local_pref,
-            learned_from: self
-                .rib
-                .paths(&change.prefix)
-                .first()
-                .and_then(|path| self.slots.get(&path.peer).copied()),
+            learned_from: change
+                .learned_from
+                .and_then(|slot| self.slots.get(&slot).copied()),
         });
         self.environment.sink.set(change.prefix, path);
     }
