@@ -31,7 +31,6 @@ use cali_ipam::reserve::{Keeper, Settings as KeeperSettings};
 use cali_netlink::Netlink;
 use cali_netlink::events::Group;
 use cali_routes::{Backend, Input};
-use cali_telemetry::Registry;
 use felix::dataplane::{Config, Dataplane, Handle, StatusLog};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -186,6 +185,7 @@ async fn start(
         backend: settings.backend,
         ..Config::new(NodeName::from(settings.node_name.as_str()))
     };
+    let registry = config.metrics.clone();
     let dataplane = Dataplane::start(
         config,
         netlink.clone(),
@@ -269,7 +269,7 @@ async fn start(
     };
     let env = Env::of_process();
     let served = health::Settings::read(&env)?;
-    let (health, observed) = health::start(&served, sources.clone(), Registry::new())
+    let (health, observed) = health::start(&served, sources.clone(), registry)
         .await
         .map_err(DaemonError::Health)?;
     parts.run("health", observed);

@@ -159,7 +159,7 @@ pub fn plan_install(
     }))
 }
 
-/// The one-plugin list: hostPort and loopback need no further plugin.
+/// The list that we write: one plugin. It names no capabilities, as the plugin does not serve `hostPort` and bandwidth yet.
 fn render_list(mtu: u32, ipv6: bool) -> String {
     let list = json!({
         "name": "k8s-pod-network",
@@ -174,7 +174,6 @@ fn render_list(mtu: u32, ipv6: bool) -> String {
             },
             // k3s' ServiceLB forwards packets inside its pods.
             "container_settings": { "allow_ip_forwarding": true },
-            "capabilities": { "portMappings": true, "bandwidth": true },
         }],
     });
     format!("{list:#}\n")
