@@ -11,7 +11,8 @@ use crate::frame::{Error, FrameReader, FrameWriter};
 /// Connects, exchanges the hello frames, sends the request and reads one answer, all within `limit`.
 ///
 /// # Errors
-/// Nobody listens ([`Error::Io`] of `connect`), the other side speaks another protocol, or it does not answer in time.
+/// Nobody listens ([`Error::Unreachable`]), the other side speaks another protocol, or it does not answer in time
+/// ([`Error::NoAnswer`]).
 pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
     protocol: &'static str,
     version: u32,
@@ -23,9 +24,8 @@ pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
     let conversation = async {
         let stream = UnixStream::connect(socket)
             .await
-            .map_err(|source| Error::Io {
-                operation: "connect",
-                protocol,
+            .map_err(|source| Error::Unreachable {
+                socket: socket.to_owned(),
                 source,
             })?;
         let (read, write) = stream.into_split();
@@ -39,10 +39,9 @@ pub async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
     tokio::time::timeout(limit, conversation)
         .await
         .unwrap_or_else(|_| {
-            Err(Error::Io {
-                operation: "get an answer in time",
-                protocol,
-                source: std::io::ErrorKind::TimedOut.into(),
+            Err(Error::NoAnswer {
+                socket: socket.to_owned(),
+                limit,
             })
         })
 }

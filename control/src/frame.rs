@@ -13,6 +13,9 @@
 //! The first frame in each direction is a [`Hello`]; a side that reads another protocol name or an older version
 //! than it can serve closes the connection with an error that names both.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -61,6 +64,14 @@ pub enum Error {
     },
     #[error("the {protocol} socket was closed by the other side")]
     Closed { protocol: &'static str },
+    #[error("cannot reach {}", socket.display())]
+    Unreachable {
+        socket: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("no answer from {} within {} s", socket.display(), limit.as_secs())]
+    NoAnswer { socket: PathBuf, limit: Duration },
 }
 
 /// Encodes one value as a whole frame.
