@@ -10,6 +10,7 @@ use cali_tests::bgp::speaker::{
     Neighbour, Product, Settings, Speaker, Stage, Start, all_established, table_is, wait,
 };
 use cali_tests::bgp::watch::{Pings, Watch};
+use cali_tests::cases;
 use std::net::IpAddr;
 
 fn routes_of_both_families_go_both_ways(stage: &mut Stage, product: Product) -> Result<()> {
@@ -359,28 +360,11 @@ fn we_are_clients_of_their_reflector(stage: &mut Stage, product: Product) -> Res
     reflected(stage, product, Product::Cali)
 }
 
-/// A test for each case of each daemon.
-///
-/// What a daemon cannot do itself is not in its list: GoBGP has no command that sends ROUTE-REFRESH, and
-/// after a restart it says that it kept its routes on the first session only; OpenBGPD helps
-/// those that restart, but does not come back as one that kept its routes; ExaBGP is no reflector, and release 4.2
-/// fails in its own code (`Update(RouteRefresh(..))`) when it is asked for its routes on a session with enhanced
-/// refresh.
-macro_rules! cases {
-    ($($daemon:ident ($product:expr): $($case:ident)*;)*) => {
-        $(mod $daemon {
-            use super::*;
-            $(#[test]
-            fn $case() {
-                let mut stage = Stage::new().expect("a folder");
-                if let Err(error) = super::$case(&mut stage, $product) {
-                    panic!("{error:#}\n{}", stage.logs());
-                }
-            })*
-        })*
-    };
-}
-
+// What a daemon cannot do itself is not in its list: GoBGP has no command that sends ROUTE-REFRESH, and
+// after a restart it says that it kept its routes on the first session only; OpenBGPD helps
+// those that restart, but does not come back as one that kept its routes; ExaBGP is no reflector, and release 4.2
+// fails in its own code (`Update(RouteRefresh(..))`) when it is asked for its routes on a session with enhanced
+// refresh.
 cases! {
     bird2 (Product::Bird("bird2")):
         routes_of_both_families_go_both_ways

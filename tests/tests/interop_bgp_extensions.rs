@@ -8,6 +8,7 @@ use cali_tests::bgp::route::{Announcement, Community, Route};
 use cali_tests::bgp::speaker::{
     Neighbour, Product, Settings, Stage, Start, all_established, table_is, wait,
 };
+use cali_tests::cases;
 use std::collections::BTreeSet;
 
 /// RFC 9494 §4.6.
@@ -229,21 +230,6 @@ fn words_of_a_shutdown_arrive(stage: &mut Stage, product: Product) -> Result<()>
         );
         Ok(())
     })
-}
-
-macro_rules! cases {
-    ($($daemon:ident ($product:expr): $($case:ident)*;)*) => {
-        $(mod $daemon {
-            use super::*;
-            $(#[test]
-            fn $case() {
-                let mut stage = Stage::new().expect("a folder");
-                if let Err(error) = super::$case(&mut stage, $product) {
-                    panic!("{error:#}\n{}", stage.logs());
-                }
-            })*
-        })*
-    };
 }
 
 cases! {

@@ -18,3 +18,20 @@ pub mod route;
 pub mod segment;
 pub mod speaker;
 pub mod watch;
+
+/// A test for each case of each daemon. A case is a function of the test's file that takes a stage and a product.
+#[macro_export]
+macro_rules! cases {
+    ($($daemon:ident ($product:expr): $($case:ident)*;)*) => {
+        $(mod $daemon {
+            use super::*;
+            $(#[test]
+            fn $case() {
+                let mut stage = $crate::bgp::speaker::Stage::new().expect("a folder");
+                if let Err(error) = super::$case(&mut stage, $product) {
+                    panic!("{error:#}\n{}", stage.logs());
+                }
+            })*
+        })*
+    };
+}
