@@ -8,8 +8,9 @@
 
 pub mod plan;
 
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,27 +44,70 @@ pub fn runtime_configurations(host_root: &Path) -> Vec<(PathBuf, String)> {
         .collect()
 }
 
-/// Copies the programs. Programs that are there already and equal are left alone, so that a read-only folder is fine then.
+/// Size, time of change and inode of a file: while they stay, so does its content, and it need not be read again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    changed: (i64, i64),
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        let found = std::fs::metadata(path).ok()?;
+        Some(Self {
+            size: found.size(),
+            changed: (found.ctime(), found.ctime_nsec()),
+            inode: found.ino(),
+        })
+    }
+}
+
+/// Installed programs, as they were when last compared.
+#[derive(Debug, Default)]
+pub struct Seen(BTreeMap<PathBuf, Stamp>);
+
+impl Seen {
+    fn is_unchanged(&self, path: &Path) -> bool {
+        let before = self.0.get(path);
+        before.is_some() && before == Stamp::of(path).as_ref()
+    }
+
+    fn remember(&mut self, path: PathBuf) {
+        if let Some(stamp) = Stamp::of(&path) {
+            self.0.insert(path, stamp);
+        }
+    }
+}
+
+/// Copies the programs. Programs that are there already and equal are left alone, so that a read-only folder is fine
+/// then; those that nobody has touched since `seen` are not read again.
 ///
 /// # Errors
 /// A program cannot be read or written.
-pub fn apply_programs(install: &Install, from: &Path) -> Result<(), InstallError> {
+pub fn apply_programs(install: &Install, from: &Path, seen: &mut Seen) -> Result<(), InstallError> {
     for program in PROGRAMS {
         let source = from.join(program);
+        let targets = install
+            .program_folders
+            .iter()
+            .map(|folder| folder.join(program));
+        let doubtful: Vec<PathBuf> = targets.filter(|path| !seen.is_unchanged(path)).collect();
+        if doubtful.is_empty() {
+            continue;
+        }
         let content = std::fs::read(&source).map_err(|source_error| InstallError {
             path: source.clone(),
             source: source_error,
         })?;
-        for folder in &install.program_folders {
-            let target = folder.join(program);
-            if std::fs::read(&target).is_ok_and(|there| there == content) {
-                continue;
+        for target in doubtful {
+            let stays = !install.update_programs && target.exists()
+                || std::fs::read(&target).is_ok_and(|there| there == content);
+            if !stays {
+                write_atomically(&target, &content, 0o755)?;
+                tracing::info!(program = %target.display(), "CNI plugin installed");
             }
-            if !install.update_programs && target.exists() {
-                continue;
-            }
-            write_atomically(&target, &content, 0o755)?;
-            tracing::info!(program = %target.display(), "CNI plugin installed");
+            seen.remember(target);
         }
     }
     Ok(())
@@ -105,8 +149,9 @@ pub async fn keep(
         return "the dataplane has ended".to_owned();
     }
     let mut told = None;
+    let mut seen = Seen::default();
     loop {
-        let result = apply_programs(&install, &from).and_then(|()| apply_list(&install));
+        let result = apply_programs(&install, &from, &mut seen).and_then(|()| apply_list(&install));
         let problem = result.err().map(|error| {
             let cause = &error.source;
             format!("{error}: {cause}")
@@ -181,7 +226,7 @@ mod tests {
         let old = folder.path().join("net.d/05-old.conflist");
         std::fs::write(&old, "{}").unwrap();
         let install = install(folder.path());
-        apply_programs(&install, &from).unwrap();
+        apply_programs(&install, &from, &mut Seen::default()).unwrap();
         apply_list(&install).unwrap();
         for program in PROGRAMS {
             for at in ["bin", "more"] {
@@ -201,6 +246,26 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_somebody_changed_or_took_away_is_put_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let from = folder.path().join("from");
+        std::fs::create_dir_all(&from).unwrap();
+        for program in PROGRAMS {
+            std::fs::write(from.join(program), program.as_bytes()).unwrap();
+        }
+        let install = install(folder.path());
+        let mut seen = Seen::default();
+        apply_programs(&install, &from, &mut seen).unwrap();
+        let changed = folder.path().join("bin/calico");
+        let gone = folder.path().join("more/calico-ipam");
+        std::fs::write(&changed, "CALICO").unwrap();
+        std::fs::remove_file(&gone).unwrap();
+        apply_programs(&install, &from, &mut seen).unwrap();
+        assert_eq!(std::fs::read(&changed).unwrap(), b"calico");
+        assert_eq!(std::fs::read(&gone).unwrap(), b"calico-ipam");
+    }
+
+    #[test]
     fn a_program_that_is_there_stays_where_updates_are_not_wanted() {
         let folder = tempfile::tempdir().unwrap();
         let from = folder.path().join("from");
@@ -213,7 +278,7 @@ mod tests {
         let mut install = install(folder.path());
         install.program_folders.truncate(1);
         install.update_programs = false;
-        apply_programs(&install, &from).unwrap();
+        apply_programs(&install, &from, &mut Seen::default()).unwrap();
         let calico = folder.path().join("bin/calico");
         assert_eq!(std::fs::read_to_string(calico).unwrap(), "old");
     }

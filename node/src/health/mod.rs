@@ -172,7 +172,15 @@ pub async fn start(
         _health: served,
         _metrics: metrics,
     };
-    Ok((servers, observe(sources, parts, snapshots)))
+    let asked = settings.health.is_some() || settings.metrics.is_some();
+    let observed = async move {
+        if !asked {
+            // Nobody can ask, so nothing is looked at.
+            return std::future::pending().await;
+        }
+        observe(sources, parts, snapshots).await
+    };
+    Ok((servers, observed))
 }
 
 struct Parts {
