@@ -11,7 +11,7 @@ use cali_netlink::NetNs;
 use cali_netlink::command::{Bind, Isolation};
 
 use super::cost;
-use super::shape::Shape;
+use super::shape::{Course, Shape};
 use super::templates;
 
 /// A daemon that can be measured.
@@ -105,6 +105,12 @@ impl Competitor {
 
     fn root(&self) -> PathBuf {
         cache().join(self.name)
+    }
+
+    /// Whether it can take part. FRR writes into the kernel through another daemon, and GoBGP not at all.
+    #[must_use]
+    pub fn takes_part(&self, shape: &Shape) -> bool {
+        shape.course != Course::Kernel || !matches!(self.kind, Kind::Frr | Kind::GoBgp)
     }
 
     /// Starts it in a namespace, configured for a load.

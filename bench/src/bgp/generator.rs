@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use bgpd::wire::{Capability, Codec, Family, Framer, Message, Open, PeerKind, Update};
+use bgpd::wire::{Capability, Codec, Framer, Message, Open, PeerKind, Update};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
-use super::shape::{DEVICE, Layout, Neighbour, Shape, codec};
+use super::shape::{Layout, Neighbour, Shape, codec};
 
 const PORT: u16 = 179;
 const HOLD: u16 = 180;
@@ -40,10 +40,10 @@ enum Order {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Progress {
     established: usize,
-    /// Measured peers that have everything they expect.
-    full: usize,
-    /// Measured peers that have nothing.
-    empty: usize,
+    /// Prefixes that measured peers have, each counted once for each of them.
+    held: u64,
+    /// What `held` must become.
+    goal: u64,
     first: Option<Instant>,
     updates: u64,
     lost: usize,
@@ -55,7 +55,6 @@ struct Reception {
     expects: u32,
     own: std::ops::Range<u32>,
     seen: Vec<u64>,
-    count: u32,
     progress: watch::Sender<Progress>,
 }
 
@@ -71,7 +70,6 @@ impl Reception {
             expects: neighbour.expects,
             own: neighbour.sends.clone(),
             seen: vec![0; words],
-            count: 0,
             progress,
         }
     }
@@ -88,13 +86,13 @@ impl Reception {
         if self.expects == 0 {
             return;
         }
-        let before = self.count;
+        let (mut lost, mut won) = (0, 0);
         for nlri in update.withdrawals() {
             if let Some((word, bit)) = self.place(&nlri.prefix)
                 && self.seen[word] & bit != 0
             {
                 self.seen[word] &= !bit;
-                self.count -= 1;
+                lost += 1;
             }
         }
         for nlri in update.announcements().flat_map(|(_, block)| block.iter()) {
@@ -102,19 +100,14 @@ impl Reception {
                 && self.seen[word] & bit == 0
             {
                 self.seen[word] |= bit;
-                self.count += 1;
+                won += 1;
             }
         }
-        let (after, expects) = (self.count, self.expects);
         self.progress.send_if_modified(|progress| {
             progress.updates += 1;
             progress.first.get_or_insert_with(Instant::now);
-            let step = |counter: &mut usize, was: bool, is: bool| {
-                *counter = *counter + usize::from(is) - usize::from(was);
-            };
-            step(&mut progress.full, before == expects, after == expects);
-            step(&mut progress.empty, before == 0, after == 0);
-            before != after && (after == expects || after == 0)
+            progress.held = progress.held + won - lost;
+            won + lost > 0 && progress.held == progress.goal
         });
     }
 }
@@ -123,6 +116,8 @@ impl Reception {
 struct Prepared {
     announce: Arc<Vec<u8>>,
     withdraw: Arc<Vec<u8>>,
+    /// A hundredth of it, withdrawn and announced.
+    flap: [Arc<Vec<u8>>; 2],
 }
 
 /// The peers of one run.
@@ -130,14 +125,20 @@ pub struct Generator {
     orders: Vec<mpsc::Sender<Order>>,
     progress: watch::Receiver<Progress>,
     counted: watch::Sender<Progress>,
-    measured: usize,
+    shape: Shape,
     messages: Vec<Prepared>,
+    /// Lets the peers read that have not so far.
+    reading: watch::Sender<bool>,
+    /// Ends a peer.
+    ends: Vec<AbortHandle>,
+    /// Peers whose end was wanted.
+    ended: usize,
     /// Peers that keep the sessions; aborted when dropped.
     tasks: JoinSet<Result<()>>,
 }
 
 /// How a phase went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Phase {
     /// From the first octet sent to the last peer that has everything (or nothing any more).
     pub full: Duration,
@@ -152,30 +153,39 @@ impl Generator {
     #[must_use]
     pub fn start(shape: &Shape) -> Self {
         let (counted, progress) = watch::channel(Progress::default());
+        let reading = watch::Sender::new(false);
         let mut tasks = JoinSet::new();
-        let mut orders = Vec::new();
+        let (mut orders, mut ends) = (Vec::new(), Vec::new());
         for neighbour in &shape.neighbours {
             let (sender, queue) = mpsc::channel(4);
             orders.push(sender);
             let reception = Reception::new(shape, neighbour, counted.clone());
-            tasks.spawn(peer(neighbour.clone(), reception, queue));
+            let ends_at = Ends {
+                ours: shape.address(neighbour),
+                device: shape.device(),
+            };
+            let may_read = neighbour.stalls.then(|| reading.subscribe());
+            ends.push(tasks.spawn(peer(neighbour.clone(), ends_at, reception, queue, may_read)));
         }
         let joined = |messages: Vec<Bytes>| Arc::new(messages.concat());
         let messages = shape.neighbours.iter().map(|n| {
             let (announce, withdraw) = shape.messages(n);
+            let (again, away) = shape.flap(n);
             Prepared {
                 announce: joined(announce),
                 withdraw: joined(withdraw),
+                flap: [joined(away), joined(again)],
             }
         });
-        let measured = shape.neighbours.iter().filter(|n| n.expects > 0).count();
-        counted.send_modify(|p| p.empty = measured);
         Self {
             orders,
             progress,
             counted,
-            measured,
             messages: messages.collect(),
+            shape: shape.clone(),
+            reading,
+            ends,
+            ended: 0,
             tasks,
         }
     }
@@ -204,53 +214,107 @@ impl Generator {
         }
     }
 
-    /// Everybody sends; ends when every measured peer has what it expects.
-    pub async fn announce(&mut self, limit: Duration) -> Result<Phase> {
-        let messages = self
-            .messages
+    /// What measured peers have when these prefixes of each sender are announced.
+    fn goal(&self, announced: impl Fn(&Neighbour) -> u32) -> u64 {
+        let all: u64 = self
+            .shape
+            .neighbours
             .iter()
-            .map(|m| Arc::clone(&m.announce))
-            .collect();
-        self.phase(messages, limit, |p, measured| p.full == measured)
+            .map(|n| u64::from(announced(n)))
+            .sum();
+        let reads = *self.reading.borrow();
+        let measured = self.shape.neighbours.iter();
+        measured
+            .filter(|n| n.expects > 0 && (reads || !n.stalls))
+            .map(|n| all - u64::from(announced(n)))
+            .sum()
+    }
+
+    /// Everybody sends; ends when every measured peer (that reads) has what it expects.
+    pub async fn announce(&mut self, limit: Duration) -> Result<Phase> {
+        let goal = self.goal(|n| n.sends.len() as u32);
+        self.phase(goal, limit, |m| Some(Arc::clone(&m.announce)))
             .await
     }
 
     /// Everybody takes everything back; ends when every measured peer has nothing.
     pub async fn withdraw(&mut self, limit: Duration) -> Result<Phase> {
-        let messages = self
-            .messages
-            .iter()
-            .map(|m| Arc::clone(&m.withdraw))
-            .collect();
-        self.phase(messages, limit, |p, measured| p.empty == measured)
+        self.phase(0, limit, |m| Some(Arc::clone(&m.withdraw)))
             .await
+    }
+
+    /// Everybody takes a hundredth back and announces it again, so many times; each time everything must arrive.
+    pub async fn churn(&mut self, times: u32, limit: Duration) -> Result<Phase> {
+        let away = self.goal(|n| n.sends.len() as u32 - n.sends.len() as u32 / 100);
+        let all = self.goal(|n| n.sends.len() as u32);
+        let mut sum = Phase::default();
+        for _ in 0..times {
+            for (goal, what) in [(away, 0), (all, 1)] {
+                let phase = self
+                    .phase(goal, limit, |m| Some(Arc::clone(&m.flap[what])))
+                    .await?;
+                sum.full += phase.full;
+                sum.updates += phase.updates;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The first peer's connection ends; ends when every measured peer has lost its prefixes.
+    pub async fn lose_first(&mut self, limit: Duration) -> Result<Phase> {
+        let gone = self.shape.neighbours[0].id;
+        let goal = self.goal(|n| {
+            if n.id == gone {
+                0
+            } else {
+                n.sends.len() as u32
+            }
+        });
+        self.ended += 1;
+        self.ends[0].abort();
+        // Its writer ends with its orders.
+        self.orders[0] = mpsc::channel(1).0;
+        self.phase(goal, limit, |_| None).await
+    }
+
+    /// Peers that have not read so far do; ends when they have what they expect.
+    pub async fn let_read(&mut self, limit: Duration) -> Result<Phase> {
+        self.reading.send_replace(true);
+        let goal = self.goal(|n| n.sends.len() as u32);
+        self.phase(goal, limit, |_| None).await
     }
 
     async fn phase(
         &mut self,
-        messages: Vec<Arc<Vec<u8>>>,
+        goal: u64,
         limit: Duration,
-        done: impl Fn(&Progress, usize) -> bool,
+        messages: impl Fn(&Prepared) -> Option<Arc<Vec<u8>>>,
     ) -> Result<Phase> {
         self.counted.send_modify(|p| {
             p.first = None;
             p.updates = 0;
+            p.goal = goal;
         });
         let start = Instant::now();
-        for (order, bytes) in self.orders.iter().zip(messages) {
+        for (order, prepared) in self.orders.iter().zip(&self.messages) {
+            let Some(bytes) = messages(prepared).filter(|b| !b.is_empty()) else {
+                continue;
+            };
             order
                 .send(Order::Send(bytes))
                 .await
                 .context("a peer has ended")?;
         }
-        let measured = self.measured;
-        let wait = self.progress.wait_for(|p| p.lost > 0 || done(p, measured));
+        let wanted = self.ended;
+        let wait = self
+            .progress
+            .wait_for(|p| p.lost > wanted || p.held == goal);
         let ended = tokio::time::timeout(limit, wait).await.is_ok();
         let full = start.elapsed();
         let seen = *self.counted.borrow();
-        if !ended || seen.lost > 0 {
+        if !ended || seen.lost > wanted {
             let why = self.first_failure().await;
-            bail!("after {full:.1?}: {seen:?} of {measured} measured peers: {why}");
+            bail!("after {full:.1?}: {seen:?}: {why}");
         }
         Ok(Phase {
             full,
@@ -269,40 +333,58 @@ impl Drop for Standing {
     }
 }
 
+/// Both ends of a connection.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    ours: IpAddr,
+    device: IpAddr,
+}
+
 async fn peer(
     neighbour: Neighbour,
+    ends: Ends,
     reception: Reception,
     orders: mpsc::Receiver<Order>,
+    may_read: Option<watch::Receiver<bool>>,
 ) -> Result<()> {
-    let who = neighbour.address;
-    session(neighbour, reception, orders)
+    session(neighbour, ends, reception, orders, may_read)
         .await
-        .with_context(|| format!("peer {who}"))
+        .with_context(|| format!("peer {}", ends.ours))
 }
 
 async fn session(
     neighbour: Neighbour,
+    ends: Ends,
     mut reception: Reception,
     orders: mpsc::Receiver<Order>,
+    may_read: Option<watch::Receiver<bool>>,
 ) -> Result<()> {
-    let (mut read, mut write, mut buffer) = open(&neighbour).await?;
+    let codec = codec(&neighbour, reception.layout);
+    let (mut read, mut write, mut buffer) = open(&neighbour, ends, &codec).await?;
     let standing = Standing(reception.progress.clone());
     standing.0.send_modify(|p| p.established += 1);
     let writer = tokio::spawn(async move {
         let error = writing(&mut write, orders).await.err();
         error.map_or_else(|| "the run is over".to_owned(), |e| format!("{e:#}"))
     });
-    let end = reading(&mut read, &mut buffer, &codec(&neighbour), &mut reception).await;
+    if let Some(mut may_read) = may_read {
+        may_read.wait_for(|may| *may).await?;
+    }
+    let end = reading(&mut read, &mut buffer, &codec, &mut reception).await;
     writer.abort();
     drop(standing);
     end
 }
 
 /// Dials until a session stands. Whatever the daemon says no to is tried again: only the limit of the run counts.
-async fn open(neighbour: &Neighbour) -> Result<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
+async fn open(
+    neighbour: &Neighbour,
+    ends: Ends,
+    codec: &Codec,
+) -> Result<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
     loop {
         // A daemon whose accept queue is full leaves a connection without an answer.
-        let attempt = tokio::time::timeout(SILENCE, handshake(neighbour)).await;
+        let attempt = tokio::time::timeout(SILENCE, handshake(neighbour, ends, codec)).await;
         let silent = || Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
         match attempt.unwrap_or_else(|_| silent()) {
             Ok(opened) => return Ok(opened),
@@ -314,29 +396,36 @@ async fn open(neighbour: &Neighbour) -> Result<(OwnedReadHalf, OwnedWriteHalf, B
     }
 }
 
-async fn handshake(neighbour: &Neighbour) -> Result<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
-    let socket = TcpSocket::new_v4()?;
+async fn handshake(
+    neighbour: &Neighbour,
+    ends: Ends,
+    codec: &Codec,
+) -> Result<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
+    let socket = if ends.ours.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
     socket.set_nodelay(true)?;
-    socket.bind(SocketAddr::new(IpAddr::V4(neighbour.address), 0))?;
-    let stream = socket
-        .connect(SocketAddr::new(IpAddr::V4(DEVICE), PORT))
-        .await?;
+    socket.bind(SocketAddr::new(ends.ours, 0))?;
+    let stream = socket.connect(SocketAddr::new(ends.device, PORT)).await?;
     let (mut read, mut write) = stream.into_split();
+    let families = codec.families.iter();
     let open = Message::Open(Open {
         asn: neighbour.asn,
         hold_time: HOLD,
-        router_id: neighbour.address,
-        capabilities: vec![
-            Capability::Multiprotocol(Family::IPV4_UNICAST),
-            Capability::RouteRefresh,
-        ],
+        router_id: neighbour.id,
+        capabilities: families
+            .map(Capability::Multiprotocol)
+            .chain([Capability::RouteRefresh])
+            .collect(),
         four_octet_as: true,
     });
     let basic = Codec::basic(PeerKind::Ibgp);
     write.write_all(&open.encode(&basic)?).await?;
     let mut buffer = BytesMut::with_capacity(4096);
     loop {
-        match next(&mut read, &mut buffer, &codec(neighbour)).await? {
+        match next(&mut read, &mut buffer, codec).await? {
             Message::Open(_) => write.write_all(&Message::Keepalive.encode(&basic)?).await?,
             Message::Keepalive => return Ok((read, write, buffer)),
             // As if the connection had been refused.

@@ -11,6 +11,7 @@
 pub mod cost;
 pub mod daemon;
 pub mod generator;
+mod kernel;
 pub mod round;
 pub mod scene;
 pub mod shape;

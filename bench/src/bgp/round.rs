@@ -7,8 +7,9 @@ use anyhow::{Context, Result};
 use super::cost::{self, Cost};
 use super::daemon::{Competitor, Daemon};
 use super::generator::{Generator, Phase};
+use super::kernel;
 use super::scene::Scene;
-use super::shape::Shape;
+use super::shape::{Course, FLAPS, Shape};
 
 /// Limits and waits of a round.
 #[derive(Debug, Clone, Copy)]
@@ -38,15 +39,17 @@ pub struct Outcome {
     pub cpu: Duration,
     /// Highest resident memory, in octets.
     pub peak: u64,
-    /// Withdrawals.
-    pub withdraw: Option<Phase>,
+    /// What [`Course::second`] names.
+    pub second: Option<Duration>,
+    /// Processor time of the daemon for it.
+    pub second_cpu: Duration,
     /// What else ran on the machine during the announcements, as a fraction of one processor.
     pub foreign: f64,
 }
 
 /// Measures one daemon.
 pub fn run(competitor: &Competitor, shape: &Shape, limits: &Limits) -> Result<Outcome> {
-    let scene = Scene::new(shape.neighbours.iter().map(|n| n.address))?;
+    let scene = Scene::new(shape.neighbours.iter().map(|n| n.id))?;
     let daemon = competitor.start(shape, &scene.device)?;
     let measured = scene.load.run(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -67,7 +70,7 @@ fn explain(competitor: &Competitor, shape: &Shape, daemon: &Daemon) -> String {
 }
 
 async fn measure(shape: &Shape, scene: &Scene, limits: &Limits) -> Result<Outcome> {
-    listening(limits.establish).await?;
+    listening(shape, limits.establish).await?;
     let start = Instant::now();
     let mut generator = Generator::start(shape);
     generator.established(limits.establish).await?;
@@ -88,18 +91,21 @@ async fn measure(shape: &Shape, scene: &Scene, limits: &Limits) -> Result<Outcom
         announce: None,
         cpu: Duration::ZERO,
         peak: idle.peak,
-        withdraw: None,
+        second: None,
+        second_cpu: Duration::ZERO,
         foreign: 0.0,
     };
     if shape.prefixes == 0 {
         return Ok(outcome);
     }
     let (machine, own) = (cost::machine_busy()?, cost::own_cpu());
+    let installed = (shape.course == Course::Kernel)
+        .then(|| kernel::watch(&scene.device, shape.prefixes, limits.phase));
     let announce = generator
         .announce(limits.phase)
         .await
         .context("announcing")?;
-    let after = cost::look(&scene.device)?;
+    let mut after = cost::look(&scene.device)?;
     outcome.cpu = after.cpu.saturating_sub(idle.cpu);
     let ours = outcome.cpu + cost::own_cpu().saturating_sub(own);
     let foreign = cost::machine_busy()?
@@ -108,18 +114,49 @@ async fn measure(shape: &Shape, scene: &Scene, limits: &Limits) -> Result<Outcom
     outcome.foreign = foreign.as_secs_f64() / announce.full.as_secs_f64();
     outcome.announce = Some(announce);
     outcome.peak = after.peak;
-    outcome.withdraw = Some(
-        generator
-            .withdraw(limits.phase)
-            .await
-            .context("withdrawing")?,
-    );
+    let limit = limits.phase;
+    let second = match shape.course {
+        Course::Sessions => return Ok(outcome),
+        Course::Withdraw => generator.withdraw(limit).await.context("withdrawing")?.full,
+        Course::PeerDown => {
+            generator
+                .lose_first(limit)
+                .await
+                .context("after the loss of a peer")?
+                .full
+        }
+        Course::Churn => {
+            generator
+                .churn(FLAPS, limit)
+                .await
+                .context("churning")?
+                .full
+        }
+        Course::Stalled => generator.let_read(limit).await.context("catching up")?.full,
+        Course::Kernel => {
+            let watch = installed.context("nobody watches the kernel")?;
+            let wait = tokio::task::spawn_blocking(move || watch.join());
+            let seen = wait
+                .await?
+                .map_err(|_| anyhow::anyhow!("the watch failed"))?;
+            after.cpu = idle.cpu;
+            seen?
+        }
+    };
+    outcome.second = Some(second);
+    outcome.second_cpu = cost::look(&scene.device)?.cpu.saturating_sub(after.cpu);
     Ok(outcome)
 }
 
+/// What a bare writer needs for the same routes in the kernel: the yardstick of [`Course::Kernel`].
+pub fn bare_writer(shape: &Shape) -> Result<Duration> {
+    let scene = Scene::new(shape.neighbours.iter().map(|n| n.id))?;
+    kernel::write(&scene.device, shape)
+}
+
 /// Waits until the daemon takes connections, so that its start is not part of the sessions' setup.
-async fn listening(limit: Duration) -> Result<()> {
-    let address = (std::net::IpAddr::V4(super::shape::DEVICE), 179);
+async fn listening(shape: &Shape, limit: Duration) -> Result<()> {
+    let address = (shape.device(), 179);
     let tries = async {
         while tokio::net::TcpStream::connect(address).await.is_err() {
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use cali_netlink::NetNs;
 
-use super::shape::{DEVICE, NETWORK_LEN};
+use super::shape::{DEVICE, NETWORK_LEN, NETWORK_V6_LEN, v6_of};
 
 /// Both namespaces, joined.
 pub struct Scene {
@@ -33,6 +33,10 @@ impl Scene {
         ip(&format!(
             "-n {device} addr add {DEVICE}/{NETWORK_LEN} dev bb0"
         ))?;
+        ip(&format!(
+            "-n {device} addr add {}/{NETWORK_V6_LEN} dev bb0 nodad",
+            v6_of(DEVICE)
+        ))?;
         for (name, link) in [(device, "bb0"), (load, "bb1")] {
             ip(&format!("-n {name} link set lo up"))?;
             ip(&format!("-n {name} link set {link} up"))?;
@@ -41,6 +45,8 @@ impl Scene {
         for address in addresses {
             use std::io::Write;
             writeln!(batch, "addr add {address}/{NETWORK_LEN} dev bb1")?;
+            let address = v6_of(address);
+            writeln!(batch, "addr add {address}/{NETWORK_V6_LEN} dev bb1 nodad")?;
         }
         ip(&format!("-n {load} -batch {}", batch.path().display()))?;
         Ok(scene)

@@ -2,7 +2,12 @@
 
 use std::fmt::Write;
 
-use super::shape::{DEVICE, DEVICE_AS, Neighbour, Role, Shape};
+use super::shape::{Course, DEVICE, DEVICE_AS, Role, Shape};
+
+/// Whether best routes go into the kernel.
+fn installs(shape: &Shape) -> bool {
+    shape.course == Course::Kernel
+}
 
 /// One table; everything that was learned may go out, and nothing else.
 pub(super) fn bird(shape: &Shape, threads: bool) -> String {
@@ -10,18 +15,29 @@ pub(super) fn bird(shape: &Shape, threads: bool) -> String {
     if threads {
         out.push_str("threads 2;\n");
     }
-    out.push_str("protocol device {}\nprotocol direct { ipv4; }\n");
+    let channel = if shape.layout.is_v6() { "ipv6" } else { "ipv4" };
+    let _ = writeln!(
+        out,
+        "protocol device {{}}\nprotocol direct {{ {channel}; }}"
+    );
+    if installs(shape) {
+        let _ = writeln!(
+            out,
+            "protocol kernel {{ {channel} {{ export where source = RTS_BGP; }}; }}"
+        );
+    }
+    let device = shape.device();
     for (n, neighbour) in shape.neighbours.iter().enumerate() {
         let role = match neighbour.role {
             Role::Internal | Role::External => "",
             Role::Client => " rr client;",
             Role::Served => " rs client;",
         };
-        let Neighbour { address, asn, .. } = neighbour;
+        let (address, asn) = (shape.address(neighbour), neighbour.asn);
         let _ = writeln!(
             out,
-            "protocol bgp p{n} {{ local {DEVICE} as {DEVICE_AS}; neighbor {address} as {asn}; passive on;{role} \
-             hold time 180; ipv4 {{ import all; export where source = RTS_BGP; }}; }}"
+            "protocol bgp p{n} {{ local {device} as {DEVICE_AS}; neighbor {address} as {asn}; passive on;{role} \
+             hold time 180; {channel} {{ import all; export where source = RTS_BGP; }}; }}"
         );
     }
     out
@@ -32,16 +48,19 @@ pub(super) fn frr(shape: &Shape) -> String {
         "log stdout errors\nrouter bgp {DEVICE_AS}\n bgp router-id {DEVICE}\n no bgp ebgp-requires-policy\n \
          no bgp default ipv4-unicast\n timers bgp 60 180\n"
     );
-    for Neighbour { address, asn, .. } in &shape.neighbours {
+    for neighbour in &shape.neighbours {
+        let (address, asn) = (shape.address(neighbour), neighbour.asn);
         let _ = writeln!(
             out,
             " neighbor {address} remote-as {asn}\n neighbor {address} passive"
         );
     }
-    out.push_str(" address-family ipv4 unicast\n");
-    for Neighbour { address, role, .. } in &shape.neighbours {
+    let family = if shape.layout.is_v6() { "ipv6" } else { "ipv4" };
+    let _ = writeln!(out, " address-family {family} unicast");
+    for neighbour in &shape.neighbours {
+        let address = shape.address(neighbour);
         let _ = writeln!(out, "  neighbor {address} activate");
-        match role {
+        match neighbour.role {
             Role::Internal | Role::External => {}
             Role::Client => {
                 let _ = writeln!(out, "  neighbor {address} route-reflector-client");
@@ -57,17 +76,15 @@ pub(super) fn frr(shape: &Shape) -> String {
 
 pub(super) fn gobgp(shape: &Shape) -> String {
     let mut out = format!("[global.config]\nas = {DEVICE_AS}\nrouter-id = \"{DEVICE}\"\n");
-    for Neighbour {
-        address, asn, role, ..
-    } in &shape.neighbours
-    {
+    for neighbour in &shape.neighbours {
+        let (address, asn) = (shape.address(neighbour), neighbour.asn);
         let _ = write!(
             out,
             "[[neighbors]]\n[neighbors.config]\nneighbor-address = \"{address}\"\npeer-as = {asn}\n\
              [neighbors.transport.config]\npassive-mode = true\n\
              [neighbors.timers.config]\nhold-time = 180\n"
         );
-        match role {
+        match neighbour.role {
             Role::Internal | Role::External => {}
             Role::Client => {
                 let _ = write!(
@@ -80,22 +97,27 @@ pub(super) fn gobgp(shape: &Shape) -> String {
                 out.push_str("[neighbors.route-server.config]\nroute-server-client = true\n");
             }
         }
+        if shape.layout.is_v6() {
+            out.push_str(
+                "[[neighbors.afi-safis]]\n[neighbors.afi-safis.config]\nafi-safi-name = \"ipv6-unicast\"\n",
+            );
+        }
     }
     out
 }
 
 pub(super) fn openbgpd(shape: &Shape, socket: &str) -> String {
+    let device = shape.device();
+    let update = if installs(shape) { "yes" } else { "no" };
     let mut out = format!(
-        "AS {DEVICE_AS}\nrouter-id {DEVICE}\nholdtime 180\nfib-update no\nlisten on {DEVICE}\nsocket \"{socket}\"\n"
+        "AS {DEVICE_AS}\nrouter-id {DEVICE}\nholdtime 180\nfib-update {update}\nlisten on {device}\nsocket \"{socket}\"\n"
     );
     if shape.neighbours.iter().any(|n| n.role == Role::Served) {
         out.push_str("transparent-as yes\n");
     }
-    for Neighbour {
-        address, asn, role, ..
-    } in &shape.neighbours
-    {
-        let client = if *role == Role::Client {
+    for neighbour in &shape.neighbours {
+        let (address, asn) = (shape.address(neighbour), neighbour.asn);
+        let client = if neighbour.role == Role::Client {
             " route-reflector\n"
         } else {
             ""
@@ -110,18 +132,17 @@ pub(super) fn openbgpd(shape: &Shape, socket: &str) -> String {
 }
 
 pub(super) fn cali(shape: &Shape) -> String {
+    let (device, install) = (shape.device(), installs(shape));
     let mut out = format!(
-        "router-id = \"{DEVICE}\"\nas = {DEVICE_AS}\nlisten = [\"{DEVICE}\"]\ninstall = false\n"
+        "router-id = \"{DEVICE}\"\nas = {DEVICE_AS}\nlisten = [\"{device}\"]\ninstall = {install}\n"
     );
-    for Neighbour {
-        address, asn, role, ..
-    } in &shape.neighbours
-    {
+    for neighbour in &shape.neighbours {
+        let (address, asn) = (shape.address(neighbour), neighbour.asn);
         let _ = write!(
             out,
             "[[neighbor]]\naddress = \"{address}\"\nas = {asn}\npassive = true\nhold-time = 180\n"
         );
-        match role {
+        match neighbour.role {
             Role::Internal | Role::External => {}
             Role::Client => out.push_str("route-reflector-client = true\n"),
             Role::Served => out.push_str("next-hop = \"keep\"\n"),
@@ -136,17 +157,25 @@ mod tests {
 
     #[test]
     fn every_neighbour_is_in_every_file() {
-        let shape = Shape::reflector(3, 1);
+        for shape in [Shape::reflector(3, 1), Shape::fan_in(2, 1).over_v6("v6")] {
+            check(&shape);
+        }
+    }
+
+    fn check(shape: &Shape) {
         let files = [
-            bird(&shape, true),
-            frr(&shape),
-            gobgp(&shape),
-            openbgpd(&shape, "/run/s"),
-            cali(&shape),
+            bird(shape, true),
+            frr(shape),
+            gobgp(shape),
+            openbgpd(shape, "/run/s"),
+            cali(shape),
         ];
         for file in files {
             for neighbour in &shape.neighbours {
-                assert!(file.contains(&neighbour.address.to_string()), "{file}");
+                assert!(
+                    file.contains(&shape.address(neighbour).to_string()),
+                    "{file}"
+                );
             }
         }
     }

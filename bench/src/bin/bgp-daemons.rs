@@ -7,18 +7,18 @@ use anyhow::{Result, bail, ensure};
 use cali_bench::bgp::cost;
 use cali_bench::bgp::daemon::{ALL, Competitor};
 use cali_bench::bgp::round::{self, Limits};
-use cali_bench::bgp::shape::Shape;
+use cali_bench::bgp::shape::{Course, Shape};
 use cali_bench::bgp::table::{self, Row};
 use clap::Parser;
 
 /// Measures BGP daemons under one load, side by side, and prints the tables as Markdown.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which loads: fan-in, reflector, server, sessions, idle
+    /// Which loads: fan-in, v6, server, reflector, kernel, peer-down, churn, stalled, sessions, idle
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "fan-in,reflector,server,sessions,idle"
+        default_value = "fan-in,v6,server,reflector,kernel,peer-down,churn,stalled,sessions,idle"
     )]
     shapes: Vec<String>,
     /// Which daemons; all that are there without it
@@ -37,6 +37,25 @@ fn load(name: &str, scale: u32) -> Result<(Shape, Limits)> {
     let each = |n: u32| (n / scale).max(1);
     let shape = match name {
         "fan-in" => Shape::fan_in(10, each(100_000)),
+        "v6" => Shape::fan_in(10, each(100_000)).over_v6("v6"),
+        "kernel" => Shape::fan_in(10, each(10_000)).then(
+            "kernel",
+            Course::Kernel,
+            ", written into the kernel",
+        ),
+        "peer-down" => Shape::fan_in(10, each(100_000)).then(
+            "peer-down",
+            Course::PeerDown,
+            ", then one peer is lost",
+        ),
+        "churn" => Shape::fan_in(10, each(100_000)).then(
+            "churn",
+            Course::Churn,
+            ", then 1 % changes again and again",
+        ),
+        "stalled" => Shape::fan_in(10, each(100_000))
+            .with_stalled_monitor()
+            .then("stalled", Course::Stalled, ", and one that stops reading"),
         "reflector" => Shape::reflector(500, each(26)),
         "server" => Shape::server(20, each(5_000)),
         "sessions" => Shape::sessions("sessions", 200),
@@ -86,6 +105,11 @@ fn run() -> Result<()> {
     );
     for name in &arguments.shapes {
         let (shape, limits) = load(name, arguments.scale)?;
+        let competitors: Vec<_> = competitors
+            .iter()
+            .filter(|c| c.takes_part(&shape))
+            .collect();
+        let mut bare = Vec::new();
         let mut rows: Vec<Row> = competitors
             .iter()
             .map(|c| Row {
@@ -95,6 +119,9 @@ fn run() -> Result<()> {
             .collect();
         // Round by round over all of them, so that a busy minute of the machine does not fall on one alone.
         for _ in 0..arguments.rounds {
+            if shape.course == Course::Kernel {
+                bare.push(round::bare_writer(&shape)?);
+            }
             for (competitor, row) in competitors.iter().zip(&mut rows) {
                 eprintln!("{} under {}", competitor.name, shape.title);
                 let outcome = round::run(competitor, &shape, &limits);
@@ -104,7 +131,7 @@ fn run() -> Result<()> {
                 }));
             }
         }
-        println!("{}", table::render(&shape, &rows));
+        println!("{}", table::render(&shape, &rows, &bare));
     }
     Ok(())
 }

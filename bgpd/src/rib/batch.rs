@@ -1,11 +1,12 @@
 //! What one evaluation found, sorted for packing: withdrawals by receivers, announcements by attributes, next hop and receivers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use foldhash::fast::RandomState;
 
 use super::export::Out;
 use super::hops::HopId;
+use super::member::Member;
 use super::store::AttrId;
 use crate::wire::Nlri;
 
@@ -27,23 +28,32 @@ impl Target {
     }
 }
 
-/// Announcements of one batch by attributes and next hop.
+/// Announcements of one batch by attributes, next hop and receivers.
 #[derive(Default)]
 pub(super) struct Buckets {
-    pub(super) index: HashMap<(AttrId, HopId, Target), usize, RandomState>,
+    index: HashMap<BucketKey, usize, RandomState>,
+    /// The last bucket: routes of one UPDATE follow each other.
+    last: Option<(BucketKey, usize)>,
     pub(super) list: Vec<(AttrId, HopId, Target, Vec<Nlri>)>,
 }
 
+type BucketKey = (AttrId, HopId, Target);
+
 impl Buckets {
     pub(super) fn add(&mut self, out: &Out, target: Target, route: Nlri) {
-        let list = &mut self.list;
-        let at = *self
-            .index
-            .entry((out.attr, out.hop, target))
-            .or_insert_with(|| {
-                list.push((out.attr, out.hop, target, Vec::new()));
-                list.len() - 1
-            });
+        let key = (out.attr, out.hop, target);
+        let at = match self.last {
+            Some((last, at)) if last == key => at,
+            _ => {
+                let list = &mut self.list;
+                let at = *self.index.entry(key).or_insert_with(|| {
+                    list.push((out.attr, out.hop, target, Vec::new()));
+                    list.len() - 1
+                });
+                self.last = Some((key, at));
+                at
+            }
+        };
         self.list[at].3.push(route);
     }
 }
@@ -51,19 +61,48 @@ impl Buckets {
 /// What one flush found.
 #[derive(Default)]
 pub(super) struct Batch {
+    /// Members that are behind: changes are noted for each of them.
+    pub(super) behind: Vec<u16>,
     pub(super) withdrawn: Vec<(Target, Vec<Nlri>)>,
+    /// The list that the last withdrawal went to.
+    last: usize,
     pub(super) buckets: Buckets,
+    /// The last answer of [`Self::all_but`].
+    asked: Option<(u16, Target)>,
 }
 
 impl Batch {
+    pub(super) fn new(behind: Vec<u16>) -> Self {
+        Self {
+            behind,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn withdraw(&mut self, target: Target, route: Nlri) {
-        match self
-            .withdrawn
-            .iter_mut()
-            .find(|(other, _)| *other == target)
-        {
-            Some((_, routes)) => routes.push(route),
-            None => self.withdrawn.push((target, vec![route])),
+        let is = |(other, _): &(Target, _)| *other == target;
+        if !self.withdrawn.get(self.last).is_some_and(is) {
+            self.last = self.withdrawn.iter().position(is).unwrap_or_else(|| {
+                self.withdrawn.push((target, Vec::new()));
+                self.withdrawn.len() - 1
+            });
+        }
+        self.withdrawn[self.last].1.push(route);
+    }
+
+    /// Who is told about a route of this peer.
+    pub(super) fn all_but(&mut self, members: &BTreeMap<u16, Member>, source: u16) -> Target {
+        match self.asked {
+            Some((known, target)) if known == source => target,
+            _ => {
+                let target = if members.contains_key(&source) {
+                    Target::Except(source)
+                } else {
+                    Target::All
+                };
+                self.asked = Some((source, target));
+                target
+            }
         }
     }
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use foldhash::fast::RandomState;
 
 use super::base::{Base, RibConfig};
-use super::decision::Owner;
+use super::decision::{Owner, Selection};
 use super::event::{
     BestChange, BestRoute, Gateway, LocalRoute, PeerConfig, PeerId, PeerSlot, RibChanges, RibInput,
 };
 use super::export::GroupKey;
 use super::forwarding::ForwardingStore;
 use super::group::{Group, Pull};
-use super::hops::Hop;
+use super::hops::{Hop, HopId};
 use super::import::{self, Importer};
 use super::store::AttrId;
 use super::table::{DestId, NO_FORWARDING, Path, mark};
@@ -43,8 +43,13 @@ pub struct Rib {
     pub(super) groups: Vec<Option<Group>>,
     group_index: HashMap<GroupKey, u32, RandomState>,
     pub(super) forwarding: ForwardingStore,
+    /// What the last single path of this batch was made into; the paths of one UPDATE follow each other.
+    latest: Option<(Facts, u32)>,
     over_limit: Vec<PeerId>,
 }
+
+/// Everything that the forwarding entry of a path without equals depends on.
+type Facts = (AttrId, HopId, u16, u16);
 
 /// What to do with the paths of a peer in a sweep.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,6 +71,7 @@ impl Rib {
             groups: Vec::new(),
             group_index: HashMap::default(),
             forwarding: ForwardingStore::default(),
+            latest: None,
             over_limit: Vec::new(),
         }
     }
@@ -150,6 +156,8 @@ impl Rib {
                 self.decide(family, id, &mut changes);
             }
         }
+        // Numbers and peers mean something else in the next batch.
+        self.forget_latest();
         self.base.hops.settle();
         self.base
             .hops
@@ -313,7 +321,8 @@ impl Rib {
         }
     }
 
-    fn update(&mut self, peer: PeerId, update: &Update) {
+    /// Takes a received UPDATE: the same as [`RibInput::Update`].
+    pub fn update(&mut self, peer: PeerId, update: &Update) {
         let Some(config) = self.session(peer).and_then(|p| p.config.clone()) else {
             return;
         };
@@ -447,15 +456,10 @@ impl Rib {
         let dest = table.get_mut(id);
         dest.changing(at);
         // The selected path stays first, unless it is the one that goes.
-        let path = if at == 0 {
-            dest.has_best = false;
-            dest.paths.swap_remove(0)
-        } else {
-            dest.paths.swap_remove(at)
+        dest.has_best &= at != 0;
+        let Some(path) = dest.paths.swap_remove(at) else {
+            return;
         };
-        if dest.paths.len() == 1 {
-            dest.paths.shrink_to_fit();
-        }
         table.touch(id);
         self.base.hops.remove_user(path.hop);
         self.base.attrs.release(path.attr);
@@ -553,9 +557,7 @@ impl Rib {
         let context = self.base.context();
         let dest = self.base.tables[family].get(id);
         let selection = context.select(&dest.paths);
-        let route = selection
-            .best
-            .map(|best| self.forwarding_of(&dest.paths, best, &selection.equal));
+        let new = self.forward(family, id, &selection);
         let dest = self.base.tables[family].get_mut(id);
         let moved = match (dest.has_best, selection.best) {
             (false, None) => dest.best_touched,
@@ -568,17 +570,16 @@ impl Rib {
         if let Some(best) = selection.best {
             dest.paths.swap(0, best);
         }
-        let old = dest.forwarding;
-        let new = route.map_or(NO_FORWARDING, |route| self.forwarding.intern(&route));
-        let dest = self.base.tables[family].get_mut(id);
-        dest.forwarding = new;
+        let old = std::mem::replace(&mut dest.forwarding, new);
         if old != new {
             let best = (new != NO_FORWARDING)
                 .then(|| self.forwarding.get(new))
                 .flatten();
+            let learned_from = dest.best().map(|path| PeerSlot(path.peer));
             changes.best.push(BestChange {
-                prefix: dest.prefix,
+                prefix: self.base.tables[family].prefix(id),
                 best,
+                learned_from,
             });
         }
         if old != NO_FORWARDING {
@@ -591,6 +592,44 @@ impl Rib {
             }
         }
         table.free_if_unused(id);
+    }
+
+    /// The number of what the kernel has to be told about a destination, counted once more.
+    fn forward(&mut self, family: usize, id: DestId, selection: &Selection) -> u32 {
+        let Some(best) = selection.best else {
+            return NO_FORWARDING;
+        };
+        let paths = &self.base.tables[family].get(id).paths;
+        let Path {
+            attr,
+            hop,
+            peer,
+            marks,
+            ..
+        } = paths[best];
+        let facts = (attr, hop, peer, marks);
+        let alone = selection.equal.len() == 1;
+        if alone
+            && let Some((known, number)) = self.latest
+            && known == facts
+        {
+            self.forwarding.retain(number);
+            return number;
+        }
+        let route = self.forwarding_of(paths, best, &selection.equal);
+        let number = self.forwarding.intern(route);
+        if alone {
+            self.forwarding.retain(number);
+            self.forget_latest();
+            self.latest = Some((facts, number));
+        }
+        number
+    }
+
+    fn forget_latest(&mut self) {
+        if let Some((_, number)) = self.latest.take() {
+            self.forwarding.release(number);
+        }
     }
 
     fn forwarding_of(&self, paths: &[Path], best: usize, equal: &[u16]) -> BestRoute {

@@ -235,6 +235,8 @@ pub struct BestChange {
     pub prefix: Prefix,
     /// The new route; `None` when there is none any more.
     pub best: Option<Arc<BestRoute>>,
+    /// Whose path is selected.
+    pub learned_from: Option<PeerSlot>,
 }
 
 /// Outcome of a batch.

@@ -93,9 +93,11 @@ pub(super) type Outs = SmallVec<[(u32, Out); 1]>;
 #[derive(Debug, Default)]
 pub(super) struct EditCache {
     done: HashMap<EditKey, Option<(AttrId, HopId)>, RandomState>,
+    /// The last answer: the paths of one UPDATE follow each other.
+    last: Option<(EditKey, Option<(AttrId, HopId)>)>,
 }
 
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct EditKey {
     attr: AttrId,
     hop: HopId,
@@ -108,6 +110,7 @@ struct EditKey {
 impl EditCache {
     /// Gives back the references that the cache holds.
     pub(super) fn clear(&mut self, base: &mut Base) {
+        self.last = None;
         for (attr, hop) in self.done.drain().filter_map(|(_, value)| value) {
             base.attrs.release(attr);
             base.hops.release(hop);
@@ -175,6 +178,11 @@ fn export(
         family: family as u8,
         edits,
     };
+    if let Some((last, edited)) = &cache.last
+        && *last == cache_key
+    {
+        return told(base, *edited, path);
+    }
     let edited = match cache.done.get(&cache_key) {
         Some(edited) => *edited,
         None => {
@@ -184,10 +192,16 @@ fn export(
                 let hop = Hop::Remote { next_hop, scope: 0 };
                 (base.attrs.intern(&attributes), base.hops.intern(hop))
             });
-            cache.done.insert(cache_key, edited);
+            cache.done.insert(cache_key.clone(), edited);
             edited
         }
     };
+    cache.last = Some((cache_key, edited));
+    told(base, edited, path)
+}
+
+/// The route, with references of its own.
+fn told(base: &mut Base, edited: Option<(AttrId, HopId)>, path: &Path) -> Option<Out> {
     let (attr, hop) = edited?;
     base.attrs.retain(attr);
     base.hops.retain(hop);
@@ -282,7 +296,7 @@ fn view<'a>(
         Hop::Remote { .. } => None,
     };
     RouteView {
-        prefix: base.tables[family].get(id).prefix,
+        prefix: base.tables[family].prefix(id),
         attributes: base.attrs.get(path.attr),
         source: base.source(path),
         interface,

@@ -26,13 +26,13 @@ pub(super) struct ForwardingStore {
 
 impl ForwardingStore {
     /// The number of `route`, counted once more.
-    pub(super) fn intern(&mut self, route: &BestRoute) -> u32 {
-        let hash = self.hasher.hash_one(route);
+    pub(super) fn intern(&mut self, route: BestRoute) -> u32 {
+        let hash = self.hasher.hash_one(&route);
         let slots = &mut self.slots;
         let known = |id: &u32| {
             slots[*id as usize]
                 .as_ref()
-                .is_some_and(|s| *s.route == *route)
+                .is_some_and(|s| *s.route == route)
         };
         if let Some(&id) = self.index.find(hash, known) {
             if let Some(slot) = &mut slots[id as usize] {
@@ -41,7 +41,7 @@ impl ForwardingStore {
             return id;
         }
         let slot = Some(Slot {
-            route: Arc::new(route.clone()),
+            route: Arc::new(route),
             hash,
             refs: 1,
         });
@@ -59,6 +59,13 @@ impl ForwardingStore {
         let rehash = |id: &u32| slots[*id as usize].as_ref().map_or(0, |s| s.hash);
         self.index.insert_unique(hash, id, rehash);
         id
+    }
+
+    /// One more user.
+    pub(super) fn retain(&mut self, id: u32) {
+        if let Some(slot) = &mut self.slots[id as usize] {
+            slot.refs += 1;
+        }
     }
 
     pub(super) fn release(&mut self, id: u32) {

@@ -142,7 +142,7 @@ impl Group {
             ids.sort_unstable();
             ids.dedup();
             for id in ids.into_iter().take_while(|id| *id < walked) {
-                let prefix = base.tables[family].get(id).prefix;
+                let prefix = base.tables[family].prefix(id);
                 let (before, after) = (visible(old.get(id), slot), visible(new.get(id), slot));
                 let same = |(p, a): &(u32, Out), (q, b): &(u32, Out)| {
                     p == q && a.attr == b.attr && a.hop == b.hop
@@ -272,7 +272,7 @@ impl Group {
         let adj = &self.sides[family].adj;
         let mut routes = Vec::new();
         for id in adj.destinations() {
-            let prefix = base.tables[family].get(id).prefix;
+            let prefix = base.tables[family].prefix(id);
             for (path_id, out) in visible(adj.get(id), slot) {
                 routes.push((Nlri { prefix, path_id }, out.attr, out.hop));
             }
@@ -332,7 +332,8 @@ impl Group {
     /// Evaluates a chunk of changed destinations and appends what is new to the log.
     fn flush(&mut self, base: &mut Base, family: usize) {
         let mut cache = EditCache::default();
-        let mut batch = Batch::default();
+        let behind = self.members.iter().filter(|(_, m)| !m.attached());
+        let mut batch = Batch::new(behind.map(|(slot, _)| *slot).collect());
         let mut replaced: Vec<Out> = Vec::new();
         let mut evaluated: Vec<DestId> = Vec::new();
         for _ in 0..FLUSH_CHUNK {
@@ -348,7 +349,7 @@ impl Group {
                 replaced.extend(outs.iter().map(|(_, out)| *out));
                 continue;
             }
-            let prefix = base.tables[family].get(id).prefix;
+            let prefix = base.tables[family].prefix(id);
             self.diff(id, prefix, &before, &outs, &mut batch);
             match (before.is_empty(), outs.is_empty()) {
                 (true, false) => base.tables[family].get_mut(id).holds += 1,
@@ -373,10 +374,13 @@ impl Group {
     fn diff(&mut self, id: DestId, prefix: Prefix, before: &Outs, after: &Outs, batch: &mut Batch) {
         let members = &mut self.members;
         let family = prefix.family().index().unwrap_or_default();
+        let behind = std::mem::take(&mut batch.behind);
         let note = |members: &mut BTreeMap<u16, Member>, route: Nlri, old: Option<&Out>| {
-            for (slot, member) in members.iter_mut().filter(|(_, m)| !m.attached()) {
+            for slot in &behind {
                 let told = old.is_some_and(|out| out.source != *slot);
-                member.behind[family].note(id, route, told);
+                if let Some(member) = members.get_mut(slot) {
+                    member.behind[family].note(id, route, told);
+                }
             }
         };
         for (path_id, old) in before {
@@ -385,7 +389,8 @@ impl Group {
                     prefix,
                     path_id: *path_id,
                 };
-                batch.withdraw(all_but(members, old.source), route);
+                let target = batch.all_but(members, old.source);
+                batch.withdraw(target, route);
                 note(members, route, Some(old));
             }
         }
@@ -408,7 +413,10 @@ impl Group {
                         batch.buckets.add(new, Target::Only(old.source), route);
                     }
                 }
-                _ => batch.buckets.add(new, all_but(members, new.source), route),
+                _ => {
+                    let target = batch.all_but(members, new.source);
+                    batch.buckets.add(new, target, route);
+                }
             }
             let had = old.is_some_and(|old| old.source != new.source);
             if had && members.contains_key(&new.source) {
@@ -416,6 +424,7 @@ impl Group {
             }
             note(members, route, old);
         }
+        batch.behind = behind;
     }
 
     fn encode(&mut self, base: &Base, family: usize, batch: Batch) {
@@ -485,7 +494,7 @@ impl Group {
                 }
                 for id in walk.next..stop {
                     for (path_id, out) in visible(self.sides[family].adj.get(id), slot) {
-                        let prefix = base.tables[family].get(id).prefix;
+                        let prefix = base.tables[family].prefix(id);
                         buckets.add(&out, Target::All, Nlri { prefix, path_id });
                     }
                 }
@@ -614,12 +623,4 @@ fn visible(outs: Outs, slot: u16) -> Outs {
     outs.into_iter()
         .filter(|(_, out)| out.source != slot)
         .collect()
-}
-
-fn all_but(members: &BTreeMap<u16, Member>, slot: u16) -> Target {
-    if members.contains_key(&slot) {
-        Target::Except(slot)
-    } else {
-        Target::All
-    }
 }

@@ -1,13 +1,11 @@
 //! Looking at the table: for status, `routes` and explanations. Reads only.
 
-use std::sync::Arc;
-
 use super::decision::Step;
 use super::engine::Rib;
-use super::event::{BestRoute, Gateway, PeerSlot, RouteSource};
+use super::event::{BestChange, Gateway, PeerSlot, RouteSource};
 use super::hops::Hop;
 use super::import::Refusal;
-use super::table::{Dest, NO_FORWARDING, mark};
+use super::table::{DestId, NO_FORWARDING, Table, mark};
 use crate::wire::{Attributes, Family, NextHop, Nlri, Prefix};
 
 /// What became of a path.
@@ -79,7 +77,7 @@ impl Rib {
         let table = &self.base.tables[family];
         table
             .find(prefix)
-            .map(|id| self.views(table.get(id)))
+            .map(|id| self.views(table, id))
             .unwrap_or_default()
     }
 
@@ -91,19 +89,20 @@ impl Rib {
         };
         let table = &self.base.tables[family];
         let stop = from.saturating_add(count).min(table.end());
-        let views = (from..stop)
-            .flat_map(|id| self.views(table.get(id)))
-            .collect();
+        let views = (from..stop).flat_map(|id| self.views(table, id)).collect();
         (views, (stop < table.end()).then_some(stop))
     }
 
-    /// The selected route of a prefix, as it was last handed out in a [`BestChange`](super::BestChange).
-    pub fn best(&self, prefix: &Prefix) -> Option<Arc<BestRoute>> {
-        let table = &self.base.tables[prefix.family().index()?];
-        let dest = table.get(table.find(prefix)?);
-        (dest.forwarding != NO_FORWARDING)
-            .then(|| self.forwarding.get(dest.forwarding))
-            .flatten()
+    /// What was last handed out about a prefix.
+    pub fn best(&self, prefix: &Prefix) -> BestChange {
+        let table = prefix.family().index().map(|f| &self.base.tables[f]);
+        let dest = table.and_then(|table| Some(table.get(table.find(prefix)?)));
+        let dest = dest.filter(|dest| dest.forwarding != NO_FORWARDING);
+        BestChange {
+            prefix: *prefix,
+            best: dest.and_then(|dest| self.forwarding.get(dest.forwarding)),
+            learned_from: dest.and_then(|dest| Some(PeerSlot(dest.best()?.peer))),
+        }
     }
 
     /// What a peer has been told, or will be as soon as it reads.
@@ -158,7 +157,7 @@ impl Rib {
         };
         let table = &self.base.tables[family];
         (0..table.end())
-            .flat_map(|id| &table.get(id).paths)
+            .flat_map(|id| table.get(id).paths.iter())
             .any(|p| p.peer == slot.0 && p.has(mark::STALE))
     }
 
@@ -170,7 +169,8 @@ impl Rib {
         }
     }
 
-    fn views<'a>(&'a self, dest: &'a Dest) -> Vec<PathView<'a>> {
+    fn views<'a>(&'a self, table: &'a Table, id: DestId) -> Vec<PathView<'a>> {
+        let (dest, prefix) = (table.get(id), table.prefix(id));
         let context = self.base.context();
         let selection = context.select(&dest.paths);
         let status = |index: usize| {
@@ -190,7 +190,7 @@ impl Rib {
             PathStatus::NotBest(context.lost_at(path, &dest.paths).unwrap_or(Step::PathId))
         };
         let view = |(index, path): (usize, &super::table::Path)| PathView {
-            prefix: dest.prefix,
+            prefix,
             peer: PeerSlot(path.peer),
             source: self.base.source(path),
             path_id: path.path_id,

@@ -8,7 +8,6 @@ use std::io::IoSlice;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use smallvec::SmallVec;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -16,7 +15,7 @@ use tokio::time::timeout;
 
 use crate::fsm::Role;
 use crate::transport::{Connection, Stream};
-use crate::wire::{Codec, Framer, Message, Negotiated, Notification, Open, PeerKind};
+use crate::wire::{Codec, Framer, Message, Negotiated, Notification, Open, PeerKind, Update};
 
 /// Control messages that may wait for the socket. A healthy session has at most a few.
 const CONTROL_QUEUE: usize = 16;
@@ -26,13 +25,15 @@ const GOODBYE: Duration = Duration::from_secs(2);
 const READ_SIZE: usize = 64 * 1024;
 
 /// Messages written at once.
-const SLICES: usize = 64;
+const SLICES: usize = 512;
 
 /// What a link reports.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
-    /// A message; an OPEN comes with what it and ours agree on.
+    /// A message other than UPDATE; an OPEN comes with what it and ours agree on.
     Message(Message, Option<Box<Negotiated>>),
+    /// UPDATEs that arrived together; at least one.
+    Updates(Vec<Update>),
     /// The decoder refused the stream.
     Malformed(Notification),
     /// The stream ended or failed.
@@ -125,15 +126,30 @@ where
     let mut framer = Framer::new();
     let mut codec = Codec::basic(PeerKind::Ibgp);
     let mut buffer = BytesMut::new();
+    // Handing over costs more than decoding, so that what was read at once is handed over at once.
+    let mut updates = Vec::new();
     loop {
         loop {
-            let frame = match framer.next(&mut buffer) {
-                Ok(Some(frame)) => frame,
-                Ok(None) => break,
-                Err(fault) => return LinkEvent::Malformed(fault),
+            let decoded = match framer.next(&mut buffer) {
+                Ok(Some(frame)) => Message::decode(&frame, &codec).map(Some),
+                Ok(None) => Ok(None),
+                Err(fault) => Err(fault),
             };
-            let message = match Message::decode(&frame, &codec) {
-                Ok(message) => message,
+            if let Ok(Some(Message::Update(update))) = decoded {
+                updates.push(*update);
+                continue;
+            }
+            // What came before counts, whatever follows.
+            if !updates.is_empty()
+                && report(LinkEvent::Updates(std::mem::take(&mut updates)))
+                    .await
+                    .is_err()
+            {
+                return LinkEvent::Closed;
+            }
+            let message = match decoded {
+                Ok(Some(message)) => message,
+                Ok(None) => break,
                 Err(fault) => return LinkEvent::Malformed(fault),
             };
             let negotiated = if let Message::Open(theirs) = &message {
@@ -210,11 +226,8 @@ async fn write_all(
     send_hold: Duration,
 ) -> Result<(), WriteError> {
     while !messages.is_empty() {
-        let slices: SmallVec<[IoSlice<'_>; SLICES]> = messages
-            .iter()
-            .take(SLICES)
-            .map(|m| IoSlice::new(m))
-            .collect();
+        let first = messages.iter().take(SLICES);
+        let slices: Vec<IoSlice<'_>> = first.map(|m| IoSlice::new(m)).collect();
         let written = timeout(send_hold, write.write_vectored(&slices)).await;
         drop(slices);
         let mut written = match written {

@@ -31,8 +31,8 @@ use link::{Link, LinkEvent, LinkReport};
 
 /// Portions of routes that may wait for a connection; the speaker bounds the size of each.
 const ROUTE_QUEUE: usize = 4;
-/// Reports of both connections that may wait.
-const REPORT_QUEUE: usize = 16;
+/// Reports of both connections that may wait. Each may hold as much as was read at once.
+const REPORT_QUEUE: usize = 2;
 /// RFC 9687 §3.2: at least eight minutes.
 const SEND_HOLD: Duration = Duration::from_secs(480);
 /// How long the last messages may take when a neighbour's task ends.
@@ -64,8 +64,8 @@ pub(crate) enum Report {
     State { state: State, info: Option<String> },
     /// A session stands.
     Up(Box<SessionUp>),
-    /// An UPDATE of the session.
-    Update(Box<Update>),
+    /// UPDATEs of the session, in order.
+    Updates(Vec<Update>),
     /// A ROUTE-REFRESH of the session.
     Refresh(RouteRefresh),
     /// The session ended.
@@ -354,6 +354,7 @@ impl Session {
                 }
                 message
             }
+            LinkEvent::Updates(updates) => return self.on_updates(role, updates),
             LinkEvent::Malformed(notify) => return self.event(Event::Malformed(role, notify)),
             LinkEvent::Closed => return self.event(Event::Closed(role)),
             LinkEvent::Stalled => return self.event(Event::SendStalled(role)),
@@ -378,18 +379,22 @@ impl Session {
                 self.last_error = Some(format!("received {notify}"));
                 self.event(Event::Notification(role, notify));
             }
-            Message::Update(update) => {
-                self.event(Event::Update(role));
-                if carries {
-                    self.report(Report::Update(update));
-                }
-            }
+            Message::Update(update) => self.on_updates(role, vec![*update]),
             Message::RouteRefresh(refresh) => {
                 self.event(Event::Refresh(role));
                 if carries {
                     self.report(Report::Refresh(refresh));
                 }
             }
+        }
+    }
+
+    /// For the state machine, UPDATEs that came together are one.
+    fn on_updates(&mut self, role: Role, updates: Vec<Update>) {
+        let carries = self.fsm.established() == Some(role);
+        self.event(Event::Update(role));
+        if carries {
+            self.report(Report::Updates(updates));
         }
     }
 

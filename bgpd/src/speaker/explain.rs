@@ -148,7 +148,7 @@ impl State {
         if let Some(gateway) = self.settings.host.static_routes.get(prefix) {
             return format!("via {gateway}, as a BGPPeer's reachableBy says");
         }
-        let Some(best) = self.rib.best(prefix) else {
+        let Some(best) = self.rib.best(prefix).best else {
             return "nothing: no path can be used".to_owned();
         };
         let starts_here = paths.first().and_then(|p| self.rib.local_origin(p));

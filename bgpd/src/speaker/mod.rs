@@ -42,10 +42,12 @@ use neighbours::Running;
 use settings::Settings;
 use table::Waiting;
 
-/// Reports and connections that may wait for the speaker.
+/// Orders and connections that may wait for the speaker.
 const QUEUE: usize = 1024;
-/// Most inputs of one batch.
-const BATCH: usize = 4096;
+/// Reports that may wait for the speaker. Each may hold as much as a connection reads at once.
+const REPORTS: usize = 64;
+/// Routes of one batch. More would only keep the first of them waiting, and memory busy.
+const BATCH: usize = 16_384;
 
 /// What surrounds a speaker.
 pub struct Environment {
@@ -188,7 +190,7 @@ impl State {
             unprotected: BTreeSet::new(),
             paths: None,
             restarting: watch::Sender::new(true),
-            reports: mpsc::channel(QUEUE),
+            reports: mpsc::channel(REPORTS),
             accepted: mpsc::channel(QUEUE),
             waiting: FuturesUnordered::new(),
             watched: BTreeMap::new(),
@@ -248,18 +250,16 @@ impl State {
     /// processor before the table commits: a commit costs as many portions as there are peers to tell, so one
     /// commit for the messages of hundreds of peers is much cheaper than one for each.
     async fn on_reports(&mut self, first: PeerReport) {
-        self.on_report(first);
-        let mut taken = 1;
+        let mut taken = self.on_report(first);
         loop {
             let before = taken;
             while taken < BATCH {
                 let Ok(report) = self.reports.1.try_recv() else {
                     break;
                 };
-                self.on_report(report);
-                taken += 1;
+                taken += self.on_report(report);
             }
-            if taken == before || taken == BATCH {
+            if taken == before || taken >= BATCH {
                 return;
             }
             tokio::task::yield_now().await;

@@ -251,10 +251,12 @@ impl State {
         }
     }
 
-    pub(super) fn on_report(&mut self, (address, epoch, report): PeerReport) {
+    /// Takes in what a neighbour's task reports. Returns how many routes it held, counting a message without any as one.
+    pub(super) fn on_report(&mut self, (address, epoch, report): PeerReport) -> usize {
         let Some(running) = self.neighbours.get_mut(&address) else {
-            return;
+            return 1;
         };
+        let mut routes = 1;
         match report {
             Report::State { state, info } => {
                 if state != running.shown.state {
@@ -280,16 +282,19 @@ impl State {
                 running.shown.last_down = Some(now(cause.describe()));
                 self.session_down(address, epoch, &cause);
             }
-            Report::Update(update) => {
-                running.shown.updates_in += 1;
+            Report::Updates(updates) => {
+                running.shown.updates_in += updates.len() as u64;
                 let peer = PeerId {
                     slot: running.slot,
                     epoch,
                 };
-                let end = update.as_end_of_rib();
-                self.rib.handle(RibInput::Update { peer, update });
-                if let Some(family) = end {
-                    self.end_of_rib(address, family);
+                for update in updates {
+                    routes += update.routes();
+                    let end = update.as_end_of_rib();
+                    self.rib.update(peer, &update);
+                    if let Some(family) = end {
+                        self.end_of_rib(address, family);
+                    }
                 }
             }
             Report::Refresh(refresh) => {
@@ -310,6 +315,7 @@ impl State {
                 }
             }
         }
+        routes
     }
 }
 

@@ -158,13 +158,12 @@ impl State {
         if !learned || self.settings.host.not_programmed.covers(&change.prefix) {
             return None;
         }
-        let paths = self.rib.paths(&change.prefix);
         Some(Path {
             gateways: best.gateways.clone(),
             local_pref: best.local_pref,
-            learned_from: paths
-                .first()
-                .and_then(|path| self.slots.get(&path.peer).copied()),
+            learned_from: change
+                .learned_from
+                .and_then(|slot| self.slots.get(&slot).copied()),
         })
     }
 
@@ -192,8 +191,8 @@ impl State {
             }
         }
         for prefix in concerned {
-            let best = self.rib.best(&prefix);
-            self.best(BestChange { prefix, best });
+            let change = self.rib.best(&prefix);
+            self.best(change);
         }
         self.environment.sink.flush();
     }

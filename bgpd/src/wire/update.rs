@@ -155,6 +155,13 @@ impl Update {
         })
     }
 
+    /// How many routes are announced or withdrawn.
+    pub fn routes(&self) -> usize {
+        let announced = self.mp_reach.as_ref().map_or(0, |mp| mp.nlri.len());
+        let withdrawn = self.mp_unreach.as_ref().map_or(0, |mp| mp.nlri.len());
+        self.nlri.len() + self.withdrawn.len() + announced + withdrawn
+    }
+
     /// The strongest consequence of all faults (RFC 7606 §3 h).
     pub fn treatment(&self) -> Treatment {
         self.faults
