@@ -1,12 +1,14 @@
 //! IP sets against the kernel, with the `ipset` program as the second opinion.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use cali_netlink::{
     Errno,
     ipset::{IpSet, IpSets, SetMember, SetType},
-    testing::TestNs,
+    testing::{TestNs, eventually},
 };
+
+const LIMIT: Duration = Duration::from_secs(20);
 
 fn set(name: &str, kind: SetType, v6: bool) -> IpSet {
     IpSet {
@@ -14,6 +16,7 @@ fn set(name: &str, kind: SetType, v6: bool) -> IpSet {
         kind: Some(kind),
         v6,
         max: 1 << 20,
+        timeout: None,
     }
 }
 
@@ -204,6 +207,7 @@ fn a_full_set_and_a_wrong_member_are_said_in_words() {
     let sets = IpSets::open(ns.netns()).expect("open");
     let small = IpSet {
         max: 2,
+        timeout: None,
         ..set("small", SetType::Ip, false)
     };
     sets.create(&small).expect("create");
@@ -215,4 +219,34 @@ fn a_full_set_and_a_wrong_member_are_said_in_words() {
     assert!(wrong.to_string().contains("small"), "{wrong}");
     let long = set(&"x".repeat(32), SetType::Ip, false);
     assert!(sets.create(&long).is_err());
+}
+
+#[test]
+fn members_of_a_timed_set_go_by_themselves_and_keep_their_type() {
+    let ns = TestNs::new("ipsettime");
+    let sets = IpSets::open(ns.netns()).expect("open");
+    for (name, v6, from, to) in [
+        ("t-time4", false, "10.0.0.1", "10.0.0.2"),
+        ("t-time6", true, "fd00::1", "fd00::2"),
+    ] {
+        let timed = IpSet {
+            timeout: Some(1),
+            ..set(name, SetType::IpPortIp, v6)
+        };
+        sets.create(&timed).expect("create");
+        let member = SetMember::PortBetween(ip(from), 17, 53, ip(to));
+        sets.change(name, &[], &[member]).expect("add");
+        let listed = sets.get(name).expect("list").expect("a set");
+        assert_eq!(listed.set, timed);
+        assert_eq!(listed.members, BTreeSet::from([member]));
+        let printed = saved(&ns, name).into_iter().next().expect("a member");
+        assert!(
+            printed.starts_with(&format!("{from},udp:53,{to} timeout ")),
+            "{printed}"
+        );
+        eventually(LIMIT, || {
+            let listed = sets.get(name).expect("list").expect("a set");
+            listed.members.is_empty().then_some(()).ok_or("a member")
+        });
+    }
 }

@@ -445,13 +445,18 @@ fn expressions_print_as_meant_and_read_back() {
         (
             &snat,
             rule(&[&[Expr::Masquerade {
+                port: None,
                 flags: nat_flag::PROTO_RANDOM_FULLY,
             }]]),
             "masquerade fully-random",
         ),
         (
             &snat,
-            rule(&[&[Expr::Masquerade { flags: 0 }]]).comment("last"),
+            rule(&[&[Expr::Masquerade {
+                port: None,
+                flags: 0,
+            }]])
+            .comment("last"),
             "masquerade comment \"last\"",
         ),
     ];

@@ -48,10 +48,12 @@ const ATTR_MINIMUM: u16 = 10;
 const DATA_IP: u16 = 1;
 const DATA_CIDR: u16 = 3;
 const DATA_PORT: u16 = 4;
+const DATA_TIMEOUT: u16 = 6;
 const DATA_PROTO: u16 = 7;
 const DATA_HASHSIZE: u16 = 18;
 const DATA_MAXELEM: u16 = 19;
-const DATA_REFERENCES: u16 = 24;
+const DATA_IP2: u16 = 20;
+const DATA_REFERENCES: u16 = 25;
 
 const IPADDR_V4: u16 = 1;
 const IPADDR_V6: u16 = 2;
@@ -150,6 +152,9 @@ pub(super) fn write_create(
     let data = writer.nest(ATTR_DATA);
     writer.be32(DATA_HASHSIZE | NET_ORDER, HASHSIZE);
     writer.be32(DATA_MAXELEM | NET_ORDER, set.max);
+    if let Some(timeout) = set.timeout {
+        writer.be32(DATA_TIMEOUT | NET_ORDER, timeout);
+    }
     writer.end(data);
     writer.finish();
 }
@@ -189,16 +194,22 @@ pub(super) fn write_members(
         let data = writer.nest(ATTR_DATA);
         match *member {
             SetMember::Net(address, length) => {
-                write_address(writer, address);
+                write_address(writer, DATA_IP, address);
                 let whole = if address.is_ipv4() { 32 } else { 128 };
                 if length != whole {
                     writer.u8(DATA_CIDR, length);
                 }
             }
             SetMember::Port(address, protocol, port) => {
-                write_address(writer, address);
+                write_address(writer, DATA_IP, address);
                 writer.be16(DATA_PORT | NET_ORDER, port);
                 writer.u8(DATA_PROTO, protocol);
+            }
+            SetMember::PortBetween(address, protocol, port, other) => {
+                write_address(writer, DATA_IP, address);
+                writer.be16(DATA_PORT | NET_ORDER, port);
+                writer.u8(DATA_PROTO, protocol);
+                write_address(writer, DATA_IP2, other);
             }
         }
         writer.end(data);
@@ -207,8 +218,8 @@ pub(super) fn write_members(
     writer.finish();
 }
 
-fn write_address(writer: &mut Writer, address: IpAddr) {
-    let nest = writer.nest(DATA_IP);
+fn write_address(writer: &mut Writer, attribute: u16, address: IpAddr) {
+    let nest = writer.nest(attribute);
     let kind = if address.is_ipv4() {
         IPADDR_V4
     } else {
@@ -242,6 +253,7 @@ pub(super) fn read_part(message: &Message<'_>) -> Option<Part> {
             kind: SetType::from_name(&kind.get_text()),
             v6: attrs.find(ATTR_FAMILY).and_then(Attr::get_u8) == Some(AF_INET6),
             max: number(DATA_MAXELEM),
+            timeout: data.find(DATA_TIMEOUT).and_then(Attr::get_be32),
         };
         (set, number(DATA_REFERENCES))
     });
@@ -259,10 +271,14 @@ pub(super) fn read_part(message: &Message<'_>) -> Option<Part> {
 }
 
 fn read_member(data: Attrs<'_>) -> Option<SetMember> {
-    let address = data.find(DATA_IP)?.nested().next()?.get_ip()?;
+    let address = |attribute| data.find(attribute)?.nested().next()?.get_ip();
+    let (address, other) = (address(DATA_IP)?, address(DATA_IP2));
     let number = |kind| data.find(kind).and_then(Attr::get_u8);
     Some(match data.find(DATA_PORT).and_then(Attr::get_be16) {
-        Some(port) => SetMember::Port(address, number(DATA_PROTO)?, port),
+        Some(port) => match other {
+            Some(other) => SetMember::PortBetween(address, number(DATA_PROTO)?, port, other),
+            None => SetMember::Port(address, number(DATA_PROTO)?, port),
+        },
         None => {
             let whole = if address.is_ipv4() { 32 } else { 128 };
             SetMember::Net(address, number(DATA_CIDR).unwrap_or(whole))

@@ -36,6 +36,8 @@ pub enum SetType {
     Net,
     /// Address, protocol and port: `hash:ip,port`.
     IpPort,
+    /// Address, protocol and port, and another address: `hash:ip,port,ip`.
+    IpPortIp,
 }
 
 impl SetType {
@@ -46,11 +48,12 @@ impl SetType {
             Self::Ip => "hash:ip",
             Self::Net => "hash:net",
             Self::IpPort => "hash:ip,port",
+            Self::IpPortIp => "hash:ip,port,ip",
         }
     }
 
     fn from_name(name: &str) -> Option<Self> {
-        [Self::Ip, Self::Net, Self::IpPort]
+        [Self::Ip, Self::Net, Self::IpPort, Self::IpPortIp]
             .into_iter()
             .find(|kind| kind.name() == name)
     }
@@ -60,7 +63,7 @@ impl SetType {
         match self {
             Self::Ip => 4,
             Self::Net => 6,
-            Self::IpPort => 5,
+            Self::IpPort | Self::IpPortIp => 5,
         }
     }
 }
@@ -82,6 +85,8 @@ pub struct IpSet {
     pub v6: bool,
     /// Most members.
     pub max: u32,
+    /// Seconds after which a member goes by itself, where nothing else is said of it.
+    pub timeout: Option<u32>,
 }
 
 /// A member of a set.
@@ -92,6 +97,8 @@ pub enum SetMember {
     Net(IpAddr, u8),
     /// An address, a protocol and a port.
     Port(IpAddr, u8, u16),
+    /// An address, a protocol and a port, and another address of the same family.
+    PortBetween(IpAddr, u8, u16, IpAddr),
 }
 
 impl SetMember {

@@ -439,7 +439,9 @@ pub enum Expr {
     },
     /// Source becomes the address of the output device.
     Masquerade {
-        /// [`nat_flag`] bits.
+        /// First and last port.
+        port: Option<(Reg, Reg)>,
+        /// [`nat_flag`] bits beyond those that the ports imply.
         flags: u32,
     },
     /// Destination becomes this host.

@@ -378,7 +378,16 @@ fn write_nat(writer: &mut Writer, expr: &Expr) {
                 writer.be32(7, all);
             }
         }
-        Expr::Masquerade { flags } if *flags != 0 => writer.be32(1, *flags),
+        Expr::Masquerade { port, flags } => {
+            let specified = port.map_or(0, |_| nat_flag::PROTO_SPECIFIED);
+            if flags | specified != 0 {
+                writer.be32(1, flags | specified);
+            }
+            if let Some((first, last)) = port {
+                writer.be32(2, first.number());
+                writer.be32(3, last.number());
+            }
+        }
         Expr::Redirect {
             port: Some((first, last)),
         } => {
@@ -568,7 +577,8 @@ fn read_nat(name: &str, f: Fields<'_>) -> Option<Expr> {
             flags: f.number(7).unwrap_or(0) & !(nat_flag::MAP_IPS | nat_flag::PROTO_SPECIFIED),
         },
         "masq" => Expr::Masquerade {
-            flags: f.number(1).unwrap_or(0),
+            port: f.regs(2, 3),
+            flags: f.number(1).unwrap_or(0) & !nat_flag::PROTO_SPECIFIED,
         },
         _ => Expr::Redirect { port: f.regs(1, 2) },
     })

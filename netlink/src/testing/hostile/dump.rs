@@ -20,6 +20,9 @@ pub struct Ours {
     pub pools: Vec<IpNetwork>,
     /// Ids of our nexthop objects.
     pub nexthops: RangeInclusive<u32>,
+    /// In the tables of iptables, chains `cali-*`, rules that carry a hash of ours, and IP sets `cali40*` and `cali60*`
+    /// are ours.
+    pub iptables: bool,
 }
 
 impl Default for Ours {
@@ -42,11 +45,45 @@ impl Default for Ours {
                 .map(|text| text.parse().expect("a prefix"))
                 .collect(),
             nexthops: 0x0ca1_0000..=0x0ca1_ffff,
+            iptables: false,
         }
     }
 }
 
 impl Ours {
+    /// The names of the kernel contract where policy is enforced by iptables.
+    pub fn with_iptables() -> Self {
+        Self {
+            iptables: true,
+            ..Self::default()
+        }
+    }
+
+    /// A line of `iptables-save`. Tables and chains that the kernel has by itself come into being with our first rule.
+    fn rule(&self, line: &str) -> bool {
+        let chain = line.trim_start_matches([':', '-', 'A']).trim_start();
+        let builtin = line.starts_with(':') && line.ends_with(" ACCEPT");
+        self.iptables
+            && (line.starts_with('*')
+                || line == "COMMIT"
+                || builtin
+                || chain.starts_with("cali-")
+                || line.contains("--comment \"cali:"))
+    }
+
+    fn set(&self, line: &str) -> bool {
+        let name = line.split(' ').nth(1).unwrap_or_default();
+        self.iptables && (name.starts_with("cali40") || name.starts_with("cali60"))
+    }
+
+    /// A table of nf_tables that the programs of iptables keep, which say more of it.
+    fn translated(&self, table: &str) -> bool {
+        let (family, name) = table.split_once(' ').unwrap_or_default();
+        self.iptables
+            && matches!(family, "ip" | "ip6")
+            && matches!(name, "raw" | "mangle" | "nat" | "filter")
+    }
+
     fn device(&self, name: &str) -> bool {
         self.devices
             .iter()
@@ -127,7 +164,7 @@ pub fn dump(ns: &TestNs, ours: &Ours) -> Foreign {
     let mut all = BTreeMap::new();
     for table in lines(&ns.run("nft", &["list", "tables"])) {
         let name = table.strip_prefix("table ").unwrap_or(&table);
-        if ours.tables.iter().any(|own| own == name) {
+        if ours.tables.iter().any(|own| own == name) || ours.translated(name) {
             continue;
         }
         let mut args = vec!["-s", "list", "table"];
@@ -140,9 +177,12 @@ pub fn dump(ns: &TestNs, ours: &Ours) -> Foreign {
         "iptables-legacy-save",
         "ip6tables-legacy-save",
     ] {
-        all.insert(program.to_owned(), rules(ns, program));
+        let mut lines = rules(ns, program);
+        lines.retain(|line| !ours.rule(line));
+        all.insert(program.to_owned(), lines);
     }
     let mut sets = lines(&ns.run("ipset", &["save"]));
+    sets.retain(|line| !ours.set(line));
     sets.sort_unstable();
     all.insert("ipset".to_owned(), sets);
     for (kind, args) in [
