@@ -16,7 +16,7 @@ use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours, Remover, RemoverPlan},
 };
-use felix::dataplane::{Config, Dataplane, State, StatusSink};
+use felix::dataplane::{Config, Dataplane, State, StatusSink, Variant};
 use tokio::sync::mpsc;
 
 /// A foreign change is put right within this time.
@@ -79,6 +79,36 @@ impl Node {
 
     /// Starts the dataplane with everything, and waits until the pod stands.
     async fn start(&self) -> (Dataplane, mpsc::Sender<SyncEvent>) {
+        self.start_with(everything()).await
+    }
+
+    /// The same, enforcing by iptables.
+    async fn start_iptables(&self, variant: Variant) -> (Dataplane, mpsc::Sender<SyncEvent>) {
+        let mut all = everything();
+        all.push(set(&format!(
+            r#"{{"apiVersion":"projectcalico.org/v3","kind":"FelixConfiguration","metadata":{{"name":"default"}},
+                "spec":{{"nftablesMode":"Disabled","iptablesBackend":"{}"}}}}"#,
+            variant.name()
+        )));
+        self.start_with(all).await
+    }
+
+    /// Our chains of both families, without counters.
+    fn chains(&self, variant: Variant) -> Vec<String> {
+        let mut all = Vec::new();
+        for family in ["iptables", "ip6tables"] {
+            let program = format!("{family}-{}-save", variant.name());
+            let output = self.ns.output(&program, &[]).stdout;
+            let text = String::from_utf8_lossy(&output).into_owned();
+            let ours = text
+                .lines()
+                .filter(|line| line.contains("cali-") || line.contains("cali:"));
+            all.extend(ours.map(str::to_owned));
+        }
+        all
+    }
+
+    async fn start_with(&self, all: Vec<Update>) -> (Dataplane, mpsc::Sender<SyncEvent>) {
         let (updates, stream) = mpsc::channel(16);
         let config = Config {
             tunnel_linger: Duration::ZERO,
@@ -86,7 +116,7 @@ impl Node {
         };
         let netlink = self.ns.netlink().clone();
         let dataplane = Dataplane::start(config, netlink, stream, Box::new(Quiet)).unwrap();
-        let all = SyncEvent::Updates(everything());
+        let all = SyncEvent::Updates(all);
         updates.send(all).await.unwrap();
         let in_sync = SyncEvent::Status(SyncStatus::InSync);
         updates.send(in_sync).await.unwrap();
@@ -189,6 +219,64 @@ fn rules_are_put_right_within_a_second_while_iptables_churns() {
             .await;
         drop(churn);
         host.assert_untouched(&node.ns);
+    });
+}
+
+async fn iptables_stand_beside(label: &str, fixtures: &[Fixture], variant: Variant) {
+    let node = Node::new(label).await;
+    let host = Host::apply(&node.ns, fixtures, Ours::with_iptables());
+    let running = node.start_iptables(variant).await;
+    host.assert_untouched(&node.ns);
+    let before = node.chains(variant);
+    assert!(before.iter().any(|line| line.contains("cali-tw-cali1")));
+    drop(running);
+    let _running = node.start_iptables(variant).await;
+    assert_eq!(
+        node.chains(variant),
+        before,
+        "{variant} beside {fixtures:?}"
+    );
+    host.assert_untouched(&node.ns);
+}
+
+#[test]
+fn iptables_stand_beside_every_fixture_and_restarts_touch_nothing() {
+    run(async {
+        for variant in [Variant::Nft, Variant::Legacy] {
+            for fixture in hostile::all() {
+                iptables_stand_beside("hdpipt", &[*fixture], variant).await;
+            }
+            iptables_stand_beside("hdpiptcrowd", hostile::crowded(), variant).await;
+        }
+    });
+}
+
+#[test]
+fn chains_that_somebody_flushes_are_put_right_while_iptables_churns() {
+    run(async {
+        // The legacy tables tell nobody of changes: they are looked at.
+        for (variant, limit) in [(Variant::Nft, REPAIR), (Variant::Legacy, PATIENCE)] {
+            let node = Node::new("hdpiptflush").await;
+            let host = Host::apply(&node.ns, hostile::crowded(), Ours::with_iptables());
+            let _running = node.start_iptables(variant).await;
+            let before = node.chains(variant);
+            let churn = Churn::start(&node.ns, Duration::from_secs(60));
+            for change in [
+                vec!["-F", "cali-tw-cali1"],
+                vec!["-D", "FORWARD", "1"],
+                vec!["-t", "raw", "-F"],
+            ] {
+                let mut words = vec!["--wait"];
+                words.extend(change);
+                node.ns.run(&format!("iptables-{}", variant.name()), &words);
+                node.until(limit, &format!("{variant} after {words:?}"), || {
+                    node.chains(variant) == before
+                })
+                .await;
+            }
+            drop(churn);
+            host.assert_untouched(&node.ns);
+        }
     });
 }
 

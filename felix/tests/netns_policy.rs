@@ -1,4 +1,4 @@
-//! Policy conformance on nftables: the cases of `tests/conformance`, each with real packets and through the model.
+//! Policy conformance: the cases of `tests/conformance`, each with real packets and through the model, on each backend.
 
 mod policy_lab;
 
@@ -7,21 +7,31 @@ use std::path::{Path, PathBuf};
 
 use cali_netlink::NetNs;
 use felix::compile::{Compiler, plan_transaction};
-use felix::conformance::{self, Backend, File, Nftables};
-use policy_lab::Lab;
+use felix::conformance::{self, Backend, File, IptablesChains, Nftables};
+use felix::dataplane::Variant;
+use policy_lab::{By, Lab};
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance")
 }
 
-fn nftables(netns: NetNs) -> Result<Box<dyn Backend>, String> {
-    let backend = Nftables::new(netns).map_err(|error| error.to_string())?;
-    Ok(Box::new(backend))
+fn backend(by: By, netns: NetNs) -> Result<Box<dyn Backend>, String> {
+    let backend: cali_netlink::Result<Box<dyn Backend>> = match by {
+        By::Nftables => Nftables::new(netns).map(|rules| Box::new(rules) as _),
+        By::Iptables(variant) => {
+            IptablesChains::new(netns, variant).map(|chains| Box::new(chains) as _)
+        }
+    };
+    backend.map_err(|error| error.to_string())
 }
 
-fn run_file(name: &str) {
-    let report = conformance::run_file(&folder().join(name), nftables).expect("a file of cases");
-    eprintln!("{name}: {} cases, {} probes", report.cases, report.probes);
+fn run_file(name: &str, by: By) {
+    let make = |netns| backend(by, netns);
+    let report = conformance::run_file(&folder().join(name), make).expect("a file of cases");
+    eprintln!(
+        "{name} by {by:?}: {} cases, {} probes",
+        report.cases, report.probes
+    );
     assert!(
         report.cases > 0 && report.probes >= report.cases,
         "{report:?}"
@@ -41,12 +51,9 @@ fn run_file(name: &str) {
 
 macro_rules! conformance {
     ($($test:ident: $file:literal),+ $(,)?) => {
-        $(
-            #[test]
-            fn $test() {
-                run_file($file);
-            }
-        )+
+        conformance!(@backend nftables By::Nftables; $($test: $file),+);
+        conformance!(@backend iptables_nft By::Iptables(Variant::Nft); $($test: $file),+);
+        conformance!(@backend iptables_legacy By::Iptables(Variant::Legacy); $($test: $file),+);
 
         #[test]
         fn every_file_of_cases_is_run() {
@@ -54,6 +61,18 @@ macro_rules! conformance {
             let found: BTreeSet<String> =
                 found.iter().filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect();
             assert_eq!(found, BTreeSet::from([$($file.to_owned()),+]));
+        }
+    };
+    (@backend $module:ident $by:expr; $($test:ident: $file:literal),+) => {
+        mod $module {
+            use super::*;
+
+            $(
+                #[test]
+                fn $test() {
+                    run_file($file, $by);
+                }
+            )+
         }
     };
 }

@@ -16,8 +16,10 @@ use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Key, Revision};
 use felix::calc::{Direction, Graph, Input};
 use felix::compile::{Compiler, Thresholds};
+use felix::dataplane::Variant;
+use felix::iptables::Renderer;
 use felix::verdict::{Model, Packet};
-use policy_lab::{Lab, Listener, Place, Probe, expected, listen, probe};
+use policy_lab::{By, Lab, Listener, Place, Probe, expected, listen, probe};
 use random_policy::{Dice, TCP_PORTS, UDP_PORTS, World};
 
 const PODS: u8 = 4;
@@ -31,17 +33,19 @@ struct Node {
     lab: Lab,
     graph: Graph,
     compiler: Compiler,
+    renderer: Renderer,
     known: Objects,
 }
 
 impl Node {
-    fn new(thresholds: Thresholds) -> Self {
+    fn new(by: By, thresholds: Thresholds) -> Self {
         let mut graph = Graph::new(random_policy::NODE.into());
         graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
         Self {
-            lab: Lab::new(PODS),
+            lab: Lab::with(PODS, by),
             graph,
             compiler: Compiler::with_thresholds(thresholds),
+            renderer: Renderer::default(),
             known: Objects::new(),
         }
     }
@@ -64,8 +68,12 @@ impl Node {
         self.known = objects.clone();
         if let Some(batch) = self.graph.flush() {
             self.compiler.apply(&batch);
+            self.renderer.apply(&batch);
         }
-        self.lab.enforce(self.compiler.program());
+        match self.lab.by {
+            By::Nftables => self.lab.enforce(self.compiler.program()),
+            By::Iptables(_) => self.lab.enforce_chains(self.renderer.program()),
+        }
     }
 
     fn places(&self) -> Vec<&Place> {
@@ -208,19 +216,35 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 #[test]
-fn the_kernel_and_the_model_agree_on_random_policies() {
-    agree(Thresholds::default(), setting("CALI_RANDOM_SEED", 1));
+fn nf_tables_and_the_model_agree_on_random_policies() {
+    let seed = setting("CALI_RANDOM_SEED", 1);
+    agree(By::Nftables, Thresholds::default(), seed, ROUNDS);
 }
 
 /// The same where every run of Allow rules is collapsed into lookups, however short it is.
 #[test]
-fn the_kernel_and_the_model_agree_on_collapsed_policies() {
-    agree(Thresholds::EAGER, setting("CALI_RANDOM_SEED", 7));
+fn nf_tables_and_the_model_agree_on_collapsed_policies() {
+    let seed = setting("CALI_RANDOM_SEED", 7);
+    agree(By::Nftables, Thresholds::EAGER, seed, ROUNDS);
 }
 
-fn agree(thresholds: Thresholds, seed: u64) {
-    let rounds = setting("CALI_RANDOM_ROUNDS", ROUNDS);
-    let mut node = Node::new(thresholds);
+#[test]
+fn iptables_nft_and_the_model_agree_on_random_policies() {
+    let seed = setting("CALI_RANDOM_SEED", 2);
+    let by = By::Iptables(Variant::Nft);
+    agree(by, Thresholds::default(), seed, ROUNDS / 2);
+}
+
+#[test]
+fn iptables_legacy_and_the_model_agree_on_random_policies() {
+    let seed = setting("CALI_RANDOM_SEED", 3);
+    let by = By::Iptables(Variant::Legacy);
+    agree(by, Thresholds::default(), seed, ROUNDS / 2);
+}
+
+fn agree(by: By, thresholds: Thresholds, seed: u64, rounds: u64) {
+    let rounds = setting("CALI_RANDOM_ROUNDS", rounds);
+    let mut node = Node::new(by, thresholds);
     let listeners: Vec<Listener> = node
         .places()
         .iter()
@@ -271,7 +295,7 @@ fn agree(thresholds: Thresholds, seed: u64) {
         }
     }
     let [denied, allowed] = allowed;
-    eprintln!("{rounds} rounds: {allowed} flows allowed, {denied} denied");
+    eprintln!("{by:?}: {rounds} rounds: {allowed} flows allowed, {denied} denied");
     assert!(
         allowed > denied / 8 && denied > allowed / 8,
         "one-sided policies show little: {allowed} allowed, {denied} denied"

@@ -259,6 +259,44 @@ impl Graph {
         })
     }
 
+    /// Everything that the batches so far add up to, as one batch: for a consumer that starts now. To be asked right
+    /// after [`Self::flush`], when nothing is open.
+    pub fn whole(&self) -> Batch {
+        let mut pools: Vec<PoolNat> = self.pools.values().copied().collect();
+        pools.sort_unstable();
+        let mut deltas = vec![
+            Delta::Settings(Arc::new(self.settings())),
+            Delta::Pools(pools.into()),
+        ];
+        deltas.extend(self.tunnel_peers.told().map(Delta::TunnelPeers));
+        deltas.extend(self.sets.whole());
+        let policies = self.policy_usage.active.iter();
+        deltas.extend(policies.map(|(id, active)| Delta::Policy {
+            id: id.clone(),
+            rules: active.rules.clone(),
+        }));
+        let profiles = self.profile_usage.active.iter();
+        deltas.extend(profiles.map(|(name, active)| Delta::Profile {
+            name: name.clone(),
+            rules: active.rules.clone(),
+        }));
+        let endpoints = self.endpoints.iter();
+        deltas.extend(endpoints.map(|(id, endpoint)| Delta::Endpoint {
+            id: id.clone(),
+            endpoint: endpoint.clone(),
+        }));
+        let hosts = self.hosts.iter();
+        deltas.extend(hosts.map(|(id, endpoint)| Delta::HostEndpoint {
+            id: id.clone(),
+            endpoint: endpoint.clone(),
+        }));
+        Batch {
+            sequence: self.sequence,
+            in_sync: true,
+            deltas,
+        }
+    }
+
     fn is_here(&self, value: &AnyResource) -> bool {
         matches!(value, AnyResource::WorkloadEndpoint(endpoint) if endpoint.spec.node == self.node.as_str())
     }
@@ -448,7 +486,7 @@ impl Graph {
     }
 
     /// This node's configuration over the cluster's, field by field.
-    fn settings(&mut self) -> FelixConfigurationSpec {
+    fn settings(&self) -> FelixConfigurationSpec {
         let own = format!("node.{}", self.node.as_str());
         let mut merged = serde_json::Map::new();
         for name in ["default", own.as_str()] {

@@ -228,6 +228,17 @@ impl IpSets {
         (live, removed)
     }
 
+    /// Every set that consumers know, as it is now.
+    pub(super) fn whole(&self) -> impl Iterator<Item = Delta> {
+        let known = self.sets.iter().filter(|(_, set)| set.announced);
+        known.map(|(id, set)| Delta::IpSetCreate {
+            id: id.clone(),
+            kind: set.spec.kind(),
+            origin: set.spec.origin(),
+            members: set.members.visible(),
+        })
+    }
+
     fn apply(&mut self, changes: &[MatchChange<u32, IpSetId>]) {
         for change in changes {
             if let Some(item) = self.items.get(&change.item).cloned() {

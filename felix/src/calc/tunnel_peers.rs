@@ -54,6 +54,11 @@ impl PeerIndex {
         self.dirty || self.told.is_none()
     }
 
+    /// What was last told.
+    pub(super) fn told(&self) -> Option<Arc<TunnelPeers>> {
+        self.told.clone()
+    }
+
     /// The senders, if they are others than before.
     pub(super) fn take(&mut self, settings: &FelixConfigurationSpec) -> Option<Arc<TunnelPeers>> {
         self.dirty = false;

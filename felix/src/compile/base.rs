@@ -24,8 +24,8 @@ use std::sync::Arc;
 
 use cali_api::Cidr;
 use cali_netlink::nft::{
-    BaseHook, Chain, ChainType, CmpOp, Expr, FibResult, Hook, Key, Meta, Policy, Reg, Rule,
-    Verdict, ct_status, fib_flag, nat_flag,
+    BaseHook, Chain, ChainType, CmpOp, Expr, Family, FibResult, Hook, Key, Meta, NatKind, Policy,
+    Reg, Rule, Verdict, ct_status, fib_flag, nat_flag,
 };
 
 use super::expr::{self, Side, cmp, counter};
@@ -37,13 +37,15 @@ use super::settings::{HostAction, Settings};
 use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers};
 
 const IPIP: u8 = 4;
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// Multicast listener discovery and neighbour discovery, without which a workload has no IPv6
 /// (RFC 2710, RFC 4861): queries, reports, solicitations and neighbour advertisements.
-const NEIGHBOUR_DISCOVERY: [u8; 6] = [130, 131, 132, 133, 135, 136];
+pub(crate) const NEIGHBOUR_DISCOVERY: [u8; 6] = [130, 131, 132, 133, 135, 136];
 
-const ROUTER_ADVERTISEMENT: [u8; 1] = [134];
+/// What a host takes besides.
+pub(crate) const ROUTER_ADVERTISEMENT: [u8; 1] = [134];
 
 const WORKLOAD_TO_HOST: &str = "cali-wl-to-host";
 
@@ -73,7 +75,7 @@ pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
         input_from_workload(ground),
         workload_to_host(),
         input_host(settings),
-        nat_postrouting(),
+        nat_postrouting(settings),
     ];
     chains.extend(
         [
@@ -469,21 +471,46 @@ fn input_host(settings: &Settings) -> ChainProgram {
     )
 }
 
-fn nat_postrouting() -> ChainProgram {
-    let rules = [IpVersion::V4, IpVersion::V6].map(|version| {
-        rule(&[
-            &expr::family(version),
-            &expr::address_in(Side::Source, version, pool_set("nat", version), false),
-            &expr::address_in(Side::Destination, version, pool_set("pools", version), true),
-            &[
-                counter(),
-                Expr::Masquerade {
-                    flags: nat_flag::PROTO_RANDOM_FULLY,
+fn nat_postrouting(settings: &Settings) -> ChainProgram {
+    let nat = &settings.nat;
+    let mut rules = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let mut leaving = expr::family(version).to_vec();
+        let mut holds = |side, set, negated| {
+            leaving.extend(expr::address_in(
+                side,
+                version,
+                pool_set(set, version),
+                negated,
+            ));
+        };
+        holds(Side::Source, "nat", false);
+        holds(Side::Destination, "pools", true);
+        if nat.spare_nodes {
+            holds(Side::Destination, "nodes", true);
+        }
+        if let Some(interface) = &nat.interface {
+            leaving.extend([
+                Expr::Meta {
+                    key: Meta::OifName,
+                    dreg: Reg::R1,
                 },
-            ],
-        ])
-        .comment("NAT outgoing")
-    });
+                cmp(CmpOp::Eq, Key::ifname(interface)),
+            ]);
+        }
+        let mut translate = |protocol: Option<u8>, ports| {
+            let protocol =
+                protocol.map_or_else(Vec::new, |number| expr::protocol(number, false).to_vec());
+            let target = translation(settings, version, ports);
+            rules.push(rule(&[&leaving, &protocol, &[counter()], &target]).comment("NAT outgoing"));
+        };
+        for protocol in [TCP, UDP] {
+            if let Some(ports) = nat.ports {
+                translate(Some(protocol), Some(ports));
+            }
+        }
+        translate(None, None);
+    }
     ChainProgram::new(
         base(
             "cali-nat-postrouting",
@@ -493,4 +520,30 @@ fn nat_postrouting() -> ChainProgram {
         ),
         rules,
     )
+}
+
+/// The new source: an address of the settings, or of the interface.
+fn translation(settings: &Settings, version: IpVersion, ports: Option<PortRange>) -> Vec<Expr> {
+    let load = |dreg, value| Expr::Immediate { dreg, value };
+    let mut exprs = Vec::new();
+    let port = ports.map(|range| {
+        exprs.push(load(Reg::R1, Key::port(range.first)));
+        exprs.push(load(Reg::R2, Key::port(range.last)));
+        (Reg::R1, Reg::R2)
+    });
+    let flags = nat_flag::PROTO_RANDOM_FULLY;
+    match settings.nat.address.filter(|_| version == IpVersion::V4) {
+        Some(address) => {
+            exprs.push(load(Reg::R3, Key::ip(address.into())));
+            exprs.push(Expr::Nat {
+                kind: NatKind::Snat,
+                family: Family::Ip,
+                addr: Some((Reg::R3, Reg::R3)),
+                port,
+                flags,
+            });
+        }
+        None => exprs.push(Expr::Masquerade { port, flags }),
+    }
+    exprs
 }

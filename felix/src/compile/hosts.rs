@@ -23,7 +23,7 @@ use crate::calc::{Direction, HostEndpoint, HostInterface, PortRange, Stage};
 
 /// A place in the packets' way where host endpoints are asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Site {
+pub(crate) enum Site {
     RawIn,
     RawOut,
     DnatIn,
@@ -35,7 +35,7 @@ pub(super) enum Site {
     Post,
 }
 
-pub(super) const SITES: [Site; 8] = [
+pub(crate) const SITES: [Site; 8] = [
     Site::RawIn,
     Site::RawOut,
     Site::DnatIn,
@@ -47,7 +47,7 @@ pub(super) const SITES: [Site; 8] = [
 ];
 
 impl Site {
-    const fn stage(self) -> Stage {
+    pub(crate) const fn stage(self) -> Stage {
         match self {
             Self::RawIn | Self::RawOut => Stage::Untracked,
             Self::DnatIn => Stage::PreDnat,
@@ -66,11 +66,16 @@ impl Site {
         }
     }
 
-    const fn direction(self) -> Direction {
+    pub(crate) const fn direction(self) -> Direction {
         match self {
             Self::RawIn | Self::DnatIn | Self::ForwardIn | Self::In => Direction::Ingress,
             Self::RawOut | Self::ForwardOut | Self::Out | Self::Post => Direction::Egress,
         }
+    }
+
+    /// Whether a host endpoint has anything to say here.
+    pub(crate) fn asks(self, host: &HostEndpoint) -> bool {
+        self.stage() == Stage::Normal || !host.stage(self.stage()).of(self.direction()).is_empty()
     }
 
     /// What of a packet says whose it is.
@@ -95,7 +100,7 @@ impl Site {
         }
     }
 
-    const fn prefix(self) -> &'static str {
+    pub(crate) const fn prefix(self) -> &'static str {
         match self {
             Self::RawIn => "cali-fhr-",
             Self::RawOut => "cali-thr-",
@@ -116,7 +121,7 @@ impl Site {
     }
 
     /// Whether `*` counts here. Calico knows no untracked policy for it.
-    const fn knows_all(self) -> bool {
+    pub(crate) const fn knows_all(self) -> bool {
         !matches!(self, Self::RawIn | Self::RawOut)
     }
 }
@@ -155,36 +160,44 @@ pub(super) struct Hosts {
     stacks: Vec<Arc<str>>,
 }
 
-type Placed = BTreeMap<Option<Arc<str>>, (ObjectKey, Arc<HostEndpoint>)>;
+/// Whose each interface is; `None` stands for all others.
+pub(crate) type Placed = BTreeMap<Option<Arc<str>>, (ObjectKey, Arc<HostEndpoint>)>;
+
+/// Whose each interface is: of those that name it the first by name, or else of those that expect
+/// one of its addresses. `None` stands for all other interfaces.
+pub(crate) fn placed(
+    known: &BTreeMap<ObjectKey, Arc<HostEndpoint>>,
+    interfaces: &BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
+) -> Placed {
+    let mut placed = Placed::new();
+    let mut put = |interface: Option<&Arc<str>>, id: &ObjectKey, host: &Arc<HostEndpoint>| {
+        placed
+            .entry(interface.cloned())
+            .or_insert_with(|| (id.clone(), host.clone()));
+    };
+    for (id, host) in known {
+        match &host.interface {
+            HostInterface::Named(name) => put(Some(name), id, host),
+            HostInterface::All => put(None, id, host),
+            HostInterface::ByAddress => {}
+        }
+    }
+    for (id, host) in known {
+        if host.interface == HostInterface::ByAddress {
+            let expected = |addresses: &BTreeSet<IpAddr>| {
+                host.addresses.iter().any(|addr| addresses.contains(addr))
+            };
+            for (interface, _) in interfaces.iter().filter(|(_, has)| expected(has)) {
+                put(Some(interface), id, host);
+            }
+        }
+    }
+    placed
+}
 
 impl Hosts {
-    /// Whose each interface is: of those that name it the first by name, or else of those that expect
-    /// one of its addresses. `None` stands for all other interfaces.
     fn placed(&self) -> Placed {
-        let mut placed = Placed::new();
-        let mut put = |interface: Option<&Arc<str>>, id: &ObjectKey, host: &Arc<HostEndpoint>| {
-            placed
-                .entry(interface.cloned())
-                .or_insert_with(|| (id.clone(), host.clone()));
-        };
-        for (id, host) in &self.known {
-            match &host.interface {
-                HostInterface::Named(name) => put(Some(name), id, host),
-                HostInterface::All => put(None, id, host),
-                HostInterface::ByAddress => {}
-            }
-        }
-        for (id, host) in &self.known {
-            if host.interface == HostInterface::ByAddress {
-                let expected = |addresses: &BTreeSet<IpAddr>| {
-                    host.addresses.iter().any(|addr| addresses.contains(addr))
-                };
-                for (interface, _) in self.interfaces.iter().filter(|(_, has)| expected(has)) {
-                    put(Some(interface), id, host);
-                }
-            }
-        }
-        placed
+        placed(&self.known, &self.interfaces)
     }
 
     /// Host endpoints that no interface of this node has now.
@@ -223,10 +236,7 @@ impl Compiler {
         let placed = self.hosts.placed();
         let (mut shape, mut chains, mut stacks) = (Shape::default(), BTreeSet::new(), Vec::new());
         for site in SITES {
-            let asked = |host: &HostEndpoint| {
-                site.stage() == Stage::Normal
-                    || !host.stage(site.stage()).of(site.direction()).is_empty()
-            };
+            let asked = |host: &HostEndpoint| site.asks(host);
             let all = placed
                 .get(&None)
                 .is_some_and(|(_, host)| site.knows_all() && asked(host));

@@ -25,9 +25,9 @@ mod desired;
 mod evaluate;
 mod expr;
 mod held;
-mod hosts;
+pub(crate) mod hosts;
 mod known_sets;
-mod names;
+pub(crate) mod names;
 mod plan;
 mod program;
 mod rule;
@@ -35,6 +35,7 @@ mod settings;
 mod shared;
 mod stack;
 
+pub(crate) use base::{NEIGHBOUR_DISCOVERY, ROUTER_ADVERTISEMENT};
 pub use collapse::Thresholds;
 pub use compiler::Compiler;
 pub use evaluate::Suspects;
@@ -42,7 +43,8 @@ pub use held::{HELD_LIMIT, HOLD, can_be_held, held_elements, held_flow, held_set
 pub use names::policy_text;
 pub use plan::{Plan, PlanOutcome, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
-pub use settings::{DenyAction, HostAction, Settings};
+pub(crate) use rule::{merge_ports, outermost};
+pub use settings::{DenyAction, HostAction, NatOutgoing, Settings};
 
 #[cfg(test)]
 mod tests;

@@ -278,7 +278,7 @@ pub(super) fn address_type(version: IpVersion) -> DataType {
 }
 
 /// The networks of one family without those that others cover, sorted.
-pub(super) fn outermost(nets: &[Cidr], version: IpVersion) -> Vec<Cidr> {
+pub(crate) fn outermost(nets: &[Cidr], version: IpVersion) -> Vec<Cidr> {
     let mut sorted: Vec<Cidr> = nets
         .iter()
         .filter(|net| IpVersion::of(net.addr()) == version)
@@ -295,7 +295,7 @@ pub(super) fn outermost(nets: &[Cidr], version: IpVersion) -> Vec<Cidr> {
 }
 
 /// Sorted ranges that neither overlap nor touch.
-fn merge_ports(ranges: &[PortRange]) -> Vec<PortRange> {
+pub(crate) fn merge_ports(ranges: &[PortRange]) -> Vec<PortRange> {
     let mut sorted = ranges.to_vec();
     sorted.sort_unstable();
     let mut merged: Vec<PortRange> = Vec::with_capacity(sorted.len());

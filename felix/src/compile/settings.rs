@@ -1,9 +1,12 @@
 //! The part of FelixConfiguration that shapes the rule set, with its defaults.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use cali_api::v3::{self, FelixConfigurationSpec, ProtoPort};
+use cali_api::v3::{self, FelixConfigurationSpec, NatOutgoingExclusions, Port, ProtoPort};
 use cali_netlink::nft::{Expr, Reject, Verdict};
+
+use crate::calc::PortRange;
 
 /// What becomes of a packet from a workload to its host that policy allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +24,42 @@ pub enum DenyAction {
     Drop,
     /// With an ICMP "port unreachable".
     Reject,
+}
+
+/// How packets that leave the pools get another source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NatOutgoing {
+    /// IPv4 packets get this address instead of that of the interface they leave by (`natOutgoingAddress`).
+    pub address: Option<Ipv4Addr>,
+    /// TCP and UDP get a source port of these (`natPortRange`).
+    pub ports: Option<PortRange>,
+    /// Packets to nodes keep their source (`natOutgoingExclusions`).
+    pub spare_nodes: bool,
+    /// Only where they leave by this interface (`iptablesNATOutgoingInterfaceFilter`).
+    pub interface: Option<Arc<str>>,
+}
+
+impl From<&FelixConfigurationSpec> for NatOutgoing {
+    fn from(spec: &FelixConfigurationSpec) -> Self {
+        let ports = match spec.nat_port_range {
+            Some(Port::Number(port)) => Some((port, port)),
+            Some(Port::Range(first, last)) => Some((first, last)),
+            Some(Port::Named(_)) | None => None,
+        };
+        Self {
+            address: spec.nat_outgoing_address,
+            ports: ports
+                .filter(|(first, last)| first <= last && *last > 0)
+                .map(|(first, last)| PortRange { first, last }),
+            spare_nodes: spec.nat_outgoing_exclusions
+                == Some(NatOutgoingExclusions::IPPoolsAndHostIPs),
+            interface: spec
+                .iptables_nat_outgoing_interface_filter
+                .as_deref()
+                .filter(|name| (1..16).contains(&name.len()))
+                .map(Arc::from),
+        }
+    }
 }
 
 /// Settings of the rule set.
@@ -46,6 +85,8 @@ pub struct Settings {
     pub failsafe_outbound: Vec<ProtoPort>,
     /// The bit of packet marks that says: accepted before connection tracking or destination NAT.
     pub accept_mark: u32,
+    /// NAT of what leaves the pools.
+    pub nat: NatOutgoing,
 }
 
 /// The mask that Calico uses unless told otherwise.
@@ -91,6 +132,7 @@ impl From<&FelixConfigurationSpec> for Settings {
                     .or(spec.iptables_mark_mask)
                     .unwrap_or(MARK_MASK),
             ),
+            nat: NatOutgoing::from(spec),
         }
     }
 }

@@ -3,12 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use cali_netlink::NetNs;
 use cali_netlink::nft::{Family, Nft, TableName};
 
 use crate::calc::Batch;
 use crate::compile::{Compiler, Program, Touched, plan_transaction};
+use crate::dataplane::{Iptables, Variant};
+use crate::iptables::{self, Renderer};
 
 /// Addresses by interface.
 pub type Interfaces = BTreeMap<Arc<str>, BTreeSet<IpAddr>>;
@@ -120,5 +123,75 @@ impl Backend for Nftables {
             |error| format!("(without the program nft: {error})"),
             |output| String::from_utf8_lossy(&output.stdout).into_owned(),
         )
+    }
+}
+
+/// iptables in one of its variants.
+#[derive(Debug)]
+pub struct IptablesChains {
+    kernel: Iptables,
+    netns: NetNs,
+}
+
+impl IptablesChains {
+    /// For a namespace, whatever it holds of ours.
+    ///
+    /// # Errors
+    /// Tables or sets cannot be read.
+    pub fn new(netns: NetNs, variant: Variant) -> cali_netlink::Result<Self> {
+        Ok(Self {
+            kernel: Iptables::adopt(&netns, variant, Instant::now())?,
+            netns,
+        })
+    }
+
+    /// Brings the kernel to chains and sets, and reads back that they are there.
+    ///
+    /// # Errors
+    /// What was refused, or what differs afterwards.
+    pub fn enforce_program(&mut self, desired: &iptables::Program) -> Result<(), String> {
+        let kernel = &mut self.kernel;
+        kernel.touch_all(desired);
+        kernel.apply(desired, Instant::now());
+        if !kernel.is_complete() {
+            return Err(format!("{:?} {:?}", kernel.refused(), kernel.problem()));
+        }
+        let seen = Iptables::adopt(&self.netns, kernel.variant(), Instant::now())
+            .map_err(|error| error.to_string())?;
+        match seen.differing(desired).as_slice() {
+            [] => Ok(()),
+            differing => Err(format!(
+                "the kernel differs from what was sent: {differing:?}"
+            )),
+        }
+    }
+}
+
+impl Backend for IptablesChains {
+    fn name(&self) -> &'static str {
+        match self.kernel.variant() {
+            Variant::Nft => "iptables-nft",
+            Variant::Legacy => "iptables-legacy",
+        }
+    }
+
+    fn enforce(&mut self, batch: &Batch, interfaces: &Interfaces) -> Result<(), String> {
+        let mut renderer = Renderer::default();
+        renderer.set_interfaces(interfaces.clone());
+        renderer.apply(batch);
+        self.enforce_program(renderer.program())
+    }
+
+    fn dump(&self) -> String {
+        let variant = self.kernel.variant().name();
+        let text = ["iptables", "ip6tables"].map(|family| {
+            let program = format!("{family}-{variant}-save");
+            let output = self.netns.command(&program).arg("-c").output();
+            output.map_or_else(
+                |error| format!("(without the program {program}: {error})"),
+                |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+            )
+        });
+        text.join("\n")
     }
 }

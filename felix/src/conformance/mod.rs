@@ -20,7 +20,7 @@ mod probe;
 mod run;
 mod sctp;
 
-pub use backend::{Backend, Interfaces, Nftables};
+pub use backend::{Backend, Interfaces, IptablesChains, Nftables};
 pub use case::{Case, File, HOST, LAN, NODE, WORLD};
 pub use expect::{Expected, expected};
 pub use lab::{Lab, Place};

@@ -17,15 +17,14 @@ use tracing::{error, info, warn};
 
 use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
+use super::enforcer::{BackendOverride, Enforcer};
 use super::flow_guard::FlowGuard;
 use super::host::{self, Interfaces};
 use super::metrics::Metrics;
 use super::own_addresses;
 use super::resources::Resources;
-use super::ruleset::Ruleset;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
-use crate::compile::Compiler;
 
 /// Changes that come within this time become one step.
 const COALESCE: Duration = Duration::from_millis(10);
@@ -48,6 +47,8 @@ pub struct Config {
     pub tunnel_linger: Duration,
     /// Where the dataplane's metrics are registered.
     pub metrics: prometheus::Registry,
+    /// What the environment says of the backend that enforces policy.
+    pub enforcement: BackendOverride,
 }
 
 impl Config {
@@ -60,6 +61,7 @@ impl Config {
             routes: KernelSettings::default(),
             tunnel_linger: Duration::from_secs(60),
             metrics: prometheus::Registry::new(),
+            enforcement: BackendOverride::default(),
         }
     }
 }
@@ -110,8 +112,8 @@ impl Dataplane {
         let nft = Nft::open(netlink.netns())?;
         let nft_events = Nft::events(netlink.netns())?;
         let link_events = netlink.events(&[Group::Link, Group::Ipv4Address, Group::Ipv6Address])?;
-        let mut compiler = Compiler::default();
-        compiler.set_interfaces(own_addresses::read(&netlink)?);
+        let mut enforcer = Enforcer::new(netlink.netns().clone(), nft.clone(), config.enforcement);
+        enforcer.set_interfaces(own_addresses::read(&netlink)?);
         let routes = Writer::start(config.node.clone(), netlink.clone(), config.routes.clone())?;
         let resources = Resources::new(config.node.clone(), config.backend);
         let wish = Wish {
@@ -125,9 +127,8 @@ impl Dataplane {
         let (state_out, state) = watch::channel(Arc::default());
         let driver = Driver {
             graph: Graph::new(config.node),
-            bystanders: Bystanders::new(nft.clone(), netlink.netns(), Instant::now()),
-            compiler,
-            ruleset: Ruleset::adopt(nft)?,
+            bystanders: Bystanders::new(nft, netlink.netns(), Instant::now()),
+            enforcer,
             resources,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
@@ -243,8 +244,7 @@ impl Handle {
 
 struct Driver {
     graph: Graph,
-    compiler: Compiler,
-    ruleset: Ruleset,
+    enforcer: Enforcer,
     bystanders: Bystanders,
     resources: Resources,
     endpoints: Endpoints,
@@ -282,7 +282,7 @@ impl Driver {
             let far = now + Duration::from_secs(3600);
             let due = [
                 self.step_at,
-                self.ruleset_due(now),
+                self.enforcer_due(now),
                 self.bystanders.next_due(),
                 self.flows.next_due(),
             ]
@@ -364,13 +364,13 @@ impl Driver {
                     changes.push(event);
                 }
                 Event::Overflow => {
-                    self.ruleset.on_overflow();
+                    self.enforcer.on_overflow(now);
                     self.bystanders.on_overflow(now);
                 }
                 _ => {}
             }
         }
-        self.ruleset.on_events(changes);
+        self.enforcer.on_events(changes, now);
     }
 
     /// Interfaces that came, or came up, are set up; the last word about each counts.
@@ -408,10 +408,7 @@ impl Driver {
     fn on_addresses(&mut self) {
         match own_addresses::read(&self.netlink) {
             Ok(addresses) => {
-                self.compiler.set_interfaces(addresses);
-                let touched = self.compiler.take_touched();
-                if !touched.is_empty() {
-                    self.ruleset.touch(touched);
+                if self.enforcer.set_interfaces(addresses) {
                     self.step_at.get_or_insert(Instant::now() + COALESCE);
                 }
             }
@@ -431,9 +428,9 @@ impl Driver {
         self.publish();
     }
 
-    fn ruleset_due(&self, now: Instant) -> Option<Instant> {
+    fn enforcer_due(&self, now: Instant) -> Option<Instant> {
         if self.in_sync {
-            self.ruleset.next_due(now)
+            self.enforcer.next_due(now)
         } else {
             None
         }
@@ -445,12 +442,16 @@ impl Driver {
         self.step_at = None;
         let mut changes = EndpointChanges::default();
         if let Some(batch) = self.graph.flush() {
-            changes = self.on_batch(&batch);
+            changes = self.on_batch(&batch).await;
         }
         if self.in_sync {
+            let graph = &self.graph;
+            self.enforcer
+                .retry_start(|| graph.whole(), Instant::now())
+                .await;
             let start = Instant::now();
-            self.ruleset.apply(self.compiler.program(), start);
-            let (took, settled) = (start.elapsed(), self.ruleset.is_settled());
+            self.enforcer.apply(self.flows.held()).await;
+            let (took, settled) = (start.elapsed(), self.enforcer.is_settled());
             self.metrics.on_step(took, settled, Instant::now());
         }
         self.flows.free(&changes.freed);
@@ -464,7 +465,7 @@ impl Driver {
             return;
         }
         // Now that nothing leads to the former owners any more.
-        self.flows.end_freed(&mut self.ruleset, Instant::now());
+        self.flows.end_freed(&mut self.enforcer, Instant::now());
         for interface in changes.interfaces {
             match self.endpoints.of_interface(&interface) {
                 Some((_, endpoint)) => self.interfaces.set_up(&self.netlink, endpoint),
@@ -500,16 +501,11 @@ impl Driver {
     /// Ends established flows that the rules in the kernel forbid.
     fn judge_flows(&mut self) {
         let now = Instant::now();
-        if !self.in_sync || !self.ruleset.is_settled() || !self.flows.is_due(now) {
+        if !self.in_sync || !self.enforcer.is_settled() || !self.flows.is_due(now) {
             return;
         }
-        self.flows.judge(
-            &self.netlink,
-            &mut self.compiler,
-            &mut self.ruleset,
-            &self.endpoints,
-            now,
-        );
+        self.flows
+            .judge(&self.netlink, &mut self.enforcer, &self.endpoints, now);
         let (ended, held) = self.flows.counts();
         self.metrics.flows_ended.inc_by(ended);
         self.metrics
@@ -517,7 +513,7 @@ impl Driver {
             .set(i64::try_from(held).unwrap_or(i64::MAX));
     }
 
-    fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
+    async fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
         for delta in &batch.deltas {
             if let Delta::Settings(spec) = delta {
                 self.resources.on_settings(spec, &mut self.route_inputs);
@@ -528,21 +524,18 @@ impl Driver {
                 }
             }
         }
-        self.compiler.apply(batch);
-        let suspects = self.compiler.take_suspects();
+        let graph = &self.graph;
+        self.enforcer
+            .on_batch(batch, || graph.whole(), Instant::now())
+            .await;
+        let suspects = self.enforcer.take_suspects();
         if batch.in_sync {
             // Whoever was here before may have enforced another policy.
-            self.flows
-                .adopt(&mut self.compiler, &self.ruleset, Instant::now());
+            self.flows.adopt(&mut self.enforcer, Instant::now());
             self.flows.suspect_all();
         } else if self.in_sync {
             self.flows.suspect(suspects);
         }
-        let touched = self.compiler.take_touched();
-        if batch.in_sync {
-            self.ruleset.touch_all(self.compiler.program());
-        }
-        self.ruleset.touch(touched);
         self.endpoints.on_batch(batch)
     }
 
@@ -597,18 +590,11 @@ impl Driver {
         });
         let mut notices: Vec<String> = self.resources.notices().to_vec();
         notices.extend_from_slice(self.bystanders.notices());
-        notices.extend(self.compiler.unplaced_hosts().iter().map(|host| {
-            format!("{host} is not applied: no interface has one of its expected addresses")
-        }));
-        notices.extend(
-            self.ruleset
-                .problem()
-                .map(|problem| format!("nf_tables: {problem}")),
-        );
+        notices.extend(self.enforcer.notices());
         let state = State {
-            ready: self.in_sync && self.ruleset.is_settled(),
+            ready: self.in_sync && self.enforcer.is_settled(),
             endpoints: endpoints.collect(),
-            refused: self.ruleset.refused(),
+            refused: self.enforcer.refused(),
             unusable: self.graph.problems(),
             notices,
             wireguard_devices: [true, false]
@@ -645,13 +631,10 @@ impl Driver {
         if let Some(problem) = self.interfaces.problem(&endpoint.interface) {
             return Some(problem.clone());
         }
-        for chain in ["cali-tw-", "cali-fw-"] {
-            let chain = format!("{chain}{}", endpoint.interface);
-            if !self.ruleset.has_chain(&chain) {
-                return Some(format!("its rules (chain {chain}) are not in the kernel"));
-            }
+        if let Err(problem) = self.enforcer.has_endpoint(&endpoint.interface) {
+            return Some(problem);
         }
-        if !self.ruleset.is_settled() {
+        if !self.enforcer.is_settled() {
             return Some("its rules are being written".to_owned());
         }
         let waiting = routes

@@ -13,16 +13,13 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_netlink::conntrack::{Conntrack, End, Flow, Tuple};
-use cali_netlink::nft::Elem;
 use cali_netlink::{Error, Netlink};
 use tracing::{debug, info, warn};
 
+use super::Endpoints;
+use super::enforcer::Enforcer;
 use super::flow_judge::{Forbidden, Judge};
-use super::{Endpoints, Ruleset};
-use crate::compile::{
-    Compiler, HELD_LIMIT, HOLD, Suspects, can_be_held, held_elements, held_flow, held_set,
-    held_tuple,
-};
+use crate::compile::{HELD_LIMIT, HOLD, Suspects, can_be_held};
 
 /// Up to so many addresses are asked for one by one; beyond, the whole table is read once.
 const FEW: usize = 4;
@@ -79,17 +76,17 @@ impl FlowGuard {
     }
 
     /// Takes over what a predecessor holds.
-    pub(super) fn adopt(&mut self, compiler: &mut Compiler, ruleset: &Ruleset, now: Instant) {
-        for elem in [true, false]
-            .iter()
-            .flat_map(|v4| ruleset.expiring(&held_set(*v4)).unwrap_or_default())
-        {
-            self.held.extend(held_flow(&elem));
-        }
+    pub(super) fn adopt(&mut self, enforcer: &mut Enforcer, now: Instant) {
+        self.held.extend(enforcer.held_before());
         if !self.held.is_empty() {
-            compiler.set_holding(true);
+            enforcer.set_holding(true);
             self.look_at = Some(now + LOOK);
         }
+    }
+
+    /// Flows that are held: original tuple to reply tuple.
+    pub(super) const fn held(&self) -> &BTreeMap<Tuple, Tuple> {
+        &self.held
     }
 
     pub(super) fn suspect_all(&mut self) {
@@ -122,7 +119,7 @@ impl FlowGuard {
 
     /// Ends all connections from and to addresses that have left, and releases what is held of them: the next owner
     /// must neither inherit the one nor suffer from the other.
-    pub(super) fn end_freed(&mut self, ruleset: &mut Ruleset, now: Instant) {
+    pub(super) fn end_freed(&mut self, enforcer: &mut Enforcer, now: Instant) {
         if self.freed.is_empty() {
             return;
         }
@@ -138,7 +135,8 @@ impl FlowGuard {
             }
             !leaves
         });
-        change(ruleset, &gone, &BTreeMap::new());
+        enforcer.change_held(&gone, &BTreeMap::new(), &self.held);
+        enforcer.release_addresses(&addresses);
         let Some(conntrack) = &self.conntrack else {
             self.freed.clear();
             return;
@@ -166,19 +164,17 @@ impl FlowGuard {
     pub(super) fn judge(
         &mut self,
         netlink: &Netlink,
-        compiler: &mut Compiler,
-        ruleset: &mut Ruleset,
+        enforcer: &mut Enforcer,
         endpoints: &Endpoints,
         now: Instant,
     ) {
         let looks = self.look_at.is_some_and(|at| at <= now);
         if looks {
-            self.forget_expired(ruleset, now);
+            self.forget_expired(enforcer, now);
         }
         let suspects = std::mem::take(&mut self.pending);
         if !suspects.is_empty()
-            && let Err(error) =
-                self.judge_suspects(netlink, compiler, ruleset, endpoints, &suspects)
+            && let Err(error) = self.judge_suspects(netlink, enforcer, endpoints, &suspects)
         {
             warn!(%error, "established flows cannot be compared with policy; trying again");
             self.pending.merge(suspects);
@@ -189,20 +185,17 @@ impl FlowGuard {
         }
         if self.held.is_empty() {
             self.look_at = None;
-            compiler.set_holding(false);
+            enforcer.set_holding(false);
         }
-        ruleset.touch(compiler.take_touched());
-        ruleset.apply(compiler.program(), Instant::now());
-        if ruleset.take_emptied() && !self.held.is_empty() {
-            change(ruleset, &BTreeMap::new(), &self.held);
+        if enforcer.write_holding() && !self.held.is_empty() {
+            enforcer.change_held(&BTreeMap::new(), &self.held, &self.held);
         }
     }
 
     fn judge_suspects(
         &mut self,
         netlink: &Netlink,
-        compiler: &mut Compiler,
-        ruleset: &mut Ruleset,
+        enforcer: &mut Enforcer,
         endpoints: &Endpoints,
         suspects: &Suspects,
     ) -> Result<(), Error> {
@@ -219,7 +212,7 @@ impl FlowGuard {
             .map(|address| address.address.ip())
             .collect();
         let judge = Judge {
-            compiler,
+            compiler: enforcer.compiler(),
             endpoints,
             own: &own,
         };
@@ -232,19 +225,19 @@ impl FlowGuard {
             }
             still
         });
-        change(ruleset, &released, &BTreeMap::new());
+        enforcer.change_held(&released, &BTreeMap::new(), &self.held);
         if !released.is_empty() {
             info!(
                 flows = released.len(),
                 "policy allows flows again that were held"
             );
         }
-        self.end(compiler, ruleset, &forbidden);
+        self.end(enforcer, &forbidden);
         Ok(())
     }
 
     /// Holds and deletes, in this order.
-    fn end(&mut self, compiler: &mut Compiler, ruleset: &mut Ruleset, forbidden: &[Forbidden]) {
+    fn end(&mut self, enforcer: &mut Enforcer, forbidden: &[Forbidden]) {
         let Some(conntrack) = self.conntrack.as_ref().filter(|_| !forbidden.is_empty()) else {
             return;
         };
@@ -258,12 +251,9 @@ impl FlowGuard {
             }
         }
         if some {
-            compiler.set_holding(true);
+            enforcer.set_holding(true);
             self.look_at.get_or_insert(Instant::now() + LOOK);
-            ruleset.touch(compiler.take_touched());
-            ruleset.apply(compiler.program(), Instant::now());
-            ruleset.take_emptied();
-            change(ruleset, &BTreeMap::new(), &self.held);
+            enforcer.change_held(&BTreeMap::new(), &self.held, &self.held);
         }
         let flows: Vec<Flow> = forbidden.iter().map(|one| one.flow.clone()).collect();
         for error in conntrack
@@ -292,18 +282,15 @@ impl FlowGuard {
     }
 
     /// The kernel knows which held flows have been silent long enough.
-    fn forget_expired(&mut self, ruleset: &Ruleset, now: Instant) {
-        let mut left = BTreeSet::new();
-        for v4 in [true, false] {
-            match ruleset.expiring(&held_set(v4)) {
-                Ok(elements) => left.extend(elements.iter().filter_map(held_tuple)),
-                Err(error) => {
-                    warn!(%error, "held flows cannot be listed");
-                    self.look_at = Some(now + RETRY);
-                    return;
-                }
+    fn forget_expired(&mut self, enforcer: &Enforcer, now: Instant) {
+        let left = match enforcer.still_held(&self.held) {
+            Ok(left) => left,
+            Err(error) => {
+                warn!(%error, "held flows cannot be listed");
+                self.look_at = Some(now + RETRY);
+                return;
             }
-        }
+        };
         self.held
             .retain(|original, reply| left.contains(original) || left.contains(reply));
         self.look_at = (!self.held.is_empty()).then(|| now + LOOK);
@@ -325,24 +312,6 @@ fn suspicious(conntrack: &Conntrack, suspects: &Suspects) -> Result<Vec<Flow>, E
     flows.sort_unstable();
     flows.dedup_by(|a, b| a.original == b.original && a.zone == b.zone);
     Ok(flows)
-}
-
-/// Changes what the kernel holds. A failure is told; the entries are deleted all the same.
-fn change(ruleset: &mut Ruleset, gone: &BTreeMap<Tuple, Tuple>, new: &BTreeMap<Tuple, Tuple>) {
-    for v4 in [true, false] {
-        let elements = |flows: &BTreeMap<Tuple, Tuple>| -> Vec<Elem> {
-            flows
-                .iter()
-                .filter(|(original, _)| original.source.is_ipv4() == v4)
-                .flat_map(|(original, reply)| held_elements(original, reply))
-                .collect()
-        };
-        if let Err(rejected) =
-            ruleset.change_expiring(&held_set(v4), &elements(gone), &elements(new))
-        {
-            warn!(%rejected, "flows that policy forbids cannot be held");
-        }
-    }
 }
 
 const _: () = assert!(HOLD.as_secs() > LOOK.as_secs());

@@ -1,7 +1,7 @@
 //! From the graph's words to the kernel of one network namespace.
 //!
 //! One task ([`Dataplane`]) owns the order of things: rules first, then the way to the endpoint, then the word that it
-//! is programmed; on the way out the other way round. Rules go through [`Ruleset`], routes through
+//! is programmed; on the way out the other way round. Rules go through [`Ruleset`] or [`Iptables`], routes through
 //! [`cali_routes::Writer`], tunnels through [`ipip_vxlan::Tunnels`]; each of them adopts what it finds, listens to the
 //! kernel and puts right what somebody else changes.
 //!
@@ -15,9 +15,12 @@
 mod bystanders;
 mod driver;
 mod endpoints;
+mod enforcer;
+mod enforcer_side;
 mod flow_guard;
 mod flow_judge;
 mod host;
+mod iptables;
 mod metrics;
 mod own_addresses;
 mod resources;
@@ -27,6 +30,8 @@ mod status_log;
 
 pub use driver::{Config, Dataplane, Handle, Stopped};
 pub use endpoints::{EndpointChanges, Endpoints, interface_settings};
+pub use enforcer::BackendOverride;
+pub use iptables::{Iptables, Tools, Variant};
 pub use resources::{KINDS, Resources};
 pub use ruleset::{Refused, Ruleset};
 pub use state::{EndpointState, NotProgrammed, State, StatusSink};

@@ -152,6 +152,29 @@ impl Ruleset {
         std::mem::take(&mut self.emptied)
     }
 
+    /// Whether the table is in the kernel.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.current.exists
+    }
+
+    /// Removes the table with everything in it: another backend enforces policy.
+    ///
+    /// # Errors
+    /// The kernel's reason.
+    pub fn remove(&mut self) -> Result<(), String> {
+        let there = self.nft.tables().map_err(|error| error.to_string())?;
+        if there.iter().any(|listed| listed.name == self.table) {
+            let mut transaction = Transaction::new(self.table.clone());
+            transaction.delete_table();
+            self.nft
+                .commit(transaction)
+                .map_err(|rejected| rejected.to_string())?;
+        }
+        self.current = Program::absent();
+        Ok(())
+    }
+
     /// Everything is to be compared with the wish at the next [`Self::apply`]: at start.
     pub fn touch_all(&mut self, desired: &Program) {
         self.open.merge(Touched::all(&self.current, desired));

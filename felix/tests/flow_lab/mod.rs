@@ -29,6 +29,9 @@ impl StatusSink for Quiet {
     fn on_state(&mut self, _: &Arc<State>) {}
 }
 
+/// How long a read waits where nothing may come.
+pub(crate) const SILENCE: Duration = Duration::from_millis(20);
+
 /// A host with pods, and the channel that stands for the datastore.
 pub(crate) struct Host {
     pub(crate) ns: TestNs,
@@ -129,6 +132,14 @@ impl Host {
             .handle()
     }
 
+    /// The settings that choose a backend.
+    pub(crate) fn backend(mode: &str, iptables: &str) -> Update {
+        set(&format!(
+            r#"{{"apiVersion":"projectcalico.org/v3","kind":"FelixConfiguration","metadata":{{"name":"default"}},
+                "spec":{{"nftablesMode":"{mode}","iptablesBackend":"{iptables}"}}}}"#
+        ))
+    }
+
     /// What every test needs: the default tier, an open profile, and all pods.
     pub(crate) fn everything(&self) -> Vec<Update> {
         let mut all: Vec<Update> = [
@@ -187,14 +198,31 @@ impl Host {
     }
 
     pub(crate) fn rules(&self) -> String {
-        let output = self
-            .ns
-            .output("nft", &["-s", "list", "table", "inet", "calico"]);
-        String::from_utf8_lossy(&output.stdout).into_owned()
+        let nft = ["-s", "list", "table", "inet", "calico"].as_slice();
+        [
+            ("nft", nft),
+            ("iptables-nft-save", &[]),
+            ("iptables-legacy-save", &[]),
+            ("ipset", &["save"]),
+        ]
+        .map(|(program, args)| {
+            let output = self.ns.output(program, args);
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        })
+        .concat()
     }
 
     pub(crate) fn conntrack(&self) -> Vec<Flow> {
         Conntrack::open(self.ns.netns()).unwrap().dump().unwrap()
+    }
+
+    /// Whether anything of a flow is held.
+    pub(crate) fn holds_something(&self) -> bool {
+        let table = ["-s", "list", "table", "inet", "calico"];
+        let table = self.ns.output("nft", &table).stdout;
+        let sets = self.ns.output("ipset", &["save"]).stdout;
+        String::from_utf8_lossy(&table).contains("held")
+            || String::from_utf8_lossy(&sets).contains("add cali40held")
     }
 
     /// Flows of an address in connection tracking.
@@ -259,6 +287,22 @@ impl Host {
     {
         let ns = &self.pods[usize::from(pod) - 1];
         ns.netns().run(run).unwrap().unwrap()
+    }
+}
+
+/// Both ends of a flow talk, and so do the ends of a flow that is allowed: only these hear each other.
+pub(crate) fn is_cut(flow: &mut impl Conversation, control: &mut impl Conversation) {
+    for _ in 0..15 {
+        flow.say(true, b'!');
+        flow.say(false, b'!');
+        control.goes_on();
+        for at_client in [true, false] {
+            let heard = flow.hear(at_client, SILENCE);
+            assert!(
+                heard.is_empty(),
+                "heard {heard:?}, at the client: {at_client}"
+            );
+        }
     }
 }
 

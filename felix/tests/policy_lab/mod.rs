@@ -1,4 +1,4 @@
-//! The conformance lab with the nftables backend, as tests use it that look into the kernel themselves.
+//! The conformance lab with one backend, as tests use it that look into the kernel themselves.
 
 // Each test file uses its part of the lab.
 #![allow(dead_code, unused_imports)]
@@ -8,14 +8,29 @@ use std::ops::Deref;
 
 use cali_netlink::NetNs;
 use felix::compile::Program;
-use felix::conformance::{Backend, Nftables};
+use felix::conformance::{Backend, IptablesChains, Nftables};
 pub(crate) use felix::conformance::{Lab as Places, Listener, Place, Probe, listen};
+use felix::dataplane::Variant;
+use felix::iptables;
 use felix::verdict::{Model, Packet};
+
+/// What enforces policy in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    Nftables,
+    Iptables(Variant),
+}
+
+enum Rules {
+    Nftables(Nftables),
+    Iptables(Box<IptablesChains>),
+}
 
 /// A node, its pods and the world, and its rules.
 pub(crate) struct Lab {
+    pub(crate) by: By,
     places: Places,
-    rules: Nftables,
+    rules: Rules,
 }
 
 impl Deref for Lab {
@@ -28,30 +43,64 @@ impl Deref for Lab {
 
 impl Lab {
     pub(crate) fn new(pods: u8) -> Self {
+        Self::with(pods, By::Nftables)
+    }
+
+    pub(crate) fn with(pods: u8, by: By) -> Self {
         let places = Places::new(pods);
-        let rules = Nftables::new(places.node.netns().clone()).expect("open nf_tables");
-        Self { places, rules }
+        let netns = places.node.netns().clone();
+        let rules = match by {
+            By::Nftables => Rules::Nftables(Nftables::new(netns).expect("open nf_tables")),
+            By::Iptables(variant) => {
+                let chains = IptablesChains::new(netns, variant).expect("adopt the chains");
+                Rules::Iptables(Box::new(chains))
+            }
+        };
+        Self { by, places, rules }
+    }
+
+    fn nftables(&mut self) -> &mut Nftables {
+        match &mut self.rules {
+            Rules::Nftables(rules) => rules,
+            Rules::Iptables(_) => panic!("a lab of iptables"),
+        }
     }
 
     /// Brings the kernel to a program with one transaction, and reads back that it is there.
     pub(crate) fn enforce(&mut self, desired: &Program) {
-        if let Err(problem) = self.rules.enforce_program(desired) {
+        if let Err(problem) = self.nftables().enforce_program(desired) {
+            panic!("{problem}:\n{}", self.ruleset());
+        }
+    }
+
+    /// Brings the kernel to chains and sets, and reads back that they are there.
+    pub(crate) fn enforce_chains(&mut self, desired: &iptables::Program) {
+        let Rules::Iptables(rules) = &mut self.rules else {
+            panic!("a lab of nf_tables")
+        };
+        if let Err(problem) = rules.enforce_program(desired) {
             panic!("{problem}:\n{}", self.ruleset());
         }
     }
 
     /// Takes a dump for what is in the kernel.
     pub(crate) fn assume(&mut self, listed: Program) {
-        self.rules.assume(listed);
+        self.nftables().assume(listed);
     }
 
     pub(crate) fn listed(&self) -> Program {
-        self.rules.listed().expect("list the table")
+        match &self.rules {
+            Rules::Nftables(rules) => rules.listed().expect("list the table"),
+            Rules::Iptables(_) => panic!("a lab of iptables"),
+        }
     }
 
-    /// What `nft` itself makes of the rules: for messages of failed tests.
+    /// What the programs themselves make of the rules: for messages of failed tests.
     pub(crate) fn ruleset(&self) -> String {
-        self.rules.dump()
+        match &self.rules {
+            Rules::Nftables(rules) => rules.dump(),
+            Rules::Iptables(rules) => rules.dump(),
+        }
     }
 }
 
