@@ -4,9 +4,9 @@ use anyhow::{Context, Result, ensure};
 use cali_control::status::BgpRequest;
 use cali_tests::bgp::cali::{ask, peer};
 use cali_tests::bgp::pair::{OUR_AS, OURS, Pair, THEIR_AS, THEIRS, host, kernel_has, seen};
-use cali_tests::bgp::route::{Announcement, Community, Route};
+use cali_tests::bgp::route::{Announcement, Community, Route, listed};
 use cali_tests::bgp::speaker::{
-    Neighbour, Product, Settings, Stage, Start, all_established, table_is, wait,
+    Neighbour, Product, Settings, Speaker, Stage, Start, all_established, table_is, wait,
 };
 use cali_tests::cases;
 use std::collections::BTreeSet;
@@ -151,9 +151,11 @@ fn our_long_absence_makes_our_routes_their_last_choice(
     table_is(&mut *pair.theirs, &ours).context("after our return")
 }
 
-fn watched(stage: &mut Stage, product: Product, their_as: u32) -> Result<()> {
-    let mut pair =
-        Pair::new(stage, product, OUR_AS, their_as)?.each(|neighbour| neighbour.bfd = true);
+fn watched(stage: &mut Stage, product: Product, far: bool) -> Result<()> {
+    let mut pair = Pair::new(stage, product, OUR_AS, THEIR_AS)?.each(|neighbour| {
+        neighbour.bfd = true;
+        neighbour.far = far;
+    });
     pair.up()?;
     let neighbours = pair.our_settings.neighbours.clone();
     for neighbour in &neighbours {
@@ -198,11 +200,11 @@ fn watched(stage: &mut Stage, product: Product, their_as: u32) -> Result<()> {
 }
 
 fn bfd_over_one_hop_notices_a_silent_path(stage: &mut Stage, product: Product) -> Result<()> {
-    watched(stage, product, THEIR_AS)
+    watched(stage, product, false)
 }
 
 fn bfd_over_many_hops_notices_a_silent_path(stage: &mut Stage, product: Product) -> Result<()> {
-    watched(stage, product, OUR_AS)
+    watched(stage, product, true)
 }
 
 /// RFC 9003, in both directions.
@@ -223,7 +225,7 @@ fn words_of_a_shutdown_arrive(stage: &mut Stage, product: Product) -> Result<()>
     };
     ask(pair.ours.seat(), &drain)?;
     wait(|| {
-        let log = std::fs::read_to_string(pair.theirs.seat().file("log"))?;
+        let log = std::fs::read_to_string(pair.theirs.log())?;
         ensure!(
             log.contains(to_them),
             "the other has not logged {to_them:?}"
@@ -232,16 +234,95 @@ fn words_of_a_shutdown_arrive(stage: &mut Stage, product: Product) -> Result<()>
     })
 }
 
+/// A session without any other address than fe80::/10, as a fabric without addresses of its own has it.
+fn routes_go_over_a_link_local_session(stage: &mut Stage, product: Product) -> Result<()> {
+    let mut pair = Pair::new(stage, product, OUR_AS, THEIR_AS)?;
+    pair.our_settings.neighbours = vec![Neighbour::on_link(host(&*pair.theirs), THEIR_AS)];
+    pair.their_settings.neighbours = vec![Neighbour::on_link(host(&*pair.ours), OUR_AS)];
+    pair.up()?;
+    let known = |speaker: &mut dyn Speaker, prefixes: [&str; 3]| {
+        wait(|| {
+            let seen = speaker.table()?;
+            let names: BTreeSet<String> = seen.iter().map(|r| r.prefix.to_string()).collect();
+            ensure!(
+                names == prefixes.map(str::to_owned).into(),
+                "seen {}",
+                listed(&seen)
+            );
+            Ok(())
+        })
+    };
+    known(&mut *pair.ours, THEIRS).context("table of bgpd")?;
+    known(&mut *pair.theirs, OURS).context("table of the other")?;
+    for (speaker, other, prefixes) in [
+        (&*pair.ours, host(&*pair.theirs).link_local(), THEIRS),
+        (&*pair.theirs, host(&*pair.ours).link_local(), OURS),
+    ] {
+        kernel_has(speaker, &prefixes, true)?;
+        for prefix in prefixes {
+            let route = host(speaker).kernel_route(&prefix.parse()?);
+            let through = route.contains(&format!("via inet6 {other} dev eth0"))
+                || route.contains(&format!("via {other} dev eth0"));
+            ensure!(through, "{prefix} is not reached through {other}: {route}");
+        }
+    }
+    Ok(())
+}
+
+/// RFC 7313: what is sent again is enclosed in two markers, both ways.
+fn a_refresh_has_a_beginning_and_an_end(stage: &mut Stage, product: Product) -> Result<()> {
+    let mut pair = Pair::new(stage, product, OUR_AS, THEIR_AS)?
+        .each(|neighbour| neighbour.graceful_restart = true);
+    pair.up()?;
+    pair.exchanged()?;
+    let ours = pair.their_settings.neighbours.clone();
+    let theirs = pair.our_settings.neighbours.clone();
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        let seen = peer(pair.ours.seat(), theirs.address)?;
+        ensure!(
+            seen.capabilities
+                .iter()
+                .any(|c| c == "enhanced-route-refresh"),
+            "{} has {:?}",
+            theirs.address,
+            seen.capabilities
+        );
+        let markers = |count: u64, before: u64, who: &str| {
+            ensure!(
+                count >= before + 2,
+                "{who} had {count} ROUTE-REFRESH messages, {before} before"
+            );
+            Ok(())
+        };
+        let before = seen.messages_in.refresh;
+        pair.ours.ask_for_refresh(theirs.address)?;
+        wait(|| {
+            let count = peer(pair.ours.seat(), theirs.address)?.messages_in.refresh;
+            markers(count, before, "bgpd")
+        })?;
+        let before = pair.theirs.refreshes(ours.address)?;
+        pair.theirs.ask_for_refresh(ours.address)?;
+        wait(|| markers(pair.theirs.refreshes(ours.address)?, before, "the other"))?;
+    }
+    pair.exchanged()
+}
+
 cases! {
     bird2 (Product::Bird("bird2")):
         we_send_all_paths
+        we_take_all_paths
         ipv4_goes_over_an_ipv6_session
+        routes_go_over_a_link_local_session
+        a_refresh_has_a_beginning_and_an_end
         bfd_over_one_hop_notices_a_silent_path
         bfd_over_many_hops_notices_a_silent_path
         words_of_a_shutdown_arrive;
     bird217 (Product::Bird("bird217")):
         we_send_all_paths
+        we_take_all_paths
         ipv4_goes_over_an_ipv6_session
+        routes_go_over_a_link_local_session
+        a_refresh_has_a_beginning_and_an_end
         their_long_absence_makes_their_routes_the_last_choice
         our_long_absence_makes_our_routes_their_last_choice
         bfd_over_one_hop_notices_a_silent_path
@@ -249,7 +330,10 @@ cases! {
         words_of_a_shutdown_arrive;
     bird3 (Product::Bird("bird3")):
         we_send_all_paths
+        we_take_all_paths
         ipv4_goes_over_an_ipv6_session
+        routes_go_over_a_link_local_session
+        a_refresh_has_a_beginning_and_an_end
         their_long_absence_makes_their_routes_the_last_choice
         our_long_absence_makes_our_routes_their_last_choice
         bfd_over_one_hop_notices_a_silent_path
@@ -257,17 +341,39 @@ cases! {
         words_of_a_shutdown_arrive;
     frr8 (Product::Frr("frr")):
         we_send_all_paths
-        ipv4_goes_over_an_ipv6_session;
+        we_take_all_paths
+        ipv4_goes_over_an_ipv6_session
+        routes_go_over_a_link_local_session
+        a_refresh_has_a_beginning_and_an_end
+        bfd_over_one_hop_notices_a_silent_path
+        bfd_over_many_hops_notices_a_silent_path
+        words_of_a_shutdown_arrive;
     frr10 (Product::Frr("frr10")):
         we_send_all_paths
+        we_take_all_paths
         ipv4_goes_over_an_ipv6_session
-        their_long_absence_makes_their_routes_the_last_choice;
+        routes_go_over_a_link_local_session
+        a_refresh_has_a_beginning_and_an_end
+        their_long_absence_makes_their_routes_the_last_choice
+        our_long_absence_makes_our_routes_their_last_choice
+        bfd_over_one_hop_notices_a_silent_path
+        bfd_over_many_hops_notices_a_silent_path
+        words_of_a_shutdown_arrive;
     gobgp310 (Product::GoBgp("gobgpd")):
         we_send_all_paths
-        we_take_all_paths;
+        we_take_all_paths
+        their_long_absence_makes_their_routes_the_last_choice
+        our_long_absence_makes_our_routes_their_last_choice
+        words_of_a_shutdown_arrive;
     gobgp336 (Product::GoBgp("gobgp3")):
         we_send_all_paths
-        we_take_all_paths;
+        we_take_all_paths
+        their_long_absence_makes_their_routes_the_last_choice
+        our_long_absence_makes_our_routes_their_last_choice
+        words_of_a_shutdown_arrive;
     openbgpd (Product::OpenBgpd):
-        we_send_all_paths;
+        we_send_all_paths
+        we_take_all_paths
+        a_refresh_has_a_beginning_and_an_end
+        words_of_a_shutdown_arrive;
 }

@@ -3,6 +3,7 @@
 use crate::bgp::package;
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route, as_path};
+use crate::bgp::segment::INTERFACE;
 use crate::bgp::speaker::{
     BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
     Start,
@@ -132,8 +133,12 @@ fn session(seat: &Seat, settings: &Settings, index: usize, neighbour: &Neighbour
     if neighbour.bfd {
         options.push_str(" bfd on;");
     }
+    if neighbour.far {
+        options.push_str(" multihop;");
+    }
+    // Without it the next hop of another host of the segment stays as it is.
     let add_path = if neighbour.add_path {
-        " add paths on;"
+        " add paths on; next hop self;"
     } else {
         ""
     };
@@ -147,10 +152,15 @@ fn session(seat: &Seat, settings: &Settings, index: usize, neighbour: &Neighbour
         (false, true) => channel("ipv4", ""),
         (false, false) => channel("ipv6", ""),
     };
+    let interface = if neighbour.is_link_local() {
+        format!("%{INTERFACE}")
+    } else {
+        String::new()
+    };
     format!(
-        "protocol bgp peer{index} {{\n local {} as {};\n neighbor {} as {};\n hold time {HOLD}; connect delay time 1; \
+        "protocol bgp peer{index} {{\n debug {{ states, events, packets }};\n local {} as {};\n neighbor {}{interface} as {};\n hold time {HOLD}; connect delay time 1; \
          connect retry time 1; error wait time 1,1;{options}\n {channels}\n}}",
-        seat.host.address(v4),
+        seat.source(neighbour),
         settings.asn,
         neighbour.address,
         neighbour.asn,
@@ -228,6 +238,22 @@ impl Speaker for Bird {
         };
         self.ask(&format!("{command} {protocol}")).map(|_| ())
     }
+
+    fn refreshes(&mut self, neighbour: IpAddr) -> Result<u64> {
+        let log = std::fs::read_to_string(self.log())?;
+        Ok(refreshes(&log, &self.protocol(neighbour)?).try_into()?)
+    }
+}
+
+/// What BIRD logs of a ROUTE-REFRESH message of one protocol.
+fn refreshes(log: &str, protocol: &str) -> usize {
+    let about = log
+        .lines()
+        .filter(|line| line.contains(&format!("{protocol}:")));
+    let kinds = ["Got ROUTE-REFRESH", "Got BEGIN-OF-RR", "Got END-OF-RR"];
+    about
+        .filter(|line| kinds.iter().any(|kind| line.contains(kind)))
+        .count()
 }
 
 /// Reads `show route all`: a line for each path, its attributes indented below. The prefix of a further path of one

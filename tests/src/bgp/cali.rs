@@ -2,6 +2,7 @@
 
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route, as_path};
+use crate::bgp::segment::INTERFACE;
 use crate::bgp::speaker::{
     BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
     Start,
@@ -114,11 +115,14 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
          restart-time = {restart}\nroute-reflector-client = {}",
         neighbour.address,
         neighbour.asn,
-        seat.host.address(neighbour.address.is_ipv4()),
+        seat.source(neighbour),
         neighbour.client,
     )?;
     if let Some(password) = &neighbour.password {
         writeln!(text, "password = \"{password}\"")?;
+    }
+    if neighbour.is_link_local() {
+        writeln!(text, "interface = \"{INTERFACE}\"")?;
     }
     if neighbour.add_path {
         writeln!(text, "add-path = true")?;
@@ -135,7 +139,8 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
     if neighbour.bfd {
         writeln!(
             text,
-            "bfd = {{ transmit-interval = {BFD_INTERVAL}, receive-interval = {BFD_INTERVAL}, multiplier = 5 }}"
+            "bfd = {{ multihop = {}, transmit-interval = {BFD_INTERVAL}, receive-interval = {BFD_INTERVAL}, multiplier = 5 }}",
+            neighbour.far
         )?;
     }
     Ok(())

@@ -3,6 +3,7 @@
 use crate::bgp::package;
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route};
+use crate::bgp::segment::INTERFACE;
 use crate::bgp::speaker::{
     BFD_INTERVAL, HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker,
     Start,
@@ -53,18 +54,20 @@ impl Frr {
             .args(["-P", "0", "-u", "root", "-g", "root", "--log", "stdout"])
     }
 
+    /// The system's groups with the one that the package's installation would have made; daemons insist on it.
+    fn groups(&self) -> Result<PathBuf> {
+        let groups = std::fs::read_to_string("/etc/group")?;
+        self.seat
+            .write("group", &format!("{groups}frrvty:x:59999:root\n"))
+    }
+
     fn start_zebra(&mut self) -> Result<()> {
         self.seat.write("zebra.conf", "")?;
-        // The daemon insists on the group that the package's installation would have made.
-        let groups = std::fs::read_to_string("/etc/group")?;
-        let group = self
-            .seat
-            .write("group", &format!("{groups}frrvty:x:59999:root\n"))?;
         let launch = self
             .launch("zebra")
             .arg("-K")
             .arg(RESTART)
-            .bind(group, "/etc/group");
+            .bind(self.groups()?, "/etc/group");
         let log = self.seat.file("zebra.log");
         let mut zebra = Process::start("zebra", &self.seat.host, &launch, &log)?;
         Seat::ready(&mut zebra, || self.ask("zebra", &["show version"]))?;
@@ -74,10 +77,11 @@ impl Frr {
 
     fn start_bfdd(&mut self) -> Result<()> {
         self.seat.write("bfdd.conf", "")?;
-        let launch = self
-            .launch("bfdd")
-            .arg("--bfdctl")
-            .path(self.seat.file("bfdd.sock"));
+        let mut launch = self.launch("bfdd").bind(self.groups()?, "/etc/group");
+        // Later releases have no such socket.
+        if self.package.ends_with("frr") {
+            launch = launch.arg("--bfdctl").path(self.seat.file("bfdd.sock"));
+        }
         let log = self.seat.file("bfdd.log");
         let mut bfdd = Process::start("bfdd", &self.seat.host, &launch, &log)?;
         Seat::ready(&mut bfdd, || self.ask("bfdd", &["show version"]))?;
@@ -185,11 +189,16 @@ fn session(seat: &Seat, neighbour: &Neighbour) -> String {
     let mut lines = vec![
         format!(" neighbor {address} remote-as {}", neighbour.asn),
         format!(" neighbor {address} timers connect 1"),
-        format!(
-            " neighbor {address} update-source {}",
-            seat.host.address(address.is_ipv4())
-        ),
     ];
+    if neighbour.is_link_local() {
+        lines.push(format!(" neighbor {address} interface {INTERFACE}"));
+    } else {
+        let source = seat.source(neighbour);
+        lines.push(format!(" neighbor {address} update-source {source}"));
+    }
+    if neighbour.far {
+        lines.push(format!(" neighbor {address} ebgp-multihop"));
+    }
     if let Some(password) = &neighbour.password {
         lines.push(format!(" neighbor {address} password {password}"));
     }
@@ -218,6 +227,8 @@ fn family(settings: &Settings, v4: bool) -> String {
         }
         if neighbour.add_path {
             lines.push(format!("  neighbor {address} addpath-tx-all-paths"));
+            // Without it the next hop of another host of the segment stays as it is.
+            lines.push(format!("  neighbor {address} next-hop-self"));
         }
     }
     for (index, announcement) in settings.announcements.iter().enumerate() {
@@ -249,7 +260,7 @@ impl Speaker for Frr {
         self.seat
             .write("bgpd.conf", &config(&self.seat, settings)?)?;
         let launch = self.launch("bgpd").arg("-S");
-        let log = self.seat.file("bgpd.log");
+        let log = self.log();
         let mut bgpd = Process::start("FRR's bgpd", &self.seat.host, &launch, &log)?;
         Seat::ready(&mut bgpd, || self.ask("bgpd", &["show version"]))?;
         self.bgpd = Some(bgpd);
@@ -313,6 +324,26 @@ impl Speaker for Frr {
         let command = format!("clear bgp {family} unicast {neighbour} soft in");
         self.ask("bgpd", &[&command]).map(|_| ())
     }
+
+    fn shut(&mut self, neighbour: IpAddr, words: &str) -> Result<()> {
+        let settings = self.settings.as_ref().context("FRR was not started")?;
+        let router = format!("router bgp {}", settings.asn);
+        let shut = format!("neighbor {neighbour} shutdown message {words}");
+        self.ask("bgpd", &["configure terminal", &router, &shut])
+            .map(|_| ())
+    }
+
+    fn refreshes(&mut self, neighbour: IpAddr) -> Result<u64> {
+        let answer = self.show(&format!("show bgp neighbors {neighbour} json"))?;
+        let count = &answer[neighbour.to_string()]["messageStats"]["routeRefreshRecv"];
+        count
+            .as_u64()
+            .with_context(|| format!("no count in {answer}"))
+    }
+
+    fn log(&self) -> PathBuf {
+        self.seat.file("bgpd.log")
+    }
 }
 
 fn route(prefix: &str, path: &Value) -> Result<Route> {
@@ -333,7 +364,10 @@ fn route(prefix: &str, path: &Value) -> Result<Route> {
     let words = |key: &str| path[key]["string"].as_str().unwrap_or_default().to_owned();
     let mut communities = std::collections::BTreeSet::new();
     for word in words("community").split_whitespace() {
-        communities.insert(Community::standard(word)?);
+        communities.insert(match word {
+            "llgr-stale" => Community::Standard(65535, 6),
+            word => Community::standard(word)?,
+        });
     }
     for word in words("largeCommunity").split_whitespace() {
         communities.insert(Community::large(word)?);

@@ -3,7 +3,9 @@
 use crate::bgp::package;
 use crate::bgp::process::{Launch, Process};
 use crate::bgp::route::{Announcement, Community, Route};
-use crate::bgp::speaker::{HOLD, Neighbour, RESTART, Seat, Settings, Speaker, Start};
+use crate::bgp::speaker::{
+    HOLD, LONG_LIVED, Neighbour, RESTART, SHORT_RESTART, Seat, Settings, Speaker, Start,
+};
 use crate::lab::checked;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -101,7 +103,13 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
          hold-time = {HOLD}\nkeepalive-interval = 3\nidle-hold-time-after-reset = 1",
         seat.host.address(v4)
     )?;
-    if neighbour.graceful_restart {
+    if neighbour.long_lived {
+        writeln!(
+            text,
+            "[neighbors.graceful-restart.config]\nenabled = true\nrestart-time = {SHORT_RESTART}\n\
+             deferral-time = {RESTART}\nlong-lived-enabled = true"
+        )?;
+    } else if neighbour.graceful_restart {
         writeln!(
             text,
             "[neighbors.graceful-restart.config]\nenabled = true\nrestart-time = {RESTART}\ndeferral-time = {RESTART}"
@@ -119,10 +127,16 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
         "[[neighbors.afi-safis]]\n[neighbors.afi-safis.config]\nafi-safi-name = \"{}-unicast\"",
         family(v4)
     )?;
-    if neighbour.graceful_restart {
+    if neighbour.graceful_restart || neighbour.long_lived {
         writeln!(
             text,
             "[neighbors.afi-safis.mp-graceful-restart.config]\nenabled = true"
+        )?;
+    }
+    if neighbour.long_lived {
+        writeln!(
+            text,
+            "[neighbors.afi-safis.long-lived-graceful-restart.config]\nenabled = true\nrestart-time = {LONG_LIVED}"
         )?;
     }
     if neighbour.add_path {
@@ -212,6 +226,12 @@ impl Speaker for GoBgp {
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()> {
         // Its `softresetin` only applies its own policy again.
         bail!("GoBGP has no command that asks {neighbour} for its routes")
+    }
+
+    fn shut(&mut self, neighbour: IpAddr, words: &str) -> Result<()> {
+        let address = neighbour.to_string();
+        self.ask(&["neighbor", &address, "shutdown", "--reason", words])
+            .map(|_| ())
     }
 
     fn has_kernel_routes(&self) -> bool {

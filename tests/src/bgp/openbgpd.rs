@@ -71,6 +71,10 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
         text.push_str(&session(seat, neighbour));
     }
     text.push_str("allow from any\nallow to any\n");
+    for neighbour in settings.neighbours.iter().filter(|n| n.add_path) {
+        // Without it the next hop of another host of the segment stays as it is.
+        writeln!(text, "match to {} set nexthop self", neighbour.address)?;
+    }
     Ok(text)
 }
 
@@ -98,6 +102,7 @@ fn session(seat: &Seat, neighbour: &Neighbour) -> String {
         format!(" remote-as {}", neighbour.asn),
         format!(" local-address {}", seat.host.address(v4)),
         format!(" announce {} unicast", if v4 { "IPv4" } else { "IPv6" }),
+        " announce enhanced refresh yes".to_owned(),
         format!(" announce restart {}", yes(neighbour.graceful_restart)),
     ];
     if let Some(password) = &neighbour.password {
@@ -174,6 +179,20 @@ impl Speaker for OpenBgpd {
     fn ask_for_refresh(&mut self, neighbour: IpAddr) -> Result<()> {
         self.ask(&["neighbor", &neighbour.to_string(), "refresh"])
             .map(|_| ())
+    }
+
+    fn shut(&mut self, neighbour: IpAddr, words: &str) -> Result<()> {
+        self.ask(&["neighbor", &neighbour.to_string(), "down", words])
+            .map(|_| ())
+    }
+
+    fn refreshes(&mut self, neighbour: IpAddr) -> Result<u64> {
+        let answer = self.show(&["-j", "show", "neighbor", &neighbour.to_string()])?;
+        let neighbour = &answer["neighbors"][0];
+        let count = &neighbour["stats"]["message"]["received"]["route_refresh"];
+        count
+            .as_u64()
+            .with_context(|| format!("no count in {neighbour}"))
     }
 }
 

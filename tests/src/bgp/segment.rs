@@ -11,7 +11,10 @@ pub struct Segment {
     plugged: u8,
 }
 
-/// A speaker's place on the segment: a namespace with `eth0`.
+/// The interface of every host.
+pub const INTERFACE: &str = "eth0";
+
+/// A speaker's place on the segment: a namespace with [`INTERFACE`].
 #[derive(Debug)]
 pub struct Host {
     pub ns: TestNs,
@@ -26,7 +29,7 @@ impl Segment {
         Self { bridge, plugged: 0 }
     }
 
-    /// A new host, with the next address: 10.77.0.N/24 and fd77::N/64.
+    /// A new host, with the next address: 10.77.0.N/24 and fd77::N/64 and fe80::N/64.
     pub fn host(&mut self) -> Arc<Host> {
         self.plugged += 1;
         let number = self.plugged;
@@ -38,11 +41,11 @@ impl Segment {
         let host = Host { ns, number };
         host.ns
             .ip(&format!("addr add {}/24 dev eth0", host.address(true)));
-        // Nobody else has this address: the wait of duplicate address detection would only cost time.
-        host.ns.ip(&format!(
-            "addr add {}/64 dev eth0 nodad",
-            host.address(false)
-        ));
+        host.ns.ip("link set eth0 addrgenmode none");
+        // Nobody else has these addresses: the wait of duplicate address detection would only cost time.
+        for address in [host.address(false), host.link_local()] {
+            host.ns.ip(&format!("addr add {address}/64 dev eth0 nodad"));
+        }
         self.bridge
             .ip(&format!("link set port{number} master br0 up"));
         host.ns.ip("link set eth0 up");
@@ -64,6 +67,11 @@ impl Host {
         } else {
             IpAddr::V6(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, self.number.into()))
         }
+    }
+
+    /// The link-local address, `fe80::N`.
+    pub fn link_local(&self) -> IpAddr {
+        IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, self.number.into()))
     }
 
     /// The IPv4 address, which is the BGP identifier as well.

@@ -52,8 +52,10 @@ pub struct Neighbour {
     pub extended: bool,
     /// Long-lived graceful restart (RFC 9494), after a restart time of [`SHORT_RESTART`].
     pub long_lived: bool,
-    /// The path is watched by BFD (RFC 5882): single hop between two AS numbers, multihop within one.
+    /// The path is watched by BFD (RFC 5882).
     pub bfd: bool,
+    /// The neighbour may be more than one hop away, also for BFD.
+    pub far: bool,
 }
 
 impl Settings {
@@ -107,7 +109,22 @@ impl Neighbour {
             extended: false,
             long_lived: false,
             bfd: false,
+            far: false,
         }
+    }
+
+    /// A session over link-local addresses with routes of both families.
+    pub fn on_link(host: &Host, asn: u32) -> Self {
+        Self {
+            address: host.link_local(),
+            extended: true,
+            ..Self::of(host, false, asn)
+        }
+    }
+
+    /// Whether the address means something on one interface only.
+    pub fn is_link_local(&self) -> bool {
+        matches!(self.address, IpAddr::V6(address) if address.is_unicast_link_local())
     }
 
     /// A session over each family.
@@ -151,6 +168,16 @@ pub trait Speaker {
         anyhow::bail!("no command ends the session with {neighbour} with {words:?}")
     }
 
+    /// ROUTE-REFRESH messages of this neighbour so far, requests and markers (RFC 7313).
+    fn refreshes(&mut self, neighbour: IpAddr) -> Result<u64> {
+        anyhow::bail!("ROUTE-REFRESH messages of {neighbour} are not counted")
+    }
+
+    /// What its BGP process prints.
+    fn log(&self) -> PathBuf {
+        self.seat().file("log")
+    }
+
     /// Whether it keeps the routes of a neighbour that restarts (RFC 4724 §4.2).
     fn keeps_routes(&self) -> bool {
         true
@@ -178,6 +205,15 @@ impl Seat {
         let file = self.file(name);
         std::fs::write(&file, content)?;
         Ok(file)
+    }
+
+    /// Our address of a session.
+    pub fn source(&self, neighbour: &Neighbour) -> IpAddr {
+        if neighbour.is_link_local() {
+            self.host.link_local()
+        } else {
+            self.host.address(neighbour.address.is_ipv4())
+        }
     }
 
     /// Waits until the daemon answers; what it said last, or how it ended, is the error.
