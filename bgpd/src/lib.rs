@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod bfd;
+pub mod bmp;
 pub mod config;
 pub mod control;
 pub mod devices;

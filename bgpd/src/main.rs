@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bgpd::agent::{Agent, SetLevel};
+use bgpd::bmp::{Station, Stations};
 use bgpd::config::standalone::{self, Configuration};
 use bgpd::config::{KINDS, Local};
 use bgpd::metrics::Metrics;
@@ -53,6 +54,15 @@ struct Arguments {
     /// Serves Prometheus metrics at this address and port.
     #[arg(long, env = "CALI_BGP_METRICS_ADDRESS", value_name = "ADDRESS:PORT")]
     metrics: Option<SocketAddr>,
+    /// Monitoring stations (BMP, RFC 7854) of a node, each ADDRESS:PORT with ",before", ",after" or ",both": routes
+    /// before or after the import policy. With --config the file names them.
+    #[arg(
+        long,
+        env = "CALI_BGP_BMP_STATIONS",
+        value_delimiter = ' ',
+        value_name = "ADDRESS:PORT[,ROUTES]"
+    )]
+    bmp: Vec<Station>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -168,10 +178,16 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
     let started = std::sync::OnceLock::new();
     let metrics = Metrics::default();
     let _serving = serve_metrics(arguments.metrics, &metrics).await?;
+    let stations = std::sync::Mutex::new(None);
     let serve = |speaker: &Speaker| {
         metrics.of(speaker);
         // The agent starts one speaker only.
         let _ = started.set(speaker.clone());
+        let mut told = Stations::new(speaker.clone());
+        told.follow(&arguments.bmp);
+        if let Ok(mut stations) = stations.lock() {
+            *stations = Some(told);
+        }
         tokio::spawn(control::serve(listener, speaker.clone()));
     };
     let agent = Agent::new(local, arguments.secrets.clone())
@@ -189,6 +205,10 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
             if let Some(speaker) = started.get() {
                 speaker.prepare_restart().await?;
             }
+            let told = stations.lock().ok().and_then(|mut stations| stations.take());
+            if let Some(stations) = told {
+                stations.end().await;
+            }
             Ok(())
         }
     }
@@ -196,7 +216,11 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
 
 #[tokio::main]
 async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
-    let Configuration { settings, install } = read_configuration(file)?;
+    let Configuration {
+        settings,
+        install,
+        stations: named,
+    } = read_configuration(file)?;
     let netlink = kernel()?;
     let sink: Box<dyn Sink> = if install {
         let kernel = Kernel::start(netlink.clone());
@@ -210,6 +234,8 @@ async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     metrics.of(&speaker);
     let _serving = serve_metrics(arguments.metrics, &metrics).await?;
     tokio::spawn(control::serve(listener, speaker.clone()));
+    let mut stations = Stations::new(speaker.clone());
+    stations.follow(&named);
     let mut reload = signal(SignalKind::hangup())?;
     loop {
         tokio::select! {
@@ -220,12 +246,14 @@ async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
                         tracing::warn!("a change of install counts from the next start on");
                     }
                     speaker.configure(next.settings).await?;
+                    stations.follow(&next.stations);
                 }
                 Err(error) => tracing::error!(error = format!("{error:#}"), "the old configuration stays"),
             },
             signal = terminated() => {
                 tracing::info!(signal = signal?, "ending silently");
                 speaker.prepare_restart().await?;
+                stations.end().await;
                 return Ok(());
             }
         }

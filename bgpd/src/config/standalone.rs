@@ -22,6 +22,7 @@
 //! ```
 
 mod neighbor;
+mod station;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -29,6 +30,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use cali_api::{Asn, Cidr};
 use serde::Deserialize;
 
+use crate::bmp::Station;
 use crate::policy::LocalKind;
 use crate::rib::LocalRoute;
 use crate::speaker::settings::{HostRules, Settings};
@@ -61,6 +63,8 @@ struct File {
     range: Vec<Keys>,
     #[serde(default)]
     announce: Vec<Announce>,
+    #[serde(default)]
+    bmp: Vec<station::Keys>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -102,6 +106,8 @@ pub struct Configuration {
     pub settings: Settings,
     /// Whether best paths are written into the kernel.
     pub install: bool,
+    /// Who is told what peers say (RFC 7854).
+    pub stations: Vec<Station>,
 }
 
 /// Why a file cannot be used, in words for an operator.
@@ -181,6 +187,7 @@ pub fn parse(text: &str) -> Result<Configuration, FileError> {
     Ok(Configuration {
         settings,
         install: file.install,
+        stations: file.bmp.iter().map(station::Keys::station).collect(),
     })
 }
 

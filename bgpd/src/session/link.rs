@@ -30,8 +30,10 @@ const SLICES: usize = 512;
 /// What a link reports.
 #[derive(Debug)]
 pub(super) enum LinkEvent {
-    /// A message other than UPDATE; an OPEN comes with what it and ours agree on.
-    Message(Message, Option<Box<Negotiated>>),
+    /// OPEN, with what it and ours agree on.
+    Open(Open, Box<Negotiated>),
+    /// A message other than OPEN and UPDATE.
+    Message(Message),
     /// UPDATEs that arrived together; at least one.
     Updates(Vec<Update>),
     /// The decoder refused the stream.
@@ -152,18 +154,15 @@ where
                 Ok(None) => break,
                 Err(fault) => return LinkEvent::Malformed(fault),
             };
-            let negotiated = if let Message::Open(theirs) = &message {
-                let negotiated = Negotiated::between(ours, theirs);
+            let event = if let Message::Open(theirs) = message {
+                let negotiated = Negotiated::between(ours, &theirs);
                 codec = negotiated.codec;
                 framer.set_extended(codec.extended_message);
-                Some(Box::new(negotiated))
+                LinkEvent::Open(theirs, Box::new(negotiated))
             } else {
-                None
+                LinkEvent::Message(message)
             };
-            if report(LinkEvent::Message(message, negotiated))
-                .await
-                .is_err()
-            {
+            if report(event).await.is_err() {
                 return LinkEvent::Closed;
             }
         }

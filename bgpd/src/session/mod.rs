@@ -82,6 +82,8 @@ pub(crate) struct SessionUp {
     pub(crate) local: SocketAddr,
     pub(crate) remote: SocketAddr,
     pub(crate) capabilities: Vec<Capability>,
+    /// The whole OPEN messages, ours and the peer's.
+    pub(crate) opens: (Bytes, Bytes),
     /// Where encoded routes go.
     pub(crate) routes: mpsc::Sender<Vec<Bytes>>,
 }
@@ -104,7 +106,17 @@ struct Slot {
     link: Link,
     local: SocketAddr,
     remote: SocketAddr,
-    opened: Option<(Negotiated, Vec<Capability>)>,
+    /// Our OPEN.
+    sent: Bytes,
+    opened: Option<Opened>,
+}
+
+/// What came of the peer's OPEN.
+#[derive(Clone)]
+struct Opened {
+    negotiated: Negotiated,
+    capabilities: Vec<Capability>,
+    message: Bytes,
 }
 
 /// The state of a neighbour's task.
@@ -285,7 +297,7 @@ impl Session {
         else {
             return;
         };
-        let Some((negotiated, _)) = &slot.opened else {
+        let Some(Opened { negotiated, .. }) = &slot.opened else {
             return;
         };
         if !negotiated.route_refresh {
@@ -347,13 +359,15 @@ impl Session {
             return;
         }
         let message = match event {
-            LinkEvent::Message(message, negotiated) => {
-                if let (Message::Open(open), Some(negotiated)) = (&message, negotiated) {
-                    slot.opened
-                        .get_or_insert_with(|| (*negotiated, open.capabilities.clone()));
-                }
-                message
+            LinkEvent::Open(open, negotiated) => {
+                slot.opened.get_or_insert_with(|| Opened {
+                    negotiated: *negotiated,
+                    capabilities: open.capabilities.clone(),
+                    message: whole(&Message::Open(open.clone())),
+                });
+                Message::Open(open)
             }
+            LinkEvent::Message(message) => message,
             LinkEvent::Updates(updates) => return self.on_updates(role, updates),
             LinkEvent::Malformed(notify) => return self.event(Event::Malformed(role, notify)),
             LinkEvent::Closed => return self.event(Event::Closed(role)),
@@ -491,11 +505,13 @@ impl Session {
         let message = Message::Open(ours.clone());
         let link = Link::start(connection, role, self.serial, ours, SEND_HOLD, reports);
         self.around.counters.on_sent(&message);
-        send(&link, &message, &Codec::basic(PeerKind::Ibgp));
+        let sent = whole(&message);
+        link.send(sent.clone());
         self.slots[role as usize] = Some(Slot {
             link,
             local,
             remote,
+            sent,
             opened: None,
         });
     }
@@ -560,7 +576,9 @@ impl Session {
         let codec = slot
             .opened
             .as_ref()
-            .map_or(Codec::basic(PeerKind::Ibgp), |(n, _)| n.codec);
+            .map_or(Codec::basic(PeerKind::Ibgp), |opened| {
+                opened.negotiated.codec
+            });
         self.around.counters.on_sent(message);
         send(&slot.link, message, &codec);
     }
@@ -569,9 +587,10 @@ impl Session {
         let Some(slot) = &mut self.slots[role as usize] else {
             return;
         };
-        let Some((negotiated, capabilities)) = slot.opened.clone() else {
+        let Some(opened) = slot.opened.clone() else {
             return;
         };
+        let negotiated = opened.negotiated;
         let (routes, queue) = mpsc::channel(ROUTE_QUEUE);
         slot.link.routes(queue);
         self.epoch += 1;
@@ -581,11 +600,21 @@ impl Session {
             negotiated,
             local: slot.local,
             remote: slot.remote,
-            capabilities,
+            capabilities: opened.capabilities,
+            opens: (slot.sent.clone(), opened.message),
             routes,
         };
         self.report(Report::Up(Box::new(up)));
     }
+}
+
+/// An OPEN as octets.
+fn whole(open: &Message) -> Bytes {
+    open.encode(&Codec::basic(PeerKind::Ibgp))
+        .unwrap_or_else(|error| {
+            warn!(%error, "an OPEN could not be encoded");
+            Bytes::new()
+        })
 }
 
 fn send(link: &Link, message: &Message, codec: &Codec) {

@@ -12,6 +12,7 @@ mod dump;
 mod dynamic;
 mod explain;
 mod listening;
+mod monitor;
 mod neighbours;
 mod paths;
 mod restart;
@@ -29,6 +30,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::bmp::{Feed, Station};
 use crate::gr::{Heard, Progress, Restarter};
 use crate::reach::Reach;
 use crate::rib::{Gateway, NextHopState, PeerSlot, Rib};
@@ -38,6 +40,7 @@ use crate::transport::{Connection, Transport};
 use crate::wire::Prefix;
 use admission::Admission;
 use listening::Listening;
+use monitor::Monitor;
 use neighbours::Running;
 use settings::Settings;
 use table::Waiting;
@@ -71,6 +74,8 @@ pub enum Order {
     Configure(Box<Settings>),
     /// A request of the status socket.
     Ask(BgpRequest, oneshot::Sender<BgpResponse>),
+    /// A BMP station has connected, and takes what comes through this.
+    Monitor(Station, Feed),
     /// The process is about to end, and its peers shall keep its routes.
     PrepareRestart(oneshot::Sender<()>),
 }
@@ -103,6 +108,14 @@ impl Speaker {
     pub async fn configure(&self, settings: Settings) -> Result<(), Ended> {
         self.orders
             .send(Order::Configure(Box::new(settings)))
+            .await
+            .map_err(|_| Ended)
+    }
+
+    /// Tells a station about peers and their routes from now on; it has just connected and knows nothing.
+    pub(crate) async fn monitor(&self, station: Station, feed: Feed) -> Result<(), Ended> {
+        self.orders
+            .send(Order::Monitor(station, feed))
             .await
             .map_err(|_| Ended)
     }
@@ -145,6 +158,7 @@ struct State {
     /// Neighbours and ranges whose password could not be set on a listening socket: nothing is accepted from them.
     unprotected: BTreeSet<Prefix>,
     paths: Option<paths::Watch>,
+    monitors: Vec<Monitor>,
     restarter: Restarter<IpAddr>,
     /// Waits of our restart that end with this batch.
     progress: Progress,
@@ -189,6 +203,7 @@ impl State {
             admission: Admission::default(),
             unprotected: BTreeSet::new(),
             paths: None,
+            monitors: Vec::new(),
             restarting: watch::Sender::new(true),
             reports: mpsc::channel(REPORTS),
             accepted: mpsc::channel(QUEUE),
@@ -225,6 +240,7 @@ impl State {
                         // The asker may have gone away.
                         let _ = answer.send(response);
                     }
+                    Some(Order::Monitor(station, feed)) => self.monitor(&station, feed),
                     Some(Order::PrepareRestart(done)) => {
                         self.leave_paths().await;
                         let _ = done.send(());
@@ -236,6 +252,7 @@ impl State {
                 Some((address, epoch)) = self.waiting.next(), if !self.waiting.is_empty() => {
                     self.feed(address, epoch);
                 }
+                () = monitor::room(&self.monitors), if !self.monitors.is_empty() => self.monitor_more(),
                 () = sleep_until(timer.unwrap_or(far)), if timer.is_some() => self.on_timers(),
             }
             self.commit();
@@ -276,6 +293,7 @@ impl State {
         helpers
             .chain(self.deferral_ends)
             .chain(self.recheck_at)
+            .chain(self.monitors.iter().map(|m| m.statistics_at))
             .min()
     }
 
@@ -291,6 +309,7 @@ impl State {
             self.recheck();
         }
         self.helper_timers(now);
+        self.monitor_statistics(now);
         self.forget_dynamic(now);
     }
 

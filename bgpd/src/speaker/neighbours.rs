@@ -14,7 +14,7 @@ use super::dynamic::Dynamic;
 use super::restart::EndOfRib;
 use super::settings::{Neighbour, SessionSettings, Settings};
 use super::{State, unix_now};
-use crate::fsm;
+use crate::fsm::{self, DownCause};
 use crate::gr::{Heard, Helper, HelperTimer};
 use crate::rib::{PeerId, PeerSlot, RibInput};
 use crate::session::{Command, Counters, PeerReport, Report, Session, SessionUp, Surroundings};
@@ -181,7 +181,8 @@ impl State {
         }
         self.admission.forget(address);
         self.slots.remove(&running.slot);
-        if running.live.is_some() {
+        if let Some(live) = &running.live {
+            self.monitor_down(address, running.slot, live, None);
             self.rib.handle(RibInput::PeerDown {
                 peer: running.id(),
                 retain: FamilySet::EMPTY,
@@ -249,6 +250,7 @@ impl State {
         for running in self.neighbours.values() {
             self.command(running, Command::Stop(notify.clone()));
         }
+        self.monitor_leaving(&DownCause::Sent(notify));
     }
 
     /// Takes in what a neighbour's task reports. Returns how many routes it held, counting a message without any as one.
@@ -277,6 +279,7 @@ impl State {
                 running.epoch = epoch;
                 running.shown.established_count += 1;
                 self.session_up(address, *up);
+                self.monitor_up(address);
             }
             Report::Down(cause) => {
                 running.shown.last_down = Some(now(cause.describe()));
@@ -291,6 +294,7 @@ impl State {
                 for update in updates {
                     routes += update.routes();
                     let end = update.as_end_of_rib();
+                    self.monitor_update(address, &update);
                     self.rib.update(peer, &update);
                     if let Some(family) = end {
                         self.end_of_rib(address, family);
@@ -310,7 +314,10 @@ impl State {
                         self.rib.handle(RibInput::RefreshRequested { peer, family })
                     }
                     RefreshKind::Begin => self.rib.handle(RibInput::RefreshBegin { peer, family }),
-                    RefreshKind::End => self.rib.handle(RibInput::RefreshEnd { peer, family }),
+                    RefreshKind::End => {
+                        self.rib.handle(RibInput::RefreshEnd { peer, family });
+                        self.monitor_refreshed(address, family);
+                    }
                     RefreshKind::Unknown(_) => {}
                 }
             }

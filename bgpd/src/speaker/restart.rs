@@ -151,13 +151,17 @@ impl State {
         let Some(running) = self.neighbours.get_mut(&address) else {
             return;
         };
-        if running.epoch != epoch || running.live.take().is_none() {
+        if running.epoch != epoch {
             return;
         }
+        let Some(live) = running.live.take() else {
+            return;
+        };
         let actions = running.helper.handle(HelperEvent::Down {
             keep: cause.keeps_routes(),
         });
         let (peer, retain) = (running.id(), running.helper.stale());
+        self.monitor_down(address, peer.slot, &live, Some(cause));
         if !retain.is_empty() {
             info!(peer = %address, families = ?retain, "keeping the neighbour's routes while it restarts");
         }

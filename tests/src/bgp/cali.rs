@@ -95,6 +95,12 @@ fn config(seat: &Seat, settings: &Settings) -> Result<String> {
     for announcement in &settings.announcements {
         originate(&mut text, announcement)?;
     }
+    if let Some(station) = &settings.station {
+        writeln!(
+            text,
+            "\n[[bmp]]\nstation = \"{station}\"\nroutes = \"both\"\nstatistics = 1"
+        )?;
+    }
     Ok(text)
 }
 

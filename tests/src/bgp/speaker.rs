@@ -33,6 +33,8 @@ pub struct Settings {
     pub asn: u32,
     pub neighbours: Vec<Neighbour>,
     pub announcements: Vec<Announcement>,
+    /// A BMP station of ours, ADDRESS:PORT.
+    pub station: Option<String>,
 }
 
 /// One session. Routes of the family of its address are exchanged.
@@ -65,6 +67,7 @@ impl Settings {
             asn,
             neighbours: neighbours.into_iter().collect(),
             announcements: Vec::new(),
+            station: None,
         }
     }
 
