@@ -177,6 +177,14 @@ impl Error {
         matches!(self.code(), Some(Errno::EPERM | Errno::EACCES))
     }
 
+    /// No route leads there (`ENETUNREACH`, `EHOSTUNREACH`), or one that drops (`EACCES`, `EINVAL`).
+    pub fn is_unreachable(&self) -> bool {
+        matches!(
+            self.code(),
+            Some(Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::EINVAL)
+        )
+    }
+
     /// This kernel does not know the kind of object (`EOPNOTSUPP`, `EPROTONOSUPPORT`, `EAFNOSUPPORT`).
     pub fn is_unsupported(&self) -> bool {
         matches!(

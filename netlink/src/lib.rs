@@ -8,6 +8,7 @@
 //! - [`ipset`]: IP sets, with our own encoder and decoder.
 //! - [`conntrack`], [`sysctl`], [`tcp`], [`fdpass`]: the rest of what a node needs from the kernel.
 //! - [`wireguard`]: keys and peers of WireGuard devices, over generic netlink.
+//! - [`echo`]: whether a path carries packets of a size.
 //! - [`process`]: a process held by a descriptor.
 //! - [`reconcile`]: the pure planner that every kernel programmer here uses.
 //! - [`probe`]: what this host can do, said so that an operator can act on it.
@@ -18,6 +19,7 @@
 pub mod address;
 pub mod command;
 pub mod conntrack;
+pub mod echo;
 pub mod error;
 pub mod events;
 pub mod fdpass;

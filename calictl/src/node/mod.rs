@@ -1,5 +1,8 @@
 //! `calictl node`: the node that this command runs on.
 
+mod checksystem;
+mod path;
+
 use crate::{bgp_table, output, sockets};
 use anyhow::{Context, Result, bail};
 use cali_control::paths::run_dir;
@@ -18,6 +21,12 @@ pub(crate) enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
+    /// Try out whether this host, and the paths to the other nodes, can do what Cali asks of them
+    Checksystem {
+        /// Accepted as `calicoctl` does and not read: what the kernel can do is tried out
+        #[arg(short = 'f', long, value_name = "PATH")]
+        kernel_config: Option<std::path::PathBuf>,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -29,6 +38,7 @@ pub(crate) enum Output {
 pub(crate) async fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Status { output } => status(*output).await,
+        Command::Checksystem { .. } => checksystem::run().await,
     }
 }
 
