@@ -228,7 +228,8 @@ fn endpoint(wide: bool) -> Vec<Column> {
     columns
 }
 
-fn text(value: &Value) -> String {
+/// A value as a cell shows it.
+pub(crate) fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),

@@ -1,7 +1,7 @@
 //! `calictl`: the command line of Cali.
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 mod bgp;
@@ -9,14 +9,20 @@ mod bgp_table;
 mod columns;
 mod conformance;
 mod converted;
+mod edit;
+mod explain;
 mod flow;
+mod format;
+mod get;
 mod ipam;
 mod lab;
 mod manifests;
 mod node;
 mod output;
 mod resources;
+mod shell;
 mod sockets;
+mod version;
 
 use resources::Verb;
 
@@ -33,7 +39,7 @@ enum Command {
     /// Create resources, or change those that exist
     Apply(resources::Files),
     /// Create resources that do not exist yet
-    Create(resources::Files),
+    Create(resources::Create),
     /// Replace resources that exist
     Replace(resources::Files),
     /// Check resources without touching the datastore
@@ -41,7 +47,13 @@ enum Command {
     /// Delete resources
     Delete(resources::Delete),
     /// Show resources
-    Get(resources::Get),
+    Get(get::Get),
+    /// Show the fields of a kind: types, values, rules
+    Explain(explain::Explain),
+    /// Set or remove a label of a resource
+    Label(edit::Label),
+    /// Change some fields of a resource
+    Patch(edit::Patch),
     /// Explain what happens to a flow: who allows or denies it, and the way it takes
     Trace(flow::Trace),
     /// Show which flows between pods a file would allow or deny, without applying it
@@ -62,6 +74,12 @@ enum Command {
     /// Run a containerlab topology in network namespaces on this machine
     #[command(subcommand)]
     Lab(lab::Command),
+    /// The version of this program, and of the cluster
+    Version(version::Version),
+    /// A completion script for a shell
+    Completion(shell::Completion),
+    /// Write manual pages into a folder
+    Man(shell::Man),
 }
 
 fn main() -> ExitCode {
@@ -75,12 +93,22 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
-    if let Command::Lab(command) = command {
-        return lab::run(command);
+    // What needs neither a runtime nor a datastore.
+    match command {
+        Command::Lab(command) => return lab::run(command),
+        Command::Conformance(arguments) => return conformance::run(&arguments),
+        Command::Version(version) if version.needs_no_datastore() => {
+            output::write(version::client())
+        }
+        Command::Completion(completion) => shell::completion(&completion, Arguments::command()),
+        Command::Explain(arguments) => explain::run(&arguments)?,
+        Command::Man(man) => shell::man(&man, &Arguments::command())?,
+        other => return in_runtime(other),
     }
-    if let Command::Conformance(arguments) = command {
-        return conformance::run(&arguments);
-    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn in_runtime(command: Command) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -88,19 +116,25 @@ fn run(command: Command) -> Result<ExitCode> {
     runtime.block_on(async {
         match command {
             Command::Apply(files) => resources::write(Verb::Apply, &files).await?,
-            Command::Create(files) => resources::write(Verb::Create, &files).await?,
+            Command::Create(create) => resources::create(&create).await?,
             Command::Replace(files) => resources::write(Verb::Replace, &files).await?,
             Command::Validate(files) => resources::write(Verb::Validate, &files).await?,
             Command::Delete(delete) => resources::delete(&delete).await?,
-            Command::Get(get) => resources::get(&get).await?,
+            Command::Get(get) => get::run(&get).await?,
             Command::Trace(arguments) => return flow::trace(&arguments).await,
             Command::Diff(arguments) => return flow::diff(&arguments).await,
             Command::Flows(arguments) => return flow::flows(&arguments).await,
             Command::Node(command) => return node::run(&command).await,
             Command::Bgp(command) => bgp::run(&command).await?,
             Command::Ipam(command) => ipam::run(&command).await?,
-            Command::Conformance(arguments) => return conformance::run(&arguments),
-            Command::Lab(command) => return lab::run(command),
+            Command::Label(arguments) => edit::label(&arguments).await?,
+            Command::Patch(arguments) => edit::patch(&arguments).await?,
+            Command::Version(version) => version::run(&version).await?,
+            Command::Conformance(_)
+            | Command::Lab(_)
+            | Command::Completion(_)
+            | Command::Explain(_)
+            | Command::Man(_) => {}
         }
         Ok(ExitCode::SUCCESS)
     })

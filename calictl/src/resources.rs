@@ -1,13 +1,12 @@
-//! `apply`, `create`, `replace`, `delete`, `get`: resources in files and in the datastore.
+//! `apply`, `create`, `replace`, `validate`, `delete`: resources of files into the datastore, and out of it.
 
-use crate::{columns, converted, manifests, output};
+use crate::manifests::{self, Document};
+use crate::output;
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error};
-use clap::{Args, ValueEnum};
-use serde_json::{Value, json};
+use clap::Args;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// Attempts of an update that meets another writer.
 const ATTEMPTS: usize = 5;
@@ -23,24 +22,21 @@ pub(crate) struct Files {
     /// Namespace of namespaced resources that name none
     #[arg(short, long)]
     namespace: Option<String>,
+    /// Files without resources are no error
+    #[arg(long)]
+    skip_empty: bool,
+    /// Check everything, also against what is stored, and say what would be done, but write nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Get {
-    /// Kind: `ippool`, `networkpolicy`, `gnp`, ...
-    kind: String,
-    /// Names; none means all
-    names: Vec<String>,
-    #[arg(short, long)]
-    namespace: Option<String>,
-    /// All namespaces
-    #[arg(short = 'A', long, visible_short_alias = 'a')]
-    all_namespaces: bool,
-    #[arg(short, long, value_enum, default_value_t = Output::Ps)]
-    output: Output,
-    /// Leave out what belongs to this cluster only (uid, revision, creation time)
+pub(crate) struct Create {
+    #[command(flatten)]
+    files: Files,
+    /// Resources that exist are left as they are
     #[arg(long)]
-    export: bool,
+    skip_exists: bool,
 }
 
 #[derive(Debug, Args)]
@@ -62,19 +58,14 @@ pub(crate) struct Delete {
     skip_not_exists: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Ps,
-    Wide,
-    Yaml,
-    Json,
-}
-
 /// What is done with the resources of files.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Verb {
     Apply,
-    Create,
+    Create {
+        /// What exists is left alone.
+        skip_exists: bool,
+    },
     Replace,
     Validate,
 }
@@ -83,7 +74,7 @@ impl Verb {
     fn words(self) -> (&'static str, &'static str) {
         match self {
             Self::Apply => ("apply", "applied"),
-            Self::Create => ("create", "created"),
+            Self::Create { .. } => ("create", "created"),
             Self::Replace => ("replace", "replaced"),
             Self::Validate => ("validate", "validated"),
         }
@@ -94,36 +85,94 @@ impl Verb {
 pub(crate) async fn write(verb: Verb, files: &Files) -> Result<()> {
     let documents = manifests::read(&files.filename, files.recursive, files.namespace.as_deref())?;
     if documents.is_empty() {
+        if files.skip_empty {
+            return Ok(());
+        }
         bail!("No resources specified");
     }
     let (infinitive, participle) = verb.words();
-    if !matches!(verb, Verb::Validate) {
+    let mut kinds = Vec::with_capacity(documents.len());
+    if matches!(verb, Verb::Validate) {
+        kinds.extend(documents.iter().map(|document| document.value.kind()));
+    } else {
         let store = cali_datastore::open_from_env()?;
         manifests::check(store.as_ref(), &documents).await?;
+        if files.dry_run {
+            return rehearse(store.as_ref(), verb, &documents).await;
+        }
         for (done, document) in documents.iter().enumerate() {
             let written = write_one(store.as_ref(), verb, document.value.clone()).await;
-            written
+            let written = written
                 .map_err(|error| document.error(error))
                 .with_context(|| {
                     let total = documents.len();
                     let key = document.value.key();
                     format!("failed to {infinitive} {key}; {done} of {total} were {participle}")
                 })?;
+            if written {
+                kinds.push(document.value.kind());
+            }
         }
     }
-    let kinds: Vec<Kind> = documents
-        .iter()
-        .map(|document| document.value.kind())
-        .collect();
     output::line(success(participle, &kinds));
     Ok(())
 }
 
-async fn write_one(store: &dyn Datastore, verb: Verb, object: AnyResource) -> Result<(), Error> {
+/// `create`, but for its own flag.
+pub(crate) async fn create(create: &Create) -> Result<()> {
+    let skip_exists = create.skip_exists;
+    write(Verb::Create { skip_exists }, &create.files).await
+}
+
+/// Says for each resource what would become of it.
+async fn rehearse(store: &dyn Datastore, verb: Verb, documents: &[Document]) -> Result<()> {
+    let mut refused = 0;
+    for document in documents {
+        let key = document.value.key();
+        let stored = match store.get(&key).await {
+            Ok(found) => Some(found.object),
+            Err(Error::NotFound { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let mut wanted = document.value.clone();
+        cali_api::defaults(&mut wanted);
+        let would = match (verb, stored) {
+            (Verb::Apply | Verb::Create { .. }, None) => "would be created",
+            (Verb::Create { skip_exists: true }, Some(_)) => "exists and would be left alone",
+            (Verb::Create { .. }, Some(_)) => {
+                refused += 1;
+                "would be refused: it exists"
+            }
+            (Verb::Replace, None) => {
+                refused += 1;
+                "would be refused: it does not exist"
+            }
+            (_, Some(stored)) if stored.to_json()["spec"] == wanted.to_json()["spec"] => {
+                "is so already"
+            }
+            (_, Some(_)) => "would be changed",
+            (Verb::Validate, None) => "is valid",
+        };
+        output::line(format!("{key} {would} (dry run)"));
+    }
+    if refused > 0 {
+        bail!(
+            "{refused} of {} resources would be refused",
+            documents.len()
+        );
+    }
+    Ok(())
+}
+
+/// Whether anything was done.
+async fn write_one(store: &dyn Datastore, verb: Verb, object: AnyResource) -> Result<bool, Error> {
     match verb {
-        Verb::Validate => Ok(()),
-        Verb::Apply => store.apply(object).await.map(drop),
-        Verb::Create => store.create(object).await.map(drop),
+        Verb::Validate => Ok(true),
+        Verb::Apply => store.apply(object).await.map(|_| true),
+        Verb::Create { skip_exists } => match store.create(object).await {
+            Err(Error::AlreadyExists { .. }) if skip_exists => Ok(false),
+            other => other.map(|_| true),
+        },
         Verb::Replace => {
             let key = object.key();
             for attempt in 1.. {
@@ -134,10 +183,10 @@ async fn write_one(store: &dyn Datastore, verb: Verb, object: AnyResource) -> Re
                 }
                 match store.update(object).await {
                     Err(Error::Conflict { .. }) if attempt < ATTEMPTS => {}
-                    other => return other.map(drop),
+                    other => return other.map(|_| true),
                 }
             }
-            Ok(())
+            Ok(false)
         }
     }
 }
@@ -195,87 +244,7 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn get(get: &Get) -> Result<()> {
-    let kind = parse_kind(&get.kind)?;
-    let store = cali_datastore::open_from_env()?;
-    let found = find(store.as_ref(), kind, get)
-        .await
-        .context("failed to get resources")?;
-    let objects: Vec<Value> = found.iter().map(|found| shown(found, get.export)).collect();
-    match get.output {
-        Output::Json => output::line(serde_json::to_string_pretty(&document(kind, objects, get))?),
-        Output::Yaml => output::write(
-            serde_saphyr::to_string(&document(kind, objects, get)).context("cannot write YAML")?,
-        ),
-        Output::Ps | Output::Wide => {
-            let with_namespace =
-                kind.is_namespaced() && (get.all_namespaces || get.namespace.is_some());
-            let columns = columns::of(kind, get.output == Output::Wide);
-            let headings: Vec<&str> = with_namespace
-                .then_some("NAMESPACE")
-                .into_iter()
-                .chain(columns.iter().map(|column| column.heading))
-                .collect();
-            let rows: Vec<Vec<String>> = objects
-                .iter()
-                .map(|object| {
-                    let namespace = with_namespace.then(|| {
-                        object["metadata"]["namespace"]
-                            .as_str()
-                            .unwrap_or_default()
-                            .to_owned()
-                    });
-                    namespace
-                        .into_iter()
-                        .chain(columns.iter().map(|column| column.cell(object)))
-                        .collect()
-                })
-                .collect();
-            output::write(columns::render(&headings, &rows));
-        }
-    }
-    Ok(())
-}
-
-async fn find(
-    store: &dyn Datastore,
-    kind: Kind,
-    get: &Get,
-) -> Result<Vec<Arc<AnyResource>>, Error> {
-    if get.names.is_empty() {
-        let namespace = match (&get.namespace, get.all_namespaces) {
-            (_, true) => None,
-            (Some(namespace), false) => Some(namespace.as_str()),
-            (None, false) => kind.is_namespaced().then_some("default"),
-        };
-        return converted::list(store, kind, namespace).await;
-    }
-    let mut found = Vec::with_capacity(get.names.len());
-    for name in &get.names {
-        found.push(converted::get(store, &key(kind, get.namespace.as_deref(), name)).await?);
-    }
-    Ok(found)
-}
-
-/// One object as it is, several as a list.
-fn document(kind: Kind, mut objects: Vec<Value>, get: &Get) -> Value {
-    if get.names.len() == 1 && objects.len() == 1 {
-        return objects.remove(0);
-    }
-    json!({"apiVersion": kind.api_version(), "kind": format!("{kind}List"), "metadata": {}, "items": objects})
-}
-
-fn shown(object: &AnyResource, export: bool) -> Value {
-    let mut value = object.to_json();
-    if export && let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-        for field in ["uid", "resourceVersion", "creationTimestamp", "namespace"] {
-            metadata.remove(field);
-        }
-    }
-    value
-}
-
-fn parse_kind(text: &str) -> Result<Kind> {
+pub(crate) fn parse_kind(text: &str) -> Result<Kind> {
     Kind::parse(text).ok_or_else(|| {
         let lower = text.to_lowercase();
         let near = Kind::ALL
@@ -292,7 +261,7 @@ fn parse_kind(text: &str) -> Result<Kind> {
     })
 }
 
-fn key(kind: Kind, namespace: Option<&str>, name: &str) -> Key {
+pub(crate) fn key(kind: Kind, namespace: Option<&str>, name: &str) -> Key {
     if kind.is_namespaced() {
         Key::namespaced(kind, namespace.unwrap_or("default"), name)
     } else {

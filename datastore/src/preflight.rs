@@ -32,7 +32,10 @@ pub async fn check(store: &dyn Datastore, set: &[AnyResource]) -> Result<Vec<Ref
         } else {
             Vec::new()
         };
-        if let Err(source) = admission::check(object, old.as_deref(), &others) {
+        // As the write itself does: a field that is left out has its default, which is then no change.
+        let mut complete = object.clone();
+        cali_api::defaults(&mut complete);
+        if let Err(source) = admission::check(&complete, old.as_deref(), &others) {
             refused.push(Refused { position, source });
         }
     }
@@ -57,4 +60,29 @@ async fn peers(
         .filter(|item| !earlier.iter().any(|other| other.key() == item.object.key()));
     peers.extend(stored.map(|item| item.object.as_ref().clone()));
     Ok(peers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sqlite::Sqlite;
+    use serde_json::json;
+
+    #[tokio::test]
+    async fn what_is_stored_with_its_defaults_is_accepted_again_without_them() {
+        let folder = tempfile::tempdir().expect("make a folder");
+        let store = Sqlite::open(&folder.path().join("cali.db")).expect("open a datastore");
+        let pool = |mode: &str| {
+            let value = json!({
+                "apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": "p"},
+                "spec": {"cidr": "10.0.0.0/16", "vxlanMode": mode},
+            });
+            AnyResource::from_json(value).expect("a pool")
+        };
+        store.apply(pool("Always")).await.expect("write the pool");
+        for mode in ["Always", "Never"] {
+            let refused = check(&store, &[pool(mode)]).await.expect("look");
+            assert!(refused.is_empty(), "{refused:?}");
+        }
+    }
 }

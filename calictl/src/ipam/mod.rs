@@ -1,8 +1,10 @@
-//! `ipam show`, `ipam check`, `ipam release`: addresses, who holds them, and what is wrong.
+//! `calictl ipam`: addresses, who holds them, what is wrong, and the settings they are given by.
 
 mod check;
+mod configure;
 mod release;
 mod show;
+mod split;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -58,6 +60,10 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Change the settings of address management
+    Configure(configure::Configure),
+    /// Cut a pool into smaller ones, in a locked datastore
+    Split(split::Split),
 }
 
 /// What every command looks at.
@@ -96,6 +102,11 @@ impl Cluster {
 }
 
 pub(crate) async fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Configure(configure) => return configure::run(configure).await,
+        Command::Split(split) => return split::run(split).await,
+        _ => {}
+    }
     let cluster = Cluster::read().await?;
     match command {
         Command::Show { ip: Some(ip), .. } => {
@@ -129,5 +140,6 @@ pub(crate) async fn run(command: &Command) -> Result<()> {
         Command::Release {
             from_report, force, ..
         } => release::from_reports(&cluster, from_report, *force).await,
+        Command::Configure(_) | Command::Split(_) => Ok(()),
     }
 }
