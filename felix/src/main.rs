@@ -7,7 +7,7 @@ use cali_netlink::Netlink;
 use cali_netlink::probe::{Capability, probe};
 use cali_routes::Backend;
 use clap::Parser;
-use felix::dataplane::{BackendOverride, Config, Dataplane, StatusLog};
+use felix::dataplane::{BackendOverride, Config, Dataplane, Servers, StatusLog};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -74,6 +74,7 @@ async fn main() -> anyhow::Result<()> {
     let config = Config {
         backend,
         enforcement: BackendOverride::from_env(),
+        servers: Servers::from_env(),
         ..Config::new(node)
     };
     let dataplane = Dataplane::start(config, netlink, updates, Box::<StatusLog>::default())?;

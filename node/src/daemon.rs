@@ -31,7 +31,7 @@ use cali_ipam::reserve::{Keeper, Settings as KeeperSettings};
 use cali_netlink::Netlink;
 use cali_netlink::events::Group;
 use cali_routes::{Backend, Input};
-use felix::dataplane::{BackendOverride, Config, Dataplane, Handle, StatusLog};
+use felix::dataplane::{BackendOverride, Config, Dataplane, Handle, Servers, StatusLog};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use typha::config::Env;
@@ -184,6 +184,7 @@ async fn start(
     let config = Config {
         backend: settings.backend,
         enforcement: BackendOverride::from_env(),
+        servers: Servers::from_env(),
         ..Config::new(NodeName::from(settings.node_name.as_str()))
     };
     let registry = config.metrics.clone();

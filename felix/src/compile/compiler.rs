@@ -13,6 +13,7 @@ use super::collapse::{Allowed, Thresholds, Union, allows_only, collapse};
 use super::desired::Desired;
 use super::evaluate::Suspects;
 use super::expr::{self, Side, counter};
+use super::host_policy::KeptOpen;
 use super::hosts::Hosts;
 use super::known_sets::KnownSets;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
@@ -73,9 +74,10 @@ pub(super) struct KnownEndpoint {
 /// The desired state of table `inet calico`.
 pub struct Compiler {
     pub(super) settings: Settings,
-    tunnel_peers: Arc<TunnelPeers>,
+    pub(super) tunnel_peers: Arc<TunnelPeers>,
     pub(super) desired: Desired,
     pub(super) hosts: Hosts,
+    pub(super) kept_open: KeptOpen,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
     pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
@@ -114,6 +116,7 @@ impl Default for Compiler {
                 touched: Touched::default(),
             },
             hosts: Hosts::default(),
+            kept_open: KeptOpen::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
             profiles: HashMap::default(),

@@ -134,7 +134,7 @@ impl Compiler {
         Some(false)
     }
 
-    fn matches(&self, rule: &Rule, packet: &Packet) -> bool {
+    pub(super) fn matches(&self, rule: &Rule, packet: &Packet) -> bool {
         let version = IpVersion::of(packet.destination);
         let icmp_of_family = match version {
             IpVersion::V4 => ICMP,
@@ -205,6 +205,16 @@ impl Compiler {
             .is_some_and(|(first, elem)| *elem.end.as_ref().unwrap_or(first) >= key)
     }
 
+    /// Some addresses of a set.
+    pub(super) fn some_members(&self, id: &IpSetId, most: usize) -> Vec<IpAddr> {
+        let versions = [IpVersion::V4, IpVersion::V6].into_iter();
+        let names = versions
+            .flat_map(|version| [names::exact_set(id, version), names::wide_set(id, version)]);
+        let sets = names.filter_map(|name| self.program().sets.get(&name));
+        sets.flat_map(|set| set.elements.keys().take(most).filter_map(Key::as_ip))
+            .collect()
+    }
+
     fn port_set_contains(&self, id: &IpSetId, addr: IpAddr, protocol: u8, port: u16) -> bool {
         let key = Key::concat(&[Key::ip(addr), Key::byte(protocol), Key::port(port)]);
         self.program()
@@ -259,6 +269,7 @@ impl Compiler {
         if policies.is_empty() && profiles.is_empty() {
             return suspects;
         }
+        self.suspect_hosts(&policies, &profiles, &mut suspects);
         for known in self.endpoints.values() {
             let endpoint = &known.endpoint;
             let mut asked = endpoint

@@ -15,6 +15,7 @@ use cali_netlink::nft::{
 use super::base::accept_neighbour_discovery;
 use super::compiler::Compiler;
 use super::expr::{self, Side, counter};
+use super::host_policy::KeptOpen;
 use super::names;
 use super::program::{ChainProgram, SetProgram};
 use super::settings::Settings;
@@ -196,8 +197,30 @@ pub(crate) fn placed(
 }
 
 impl Hosts {
-    fn placed(&self) -> Placed {
+    pub(super) fn placed(&self) -> Placed {
         placed(&self.known, &self.interfaces)
+    }
+
+    /// The interfaces with their addresses.
+    pub(super) fn interfaces(&self) -> impl Iterator<Item = (&Arc<str>, &BTreeSet<IpAddr>)> {
+        self.interfaces.iter()
+    }
+
+    /// The interfaces that have an address.
+    pub(super) fn interfaces_of(&self, address: IpAddr) -> impl Iterator<Item = &Arc<str>> {
+        let having = self
+            .interfaces
+            .iter()
+            .filter(move |(_, has)| has.contains(&address));
+        having.map(|(interface, _)| interface)
+    }
+
+    /// The addresses of an interface, or of all.
+    pub(super) fn addresses(&self, interface: Option<&str>) -> impl Iterator<Item = IpAddr> {
+        let named = self.interfaces.iter();
+        named
+            .filter(move |(name, _)| interface.is_none_or(|wanted| wanted == &***name))
+            .flat_map(|(_, addresses)| addresses.iter().copied())
     }
 
     /// Host endpoints that no interface of this node has now.
@@ -224,6 +247,8 @@ impl Compiler {
     }
 
     pub(super) fn put_host(&mut self, id: &ObjectKey, host: Option<&Arc<HostEndpoint>>) {
+        // Its flows may be forbidden now: those of every address that it may be at.
+        self.suspects.addresses.extend(self.hosts.addresses(None));
         match host {
             Some(host) => self.hosts.known.insert(id.clone(), host.clone()),
             None => self.hosts.known.remove(id),
@@ -270,7 +295,13 @@ impl Compiler {
                         _ => Vec::new(),
                     },
                 });
-                let chain = chain(&self.settings, site, &name, id, stack.clone());
+                let chain = chain(
+                    (&self.settings, &self.kept_open),
+                    site,
+                    &name,
+                    id,
+                    stack.clone(),
+                );
                 self.desired.put_chain(chain);
                 chains.insert(name);
                 stacks.push(stack);
@@ -299,7 +330,7 @@ impl Compiler {
 
 /// The chain of one host endpoint at one site.
 fn chain(
-    settings: &Settings,
+    (settings, kept): (&Settings, &KeptOpen),
     site: Site,
     name: &Arc<str>,
     id: &ObjectKey,
@@ -328,8 +359,16 @@ fn chain(
         for port in own {
             failsafe(port, Side::Destination, "failsafe port");
         }
+        let (kept_own, kept_other) = match site.direction() {
+            Direction::Ingress => (&kept.inbound, &kept.outbound),
+            Direction::Egress => (&kept.outbound, &kept.inbound),
+        };
+        for port in kept_own {
+            failsafe(port, Side::Destination, "kept open by the lock-out guard");
+        }
         // Without connection tracking the answers have to be let through, too.
-        for port in other.iter().filter(|_| site.stage() == Stage::Untracked) {
+        let answers = other.iter().chain(kept_other);
+        for port in answers.filter(|_| site.stage() == Stage::Untracked) {
             failsafe(port, Side::Source, "answer of a failsafe port");
         }
     }

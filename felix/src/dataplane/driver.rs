@@ -1,6 +1,7 @@
 //! The task: what comes in, in which order it reaches the kernel, and what is told.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,10 +21,11 @@ use super::endpoints::{EndpointChanges, Endpoints};
 use super::enforcer::{BackendOverride, Enforcer};
 use super::flow_guard::FlowGuard;
 use super::host::{self, Interfaces};
+use super::lockout::{self, Connection, Servers, Situation};
 use super::metrics::Metrics;
-use super::own_addresses;
 use super::resources::Resources;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
+use super::{own_addresses, sockets};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
 
 /// Changes that come within this time become one step.
@@ -49,6 +51,8 @@ pub struct Config {
     pub metrics: prometheus::Registry,
     /// What the environment says of the backend that enforces policy.
     pub enforcement: BackendOverride,
+    /// What this node lives by, which no policy of a host endpoint may cut.
+    pub servers: Servers,
 }
 
 impl Config {
@@ -62,6 +66,7 @@ impl Config {
             tunnel_linger: Duration::from_secs(60),
             metrics: prometheus::Registry::new(),
             enforcement: BackendOverride::default(),
+            servers: Servers::default(),
         }
     }
 }
@@ -129,6 +134,9 @@ impl Dataplane {
             graph: Graph::new(config.node),
             bystanders: Bystanders::new(nft, netlink.netns(), Instant::now()),
             enforcer,
+            servers: config.servers,
+            lockout: Vec::new(),
+            lockout_due: false,
             resources,
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
@@ -245,6 +253,10 @@ impl Handle {
 struct Driver {
     graph: Graph,
     enforcer: Enforcer,
+    servers: Servers,
+    /// What the lock-out guard keeps open, in words.
+    lockout: Vec<String>,
+    lockout_due: bool,
     bystanders: Bystanders,
     resources: Resources,
     endpoints: Endpoints,
@@ -409,6 +421,7 @@ impl Driver {
         match own_addresses::read(&self.netlink) {
             Ok(addresses) => {
                 if self.enforcer.set_interfaces(addresses) {
+                    self.lockout_due = true;
                     self.step_at.get_or_insert(Instant::now() + COALESCE);
                 }
             }
@@ -443,6 +456,10 @@ impl Driver {
         let mut changes = EndpointChanges::default();
         if let Some(batch) = self.graph.flush() {
             changes = self.on_batch(&batch).await;
+            self.lockout_due = true;
+        }
+        if std::mem::take(&mut self.lockout_due) {
+            self.guard_lifelines();
         }
         if self.in_sync {
             let graph = &self.graph;
@@ -496,6 +513,53 @@ impl Driver {
             // Whoever asked may have gone.
             let _ = done.send(());
         }
+    }
+
+    /// No policy of a host endpoint cuts what this node lives by.
+    fn guard_lifelines(&mut self) {
+        if !self.enforcer.compiler().has_hosts() && self.lockout.is_empty() {
+            return;
+        }
+        let sockets = sockets::read(self.netlink.netns());
+        let own: BTreeSet<IpAddr> = self
+            .enforcer
+            .interfaces()
+            .values()
+            .flatten()
+            .copied()
+            .collect();
+        let translated = self.flows.translated();
+        let connections = sockets.connected.iter().map(|(here, there)| {
+            // Who listens where was called.
+            if sockets.listening.contains(&here.port()) {
+                Connection {
+                    client: there.ip(),
+                    server: *here,
+                }
+            } else {
+                Connection {
+                    client: here.ip(),
+                    server: *translated.get(&(*here, *there)).unwrap_or(there),
+                }
+            }
+        });
+        let connections = connections.collect();
+        let nodes = self.enforcer.compiler().nodes();
+        let situation = Situation {
+            nodes: nodes.difference(&own).copied().collect(),
+            own,
+            connections,
+            listening: sockets.listening,
+        };
+        let (kept, notices) = lockout::judge(self.enforcer.compiler(), &self.servers, &situation);
+        self.enforcer.set_kept_open(&kept);
+        for notice in notices
+            .iter()
+            .filter(|notice| !self.lockout.contains(notice))
+        {
+            error!(notice, "lock-out guard");
+        }
+        self.lockout = notices;
     }
 
     /// Ends established flows that the rules in the kernel forbid.
@@ -591,6 +655,7 @@ impl Driver {
         let mut notices: Vec<String> = self.resources.notices().to_vec();
         notices.extend_from_slice(self.bystanders.notices());
         notices.extend(self.enforcer.notices());
+        notices.extend_from_slice(&self.lockout);
         let state = State {
             ready: self.in_sync && self.enforcer.is_settled(),
             endpoints: endpoints.collect(),

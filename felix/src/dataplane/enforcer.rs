@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use super::iptables::{Iptables, Tools, Variant};
 use super::ruleset::{Refused, Ruleset};
 use crate::calc::{Batch, Delta};
-use crate::compile::{Compiler, Suspects, held_flow, held_set};
+use crate::compile::{Compiler, KeptOpen, Suspects, held_flow, held_set};
 use crate::iptables::{Program, Renderer};
 
 use super::enforcer_side::{IptablesSide, Side, off_task};
@@ -93,6 +93,7 @@ pub(super) struct Enforcer {
     compiler: Compiler,
     /// Addresses of the node's own interfaces.
     interfaces: BTreeMap<Arc<str>, BTreeSet<IpAddr>>,
+    kept_open: KeptOpen,
     /// The one that is to stay.
     side: Option<Side>,
     /// Those that are to go.
@@ -114,6 +115,7 @@ impl Enforcer {
             choice: None,
             compiler: Compiler::default(),
             interfaces: BTreeMap::new(),
+            kept_open: KeptOpen::default(),
             side: None,
             leaving: Vec::new(),
             remains: None,
@@ -130,6 +132,11 @@ impl Enforcer {
     /// What is to be enforced.
     pub(super) const fn compiler(&self) -> &Compiler {
         &self.compiler
+    }
+
+    /// The addresses of the node's own interfaces.
+    pub(super) const fn interfaces(&self) -> &BTreeMap<Arc<str>, BTreeSet<IpAddr>> {
+        &self.interfaces
     }
 
     /// Whose flows may have got another verdict since the last call.
@@ -153,6 +160,22 @@ impl Enforcer {
         }
         self.interfaces = interfaces;
         changed
+    }
+
+    /// What the lock-out guard keeps open; true where that is something else than before.
+    pub(super) fn set_kept_open(&mut self, kept: &KeptOpen) -> bool {
+        if !self.compiler.set_kept_open(kept.clone()) {
+            return false;
+        }
+        self.kept_open = kept.clone();
+        let touched = self.compiler.take_touched();
+        for side in self.side.iter_mut().chain(&mut self.leaving) {
+            match side {
+                Side::Nftables(ruleset) => ruleset.touch(touched.clone()),
+                Side::Iptables(side) => side.set_kept_open(kept),
+            }
+        }
+        true
     }
 
     /// Takes a batch in. `whole` says everything so far, this batch included, for a backend that starts with it.
@@ -283,6 +306,7 @@ impl Enforcer {
             kernel,
         };
         side.renderer.set_interfaces(self.interfaces.clone());
+        side.renderer.set_kept_open(self.kept_open.clone());
         side.take(&whole());
         Ok(Some(Side::Iptables(Box::new(side))))
     }

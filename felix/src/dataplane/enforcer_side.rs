@@ -13,7 +13,7 @@ use cali_netlink::{Cause, Error};
 use super::iptables::Iptables;
 use super::ruleset::{Refused, Ruleset};
 use crate::calc::Batch;
-use crate::compile::{held_elements, held_set, held_tuple};
+use crate::compile::{KeptOpen, held_elements, held_set, held_tuple};
 use crate::iptables::Renderer;
 
 /// iptables in one variant, with what it is to hold.
@@ -52,6 +52,12 @@ impl IptablesSide {
 
     pub(super) fn set_interfaces(&mut self, interfaces: &BTreeMap<Arc<str>, BTreeSet<IpAddr>>) {
         self.renderer.set_interfaces(interfaces.clone());
+        let touched = self.renderer.take_touched_sets();
+        self.kernel.touch(touched);
+    }
+
+    pub(super) fn set_kept_open(&mut self, kept: &KeptOpen) {
+        self.renderer.set_kept_open(kept.clone());
         let touched = self.renderer.take_touched_sets();
         self.kernel.touch(touched);
     }

@@ -9,7 +9,7 @@
 //! one, and reading the table never takes more than a fifth of the time. What could not be done is kept and tried again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use cali_netlink::conntrack::{Conntrack, End, Flow, Tuple};
@@ -87,6 +87,24 @@ impl FlowGuard {
     /// Flows that are held: original tuple to reply tuple.
     pub(super) const fn held(&self) -> &BTreeMap<Tuple, Tuple> {
         &self.held
+    }
+
+    /// Whom the host really talks to where it calls an address that is translated: by its own and the called socket.
+    pub(super) fn translated(&self) -> BTreeMap<(SocketAddr, SocketAddr), SocketAddr> {
+        let flows = self.conntrack.as_ref().map(Conntrack::dump);
+        let flows = flows.and_then(Result::ok).unwrap_or_default();
+        let tcp = flows.iter().filter(|flow| flow.original.protocol == 6);
+        tcp.map(
+            |Flow {
+                 original, reply, ..
+             }| {
+                let from = SocketAddr::new(original.source, original.source_port);
+                let to = SocketAddr::new(original.destination, original.destination_port);
+                let server = SocketAddr::new(reply.source, reply.source_port);
+                ((from, to), server)
+            },
+        )
+        .collect()
     }
 
     pub(super) fn suspect_all(&mut self) {

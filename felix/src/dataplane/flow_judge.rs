@@ -71,12 +71,54 @@ impl Judge<'_> {
             (self.compiler.allows(endpoint, &packet, direction) == Some(false))
                 .then(|| (endpoint.clone(), direction))
         };
-        forbids(packet.source, Direction::Egress).or_else(|| {
-            if self.own.contains(&packet.source) {
-                return None;
-            }
-            forbids(packet.destination, Direction::Ingress)
-        })
+        let [from_here, to_here] =
+            [packet.source, packet.destination].map(|addr| self.own.contains(&addr));
+        let host_forbids = |own, direction| {
+            let open = self.compiler.is_kept_open(&packet, direction);
+            let found = self.compiler.host_forbids(Some(own), &packet, direction);
+            let endpoint = found.filter(|_| !open)?;
+            // Where connection tracking has begun in the middle of a flow, it may have seen an answer first.
+            let (answer, other) = (answer_of(&packet), opposite(direction));
+            let may_be_answer = packet.source_port < packet.destination_port
+                && (self.compiler.is_kept_open(&answer, other)
+                    || self
+                        .compiler
+                        .host_forbids(Some(own), &answer, other)
+                        .is_none());
+            (!may_be_answer).then_some((endpoint, direction))
+        };
+        let is_workload = |addr| self.endpoints.owner_of(addr).is_some();
+        match (from_here, to_here) {
+            (true, true) => None,
+            // Whom the host reaches among its own workloads is not asked.
+            (true, false) if is_workload(packet.destination) => None,
+            (true, false) => host_forbids(packet.source, Direction::Egress),
+            (false, true) => forbids(packet.source, Direction::Egress).or_else(|| {
+                let asked = !is_workload(packet.source);
+                asked
+                    .then(|| host_forbids(packet.destination, Direction::Ingress))
+                    .flatten()
+            }),
+            (false, false) => forbids(packet.source, Direction::Egress)
+                .or_else(|| forbids(packet.destination, Direction::Ingress)),
+        }
+    }
+}
+
+const fn opposite(direction: Direction) -> Direction {
+    match direction {
+        Direction::Ingress => Direction::Egress,
+        Direction::Egress => Direction::Ingress,
+    }
+}
+
+fn answer_of(packet: &Packet) -> Packet {
+    Packet {
+        source: packet.destination,
+        destination: packet.source,
+        source_port: packet.destination_port,
+        destination_port: packet.source_port,
+        ..*packet
     }
 }
 

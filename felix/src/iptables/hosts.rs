@@ -22,7 +22,7 @@ use super::program::{Chain, Table};
 use super::render::{Asked, Renderer, VERSIONS, comment, remark};
 use crate::calc::{Direction, HostEndpoint, IpVersion, Stage, TierDefault};
 use crate::compile::hosts::{self, SITES, Site};
-use crate::compile::{NEIGHBOUR_DISCOVERY, ROUTER_ADVERTISEMENT};
+use crate::compile::{KeptOpen, NEIGHBOUR_DISCOVERY, ROUTER_ADVERTISEMENT};
 
 /// Whom a site asks: by interface (`None`: all others), with the chain; without one nobody is asked there.
 pub(super) type Ways = BTreeMap<Site, Vec<(Option<Arc<str>>, Option<Arc<str>>)>>;
@@ -58,6 +58,15 @@ impl Renderer {
     pub fn set_interfaces(&mut self, interfaces: BTreeMap<Arc<str>, BTreeSet<IpAddr>>) {
         if self.hosts.interfaces != interfaces {
             self.hosts.interfaces = interfaces;
+            self.put_hosts();
+            self.put_dispatch_if_dirty();
+        }
+    }
+
+    /// Keeps these ports open besides the fail-safe ones.
+    pub fn set_kept_open(&mut self, kept: KeptOpen) {
+        if self.kept_open != kept {
+            self.kept_open = kept;
             self.put_hosts();
             self.put_dispatch_if_dirty();
         }
@@ -165,8 +174,18 @@ impl Renderer {
                 own.iter()
                     .filter_map(|port| text(port, "--dport", "failsafe port")),
             );
+            let (kept_own, kept_other) = match direction {
+                Direction::Ingress => (&self.kept_open.inbound, &self.kept_open.outbound),
+                Direction::Egress => (&self.kept_open.outbound, &self.kept_open.inbound),
+            };
+            rules.extend(
+                kept_own
+                    .iter()
+                    .filter_map(|port| text(port, "--dport", "kept open by the lock-out guard")),
+            );
             // Without connection tracking the answers have to be let through, too.
-            let answers = other.iter().filter(|_| stage == Stage::Untracked);
+            let answers = other.iter().chain(kept_other);
+            let answers = answers.filter(|_| stage == Stage::Untracked);
             rules.extend(
                 answers.filter_map(|port| text(port, "--sport", "answer of a failsafe port")),
             );

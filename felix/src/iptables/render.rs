@@ -19,7 +19,7 @@ use crate::calc::{
     Batch, Delta, Direction, Endpoint, IpSetId, IpSetKind, IpVersion, Member, PoolNat, Rules,
     TierDefault, TunnelPeers,
 };
-use crate::compile::outermost;
+use crate::compile::{KeptOpen, outermost};
 
 pub(super) const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 pub(super) const VERSIONS: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
@@ -36,6 +36,7 @@ pub struct Renderer {
     program: Program,
     tunnels: Arc<TunnelPeers>,
     pub(super) hosts: Hosts,
+    pub(super) kept_open: KeptOpen,
     /// Sets that changed since somebody last asked.
     touched: BTreeSet<Arc<str>>,
     pub(super) policies: HashMap<Key, Arc<Rules>>,
@@ -58,6 +59,7 @@ impl Default for Renderer {
             program: Program::default(),
             tunnels: Arc::default(),
             hosts: Hosts::default(),
+            kept_open: KeptOpen::default(),
             touched: BTreeSet::new(),
             policies: HashMap::default(),
             profiles: HashMap::default(),
