@@ -1,7 +1,5 @@
 //! `bgpd` on a node: its settings follow the cluster's resources.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cali_api::update::{SyncEvent, SyncStatus};
@@ -13,41 +11,25 @@ use tracing::{info, warn};
 
 use crate::config::{Local, Resources, compile};
 use crate::devices::Devices;
+use crate::passwords::Passwords;
 use crate::speaker::settings::Settings;
 use crate::speaker::{Environment, Speaker};
 
 /// Changes that arrive within this time are applied together.
 const COALESCE: Duration = Duration::from_millis(20);
-/// How often secrets are looked at again.
+/// How often the folder with passwords is looked at again.
 const SECRETS: Duration = Duration::from_secs(10);
-
-/// Reads passwords from a folder laid out as Kubernetes mounts secrets: `FOLDER/SECRET/KEY`.
-fn read_passwords(folder: &Path, resources: &Resources) -> BTreeMap<(String, String), String> {
-    let mut out = BTreeMap::new();
-    for (secret, key) in resources.secrets() {
-        // Names come from resources; they must not lead out of the folder.
-        let plain =
-            |name: &str| !name.is_empty() && name != ".." && name != "." && !name.contains('/');
-        if !plain(&secret) || !plain(&key) {
-            continue;
-        }
-        match std::fs::read_to_string(folder.join(&secret).join(&key)) {
-            Ok(text) => {
-                out.insert((secret, key), text.trim_end_matches('\n').to_owned());
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => warn!(secret, key, %error, "cannot read a password"),
-        }
-    }
-    out
-}
+/// How soon a first configuration is tried again that waits for secrets.
+const SOON: Duration = Duration::from_millis(50);
 
 /// Follows the update stream and keeps a speaker configured by it.
 pub struct Agent {
     resources: Resources,
     local: Local,
-    secrets: PathBuf,
+    passwords: Passwords,
     applied: Option<Settings>,
+    /// The first configuration waits for secrets.
+    waits: bool,
     problem: Option<String>,
     devices: Option<watch::Receiver<Devices>>,
     set_level: Option<SetLevel>,
@@ -58,14 +40,15 @@ pub struct Agent {
 pub type SetLevel = Box<dyn Fn(Option<LogLevel>) + Send>;
 
 impl Agent {
-    /// An agent for a node whose passwords lie in this folder.
+    /// An agent for a node whose passwords come from there.
     #[must_use]
-    pub fn new(local: Local, secrets: PathBuf) -> Self {
+    pub fn new(local: Local, passwords: Passwords) -> Self {
         Self {
             resources: Resources::of_node(&local.node),
             local,
-            secrets,
+            passwords,
             applied: None,
+            waits: false,
             problem: None,
             devices: None,
             set_level: None,
@@ -89,12 +72,19 @@ impl Agent {
 
     /// Settings that differ from those applied last, if there can be a speaker now.
     fn next_settings(&mut self) -> Option<Settings> {
-        self.local.passwords = read_passwords(&self.secrets, &self.resources);
+        self.local.passwords = self.passwords.read(&self.resources.secrets());
         if let Some(devices) = &mut self.devices {
             self.local.devices = Devices::clone(&devices.borrow_and_update());
         }
         self.follow_level();
         match compile(&self.resources, &self.local) {
+            // Only what this node's own peers need is read.
+            Ok(settings)
+                if !self.passwords.want(&settings.host.secrets) && self.applied.is_none() =>
+            {
+                self.waits = true;
+                None
+            }
             Ok(settings) => {
                 self.problem = None;
                 let known = self.applied.as_ref().map_or(&[][..], |a| &a.host.notices);
@@ -160,13 +150,19 @@ impl Agent {
                     }
                 },
                 () = changed(&mut devices) => {}
+                () = self.passwords.changed() => {}
                 () = ended(&running) => return running.map(|(_, task)| task),
                 () = sleep_until(due) => {
                     due = Instant::now() + SECRETS;
                     if !in_sync {
                         continue;
                     }
-                    let Some(settings) = self.next_settings() else { continue };
+                    let Some(settings) = self.next_settings() else {
+                        if std::mem::take(&mut self.waits) {
+                            due = Instant::now() + SOON;
+                        }
+                        continue;
+                    };
                     self.applied = Some(settings.clone());
                     info!(peers = settings.neighbours.len(), blocks = settings.originated.len(), "applying configuration");
                     match &running {

@@ -14,6 +14,7 @@ pub mod fsm;
 pub mod gr;
 pub mod metrics;
 pub mod mrt;
+pub mod passwords;
 pub mod policy;
 pub mod reach;
 pub mod rib;

@@ -12,6 +12,7 @@ use bgpd::bmp::{Station, Stations};
 use bgpd::config::standalone::{self, Configuration};
 use bgpd::config::{KINDS, Local};
 use bgpd::metrics::Metrics;
+use bgpd::passwords::Passwords;
 use bgpd::sink::{Nowhere, Sink, kernel::Kernel, node::Node};
 use bgpd::speaker::{Environment, Speaker};
 use bgpd::transport::tcp::Tcp;
@@ -24,6 +25,7 @@ use clap::{Parser, Subcommand};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use typha::secrets::Secrets;
 
 /// How long End-of-RIB and the removal of stale routes wait for peers after a start.
 const DEFERRAL: Duration = Duration::from_secs(90);
@@ -43,7 +45,7 @@ struct Arguments {
     /// How the BGP identifier of a node is chosen: "hash", an IPv4 address, or empty for the node's IPv4 address.
     #[arg(long, env = "CALICO_ROUTER_ID", default_value = "", value_name = "ID")]
     router_id: String,
-    /// Folder with passwords of a node's peers, as FOLDER/SECRET/KEY.
+    /// Folder with passwords of a node's peers, as FOLDER/SECRET/KEY; it counts before the cluster's secrets.
     #[arg(
         long,
         env = "CALI_BGP_SECRETS_DIR",
@@ -190,7 +192,11 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
         }
         tokio::spawn(control::serve(listener, speaker.clone()));
     };
-    let agent = Agent::new(local, arguments.secrets.clone())
+    let mut passwords = Passwords::in_folder(arguments.secrets.clone());
+    if let Some(secrets) = Secrets::from_env().context("cannot read secrets")? {
+        passwords = passwords.with_cluster(secrets);
+    }
+    let agent = Agent::new(local, passwords)
         .with_devices(devices)
         .with_log_level(set_level)
         .run(events, environment, serve);

@@ -11,6 +11,7 @@ use std::time::Duration;
 use bgpd::agent::Agent;
 use bgpd::config::{DeviceRoute, DeviceRouteKind, Local, standalone};
 use bgpd::devices::Devices;
+use bgpd::passwords::Passwords;
 use bgpd::reach::Anywhere;
 use bgpd::sink::memory::Memory;
 use bgpd::speaker::{Environment, Speaker};
@@ -89,7 +90,8 @@ impl Cluster {
         let (devices, receiver) = watch::channel(Devices::default());
         let (events, queue) = mpsc::channel(16);
         let (told, started) = oneshot::channel();
-        let agent = Agent::new(local, self.secrets.path().to_owned()).with_devices(receiver);
+        let agent = Agent::new(local, Passwords::in_folder(self.secrets.path().to_owned()))
+            .with_devices(receiver);
         let environment = environment(&self.net, address, &sink);
         tokio::spawn(agent.run(queue, environment, move |speaker: &Speaker| {
             let _ = told.send(speaker.clone());

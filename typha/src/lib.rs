@@ -8,7 +8,8 @@
 //! - [`digest`]: how two sides find out what differs;
 //! - [`cache`]: what the server holds, and what it shares between clients;
 //! - [`server`], [`client`]: each a state machine without I/O (`conn`), and the tasks that move its bytes;
-//! - [`config`]: the environment; [`source`]: the stream for a daemon, from a server or straight from the datastore.
+//! - [`config`]: the environment; [`source`]: the stream for a daemon, from a server or straight from the datastore;
+//! - [`secrets`]: what is never fanned out.
 //!
 //! It does not interpret objects, and keeps nothing on disk. Connections are not encrypted yet; a configuration that asks for
 //! TLS is refused.
@@ -17,6 +18,7 @@ pub mod cache;
 pub mod client;
 pub mod config;
 pub mod digest;
+pub mod secrets;
 pub mod server;
 pub mod source;
 pub mod wire;

@@ -93,7 +93,11 @@ impl<'a> Maker<'a> {
             }
             for plan in self.plans_of_node(name, peer) {
                 let mut neighbour = self.neighbour(&plan, Origin::Mesh, &[], host);
-                self.password(&mut neighbour, configuration.node_mesh_password.as_ref());
+                self.password(
+                    &mut neighbour,
+                    configuration.node_mesh_password.as_ref(),
+                    host,
+                );
                 if let Some(time) = configuration.node_mesh_max_restart_time {
                     neighbour.session.restart_time = seconds(time.0);
                 }
@@ -149,6 +153,7 @@ impl<'a> Maker<'a> {
             }
             let mut neighbour = self.neighbour(&plan, origin, &spec.filters, host);
             self.apply(&mut neighbour, &plan, spec);
+            self.password(&mut neighbour, spec.password.as_ref(), host);
             out.insert(plan.address, neighbour);
             let gateway = spec.reachable_by.filter(|_| !plan.reversed);
             if let (Some(gateway), Some(to)) = (gateway, prefix(&Cidr::host(plan.address))) {
@@ -344,7 +349,6 @@ impl<'a> Maker<'a> {
 
     /// The fields of a BGPPeer that shape the session and the exchange.
     fn apply(&self, neighbour: &mut Neighbour, plan: &Plan<'_>, spec: &BGPPeerSpec) {
-        self.password(neighbour, spec.password.as_ref());
         let session = &mut neighbour.session;
         if !plan.reversed {
             session.local_as = presented(spec, self.local_as);
@@ -380,15 +384,19 @@ impl<'a> Maker<'a> {
     }
 
     /// A password that is not there blocks the session: it must not run unprotected.
-    fn password(&self, neighbour: &mut Neighbour, wanted: Option<&BGPPassword>) {
+    fn password(
+        &self,
+        neighbour: &mut Neighbour,
+        wanted: Option<&BGPPassword>,
+        host: &mut HostRules,
+    ) {
         let Some(secret) = wanted.and_then(|p| p.secret_key_ref.as_ref()) else {
             return;
         };
-        match self
-            .local
-            .passwords
-            .get(&(secret.name.clone(), secret.key.clone()))
-        {
+        let of = (secret.name.clone(), secret.key.clone());
+        let password = self.local.passwords.get(&of);
+        host.secrets.insert(of);
+        match password {
             Some(password) => {
                 neighbour.session.protection = Protection {
                     password: Some(password.clone()),

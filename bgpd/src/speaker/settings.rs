@@ -1,6 +1,6 @@
 //! What a speaker is to do, as values: made by [`crate::config`] from resources or from a file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +43,8 @@ pub struct HostRules {
     pub static_routes: BTreeMap<Prefix, IpAddr>,
     /// What is left out of the configuration, and why.
     pub notices: Vec<Notice>,
+    /// Secrets that passwords of neighbours come from, each with the key.
+    pub secrets: BTreeSet<(String, String)>,
 }
 
 /// Something that is left out, and why; the rest is applied.
