@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
+.PHONY: fuzz bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -50,6 +50,9 @@ test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real
 test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm
 	scripts/vm/test
+
+fuzz: setup ## bgpd's decoder and session with damaged streams of real daemons (FACTOR=n: that many times what `test` does)
+	FUZZ_FACTOR=$(or $(FACTOR),50) cargo test --workspace --test fuzz_seeds
 
 bench-policy: setup ## what policy costs: a change, a start, packets (root; SCENARIO=large|small|set|packets, ROUNDS=n)
 	cargo build --release -p cali-bench --bin policy

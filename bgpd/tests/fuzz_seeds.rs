@@ -1,4 +1,5 @@
-//! The fuzz targets without a fuzzer: every seed as it is, and a bounded number of damaged ones.
+//! The fuzz targets without a fuzzer: every seed as it is, and a bounded number of damaged ones, `FUZZ_FACTOR` times as
+//! many where that is set (`make fuzz`).
 #![allow(clippy::unwrap_used)]
 
 #[path = "../fuzz/fuzz_targets/targets.rs"]
@@ -33,6 +34,15 @@ fn what_real_peers_say_is_read_and_upsets_nobody() {
     }
 }
 
+fn cases(usual: u32) -> ProptestConfig {
+    let factor = std::env::var("FUZZ_FACTOR").map_or(1, |text| text.parse().unwrap());
+    ProptestConfig {
+        cases: usual.saturating_mul(factor),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
 /// A seed, or two one after the other, with octets changed, cut out and doubled.
 fn damaged() -> impl Strategy<Value = Vec<u8>> {
     let seeds: Vec<Vec<u8>> = seeds().into_iter().map(|(_, octets)| octets).collect();
@@ -64,7 +74,7 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(4096))]
     #[test]
     fn damaged_messages_are_read_or_refused(octets in damaged()) {
         targets::message(&octets);
@@ -72,7 +82,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(cases(128))]
     #[test]
     fn damaged_streams_end_one_session_at_most(octets in damaged()) {
         targets::session(&octets);

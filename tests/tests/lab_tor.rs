@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use cali_tests::eventually;
-use cali_tests::lab::{Lab, checked};
+use cali_tests::lab::{Lab, checked, programs};
 use cali_tests::table::{block_of, find, gateways, node_status, routes_v4};
 use cali_tests::traffic::Ping;
 use std::time::Duration;
@@ -30,6 +30,48 @@ const NODES: [(&str, &str, &str, [&str; 2]); 3] = [
     ),
 ];
 
+/// Cluster IP, external IP and load balancer IP of the service with `externalTrafficPolicy: Local`.
+const LOCAL_ADDRESSES: [&str; 3] = ["10.96.0.10", "203.0.113.10", "198.51.100.10"];
+const SERVICES: &str = "
+apiVersion: projectcalico.org/v3
+kind: BGPConfiguration
+metadata:
+  name: default
+spec:
+  nodeToNodeMeshEnabled: false
+  serviceClusterIPs: [{cidr: 10.96.0.0/16}]
+  serviceExternalIPs: [{cidr: 203.0.113.0/24}]
+  serviceLoadBalancerIPs: [{cidr: 198.51.100.0/24}]
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: web-local
+  namespace: shop
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10]
+  externalIPs: [203.0.113.10]
+  ports: [{port: 80, targetPort: 8080}]
+status:
+  loadBalancer:
+    ingress: [{ip: 198.51.100.10}]
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: web-anywhere
+  namespace: shop
+spec:
+  type: ClusterIP
+  clusterIP: 10.96.0.11
+  clusterIPs: [10.96.0.11]
+  externalIPs: [203.0.113.11]
+  ports: [{port: 80, targetPort: 8080}]
+";
+
 #[test]
 fn lab_tor() {
     let (lab, printed) = Lab::up("tor.clab.yml").unwrap_or_else(|error| panic!("{error:#}"));
@@ -39,9 +81,17 @@ fn lab_tor() {
         ("blocks are reached over both routers", both_routers),
         ("the routers have every block", routers),
         ("connections are as the policies say", |lab| {
-            lab.show(6).map(drop)
+            lab.show(12).map(drop)
         }),
         ("packets between the racks go over both routers", spread),
+        (
+            "a router has the addresses of services, and goes to the nodes with their pods",
+            services,
+        ),
+        (
+            "a router reaches a borrowed address over the pod's node",
+            borrowed,
+        ),
         (
             "a router whose peerings are deleted is left without a loss",
             one_router_less,
@@ -150,6 +200,110 @@ fn spread(lab: &Lab) -> Result<()> {
     };
     let (sent, _) = eventually(LIMIT, both).map_err(anyhow::Error::msg)?;
     println!("     tor1 sent {} packets, tor2 {}", sent[0], sent[1]);
+    Ok(())
+}
+
+/// The gateways of a destination at a router; none if there is no route.
+fn reached(lab: &Lab, router: &str, destination: &str, wanted: &[&str]) -> Result<()> {
+    let check = || {
+        let routes = routes_v4(lab, router).map_err(|error| format!("{error:#}"))?;
+        let here = routes.iter().any(|route| route["dst"] == destination);
+        let seen = if here {
+            gateways(&routes, destination)?
+        } else {
+            Vec::new()
+        };
+        if seen == wanted {
+            Ok(())
+        } else {
+            Err(format!("{seen:?}, not {wanted:?}"))
+        }
+    };
+    eventually(LIMIT, check)
+        .map_err(anyhow::Error::msg)
+        .with_context(|| format!("{router}: gateways of {destination}"))?;
+    Ok(())
+}
+
+/// The service has one pod; its address and node are those of the slice.
+fn slice(lab: &Lab, node: &str, pod: &str) -> Result<()> {
+    let address = lab.pod_address(pod)?;
+    lab.apply(&format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-local-1\n  namespace: shop\n  \
+         labels:\n    kubernetes.io/service-name: web-local\naddressType: IPv4\nports:\n  - port: 8080\nendpoints:\n  \
+         - addresses: [{address}]\n    nodeName: {node}\n    conditions:\n      ready: true\n"
+    ))?;
+    Ok(())
+}
+
+/// Ranges come from every node; with `externalTrafficPolicy: Local` the addresses of a service come from those alone
+/// that have a pod of it.
+fn services(lab: &Lab) -> Result<()> {
+    lab.apply(SERVICES)?;
+    slice(lab, "node1", "shop/web-1")?;
+    for address in LOCAL_ADDRESSES {
+        for router in ["tor1", "tor2"] {
+            reached(lab, router, address, &["10.0.1.1"])?;
+        }
+    }
+    for range in ["10.96.0.0/16", "203.0.113.0/24", "198.51.100.0/24"] {
+        let told = || {
+            let calictl = programs().join("calictl").display().to_string();
+            let words = [
+                "lab", "exec", "tor1", "--", &calictl, "bgp", "routes", "-o", "json",
+            ];
+            let output = lab.calictl(&words).output();
+            let text = checked(output.map_err(|error| error.to_string())?, || {
+                "calictl bgp routes".to_owned()
+            });
+            let text = text.map_err(|error| format!("{error:#}"))?;
+            let routes: Vec<serde_json::Value> =
+                serde_json::from_str(&text).map_err(|error| error.to_string())?;
+            let mut from: Vec<&str> = routes
+                .iter()
+                .filter(|route| route["prefix"] == range)
+                .filter_map(|route| route["next_hop"].as_str())
+                .collect();
+            from.sort_unstable();
+            if from == ["10.0.1.1", "10.0.1.2", "10.0.2.3"] {
+                Ok(())
+            } else {
+                Err(format!("paths over {from:?}"))
+            }
+        };
+        eventually(LIMIT, told)
+            .map_err(anyhow::Error::msg)
+            .with_context(|| format!("tor1: {range}"))?;
+    }
+    // No address of a service without `Local` is there by itself.
+    reached(lab, "tor1", "203.0.113.11", &[])?;
+    // The pod moves, then it is gone.
+    slice(lab, "node3", "shop/web-3")?;
+    for address in LOCAL_ADDRESSES {
+        reached(lab, "tor1", address, &["10.0.2.3"])?;
+    }
+    let delete = ["delete", "endpointslice", "web-local-1", "-n", "shop"];
+    let output = lab.calictl(&delete).output()?;
+    checked(output, || "delete endpointslice".to_owned())?;
+    for address in LOCAL_ADDRESSES {
+        reached(lab, "tor1", address, &[])?;
+    }
+    Ok(())
+}
+
+/// A pod of node1 makes a block node1's; one of node2 has an address out of it.
+fn borrowed(lab: &Lab) -> Result<()> {
+    let block = block_of(lab, "shop/lender")?;
+    ensure!(
+        block == block_of(lab, "shop/loan")?,
+        "the addresses are of two blocks"
+    );
+    reached(lab, "tor1", &block, &["10.0.1.1"])?;
+    let address = lab.pod_address("shop/loan")?;
+    for router in ["tor1", "tor2"] {
+        reached(lab, router, &address, &["10.0.1.2"])?;
+    }
+    lab.exec("tor1", &["ping", "-n", "-c", "1", "-W", "5", &address])?;
     Ok(())
 }
 
