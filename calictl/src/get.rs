@@ -1,6 +1,7 @@
 //! `calictl get`: what is stored, filtered, in the format that is wanted, once or as it changes.
 
 use crate::format::{Format, Table};
+use crate::programmed::Programmed;
 use crate::resources::{key, parse_kind};
 use crate::{columns, converted, manifests, output};
 use anyhow::{Context, Result, anyhow, bail};
@@ -104,7 +105,11 @@ pub(crate) async fn run(get: &Get) -> Result<()> {
     let found = find(store.as_ref(), kind, get)
         .await
         .context("failed to get resources")?;
-    print(kind, &found, table.as_ref(), get)
+    let programmed = match get.output {
+        Format::Wide => Programmed::ask(kind).await,
+        _ => None,
+    };
+    print(kind, &found, table.as_ref(), programmed.as_ref(), get)
 }
 
 /// Each kind of the files after the other.
@@ -133,7 +138,7 @@ async fn of_files(store: &dyn Datastore, get: &Get) -> Result<()> {
         return Ok(());
     }
     for (kind, objects) in by_kind {
-        print(kind, &objects, get.output.table(kind)?.as_ref(), get)?;
+        print(kind, &objects, get.output.table(kind)?.as_ref(), None, get)?;
     }
     Ok(())
 }
@@ -208,7 +213,13 @@ impl Get {
     }
 }
 
-fn print(kind: Kind, found: &[Arc<AnyResource>], table: Option<&Table>, get: &Get) -> Result<()> {
+fn print(
+    kind: Kind,
+    found: &[Arc<AnyResource>],
+    table: Option<&Table>,
+    programmed: Option<&Programmed>,
+    get: &Get,
+) -> Result<()> {
     let wanted = found.iter().filter(|object| get.wants(object));
     if get.output == Format::Name {
         let names: Vec<String> = wanted.map(|object| name_line(object)).collect();
@@ -218,9 +229,13 @@ fn print(kind: Kind, found: &[Arc<AnyResource>], table: Option<&Table>, get: &Ge
     if let Some(table) = table {
         let mut rows = Vec::new();
         for object in wanted {
-            rows.push(get.cells(kind, table, &object.to_json())?);
+            let mut cells = get.cells(kind, table, &object.to_json())?;
+            cells.extend(programmed.map(|programmed| programmed.cell(&object.key())));
+            rows.push(cells);
         }
-        output::write(columns::render(&get.headings(kind, table), &rows));
+        let mut headings = get.headings(kind, table);
+        headings.extend(programmed.map(|_| "PROGRAMMED"));
+        output::write(columns::render(&headings, &rows));
         return Ok(());
     }
     let objects = wanted.map(|object| shown(object, get.export)).collect();

@@ -19,6 +19,7 @@ mod lab;
 mod manifests;
 mod node;
 mod output;
+mod programmed;
 mod resources;
 mod shell;
 mod sockets;
