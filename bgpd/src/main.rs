@@ -229,7 +229,7 @@ async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     } = read_configuration(file)?;
     let netlink = kernel()?;
     let sink: Box<dyn Sink> = if install {
-        let kernel = Kernel::start(netlink.clone());
+        let kernel = Kernel::start(kernel()?, kernel()?);
         Box::new(kernel.context("cannot start the writer of routes")?)
     } else {
         Box::new(Nowhere)

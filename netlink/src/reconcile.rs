@@ -146,6 +146,8 @@ pub struct Reconciler<K, V> {
     dirty: BTreeSet<K>,
     owns: Owns<K, V>,
     synced: bool,
+    /// Notifications are taken in, among them those of own operations.
+    notified: bool,
 }
 
 impl<K, V> std::fmt::Debug for Reconciler<K, V> {
@@ -171,7 +173,15 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
             dirty: BTreeSet::new(),
             owns: Box::new(owns),
             synced: false,
+            notified: true,
         }
+    }
+
+    /// For an owner that only dumps, and never calls [`Self::on_observed`]: nothing is kept for the sake of notifications.
+    #[must_use]
+    pub fn without_notifications(mut self) -> Self {
+        self.notified = false;
+        self
     }
 
     /// Wants `key` to be `value`. A changed wish ends the key's quarantine.
@@ -427,16 +437,9 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         match result {
             Ok(()) => {
                 track.failure = None;
-                if track.echoes.len() == ECHO_LIMIT {
-                    track.echoes.pop_front();
+                if self.notified {
+                    track.await_echo(op, now);
                 }
-                track.echoes.push_back((
-                    now,
-                    match op {
-                        Op::Set { value, .. } => Some(value.clone()),
-                        Op::Delete { .. } => None,
-                    },
-                ));
                 match op {
                     Op::Set { key, value, .. } => {
                         track.confirmed = true;
@@ -555,6 +558,21 @@ impl<V> Track<V> {
         !self.in_flight
             && old(self.undone.back(), FIGHT_WINDOW)
             && old(self.echoes.back().map(|(at, _)| at), ECHO_LIFE)
+    }
+
+    /// The operation will be announced by the kernel.
+    fn await_echo<K>(&mut self, op: &Op<K, V>, now: Instant)
+    where
+        V: Clone,
+    {
+        if self.echoes.len() == ECHO_LIMIT {
+            self.echoes.pop_front();
+        }
+        let announced = match op {
+            Op::Set { value, .. } => Some(value.clone()),
+            Op::Delete { .. } => None,
+        };
+        self.echoes.push_back((now, announced));
     }
 
     /// Whether `value` is what an own operation announced; those before it will not come any more.

@@ -21,8 +21,8 @@ use crate::{
     error::{Cause, Error, Result},
     sys::set_option,
     wire::{
-        Attr, Attrs, HEADER, Message, Messages, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR,
-        NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, Writer, read_u32,
+        Attr, Attrs, HEADER, Message, Messages, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED,
+        NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, Writer, read_u32,
     },
 };
 
@@ -171,7 +171,9 @@ impl Socket {
 
     /// Sends `count` messages that `write` makes, in as few sends as possible, and returns the result of each.
     ///
-    /// `write` gets the index and the sequence number; the message must ask for an acknowledgement.
+    /// `write` gets the index and the sequence number; the message must ask for an acknowledgement. Only the last one of
+    /// each send is left with that wish: the kernel handles the messages of a send in order and answers those that fail in
+    /// any case, so that what has no answer when the last one has it succeeded (`netlink_rcv_skb`, `net/netlink/af_netlink.c`).
     pub(crate) fn batch(
         &mut self,
         count: usize,
@@ -183,10 +185,17 @@ impl Socket {
             let mut writer = std::mem::take(&mut self.send);
             writer.clear();
             let mut sent = Vec::with_capacity(BATCH_MESSAGES);
+            let mut last: Option<usize> = None;
             while next < count && sent.len() < BATCH_MESSAGES && writer.len() < BATCH_BYTES - 4096 {
                 let sequence = self.next_sequence();
+                let at = writer.len();
                 match write(&mut writer, next, sequence) {
-                    Ok(()) => sent.push((sequence, next)),
+                    Ok(()) => {
+                        if let Some(before) = last.replace(at) {
+                            writer.clear_flag(before, NLM_F_ACK);
+                        }
+                        sent.push((sequence, next));
+                    }
                     Err(cause) => results[next] = Some(Err(cause)),
                 }
                 next += 1;
@@ -215,10 +224,13 @@ impl Socket {
             .collect()
     }
 
-    /// Receives acknowledgements until each message of `sent` (ascending sequence numbers) has one.
+    /// Receives answers until the last message of `sent` (ascending sequence numbers) has one. Those before it that have
+    /// none succeeded.
     fn collect(&mut self, sent: &[(u32, usize)], results: &mut [Option<Result<(), Cause>>]) {
-        let mut open = sent.len();
-        while open > 0 {
+        let Some((_, last)) = sent.last() else {
+            return;
+        };
+        while results[*last].is_none() {
             let Ok(bytes) = receive(self.fd.as_fd(), &mut self.receive, MsgFlags::empty()) else {
                 // Lost (`ENOBUFS`) or late: the caller sees "no answer" and verifies with a dump.
                 return;
@@ -227,14 +239,14 @@ impl Socket {
                 let Some(ack) = read_ack(&message) else {
                     continue;
                 };
-                let Ok(at) = sent.binary_search_by_key(&ack.sequence, |(sequence, _)| *sequence)
-                else {
-                    continue;
-                };
-                if results[sent[at].1].replace(ack.result).is_none() {
-                    open -= 1;
+                if let Ok(at) = sent.binary_search_by_key(&ack.sequence, |(sequence, _)| *sequence)
+                {
+                    results[sent[at].1] = Some(ack.result);
                 }
             }
+        }
+        for (_, index) in sent {
+            results[*index].get_or_insert(Ok(()));
         }
     }
 

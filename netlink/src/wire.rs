@@ -82,6 +82,12 @@ impl Writer {
         self.buffer[self.message..self.message + 4].copy_from_slice(&len.to_ne_bytes());
     }
 
+    /// Takes a flag off the message that starts at `at`.
+    pub(crate) fn clear_flag(&mut self, at: usize, flag: u16) {
+        let flags = u16::from_ne_bytes([self.buffer[at + 6], self.buffer[at + 7]]) & !flag;
+        self.buffer[at + 6..at + 8].copy_from_slice(&flags.to_ne_bytes());
+    }
+
     /// Raw bytes of a protocol header; its length is a multiple of 4.
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);

@@ -1,14 +1,17 @@
 //! Best paths straight into the kernel's main table, for a `bgpd` that stands alone.
 //!
 //! A thread of its own owns the kernel's side: it sets what the table says, finds out once a second what is there
-//! (which also sees what the kernel removes without a notification), and puts right what others changed. Routes that an
+//! (which also sees what the kernel removes without a notification), and puts right what others changed. A second one sends, so
+//! that the next portion is prepared while the kernel works on the one before. Routes that an
 //! earlier process left stay as they are until end-of-sync, also where a first peer has offered another way by then: what
 //! the whole table said is better than what a part of it says (RFC 4724 §4.1 defers the selection). New prefixes are
 //! installed at once. At the end nothing is removed: the kernel goes on forwarding.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel,
+};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,13 +33,22 @@ const AUDIT_SHARE: u32 = 20;
 /// Metric of our routes: behind those that an administrator adds without one.
 const METRIC: u32 = 1024;
 
-type Key = route::RouteKey;
+/// Prefixes that are planned, and sent, at once.
+const PORTION: usize = 2048;
+/// Portions with the sender: one in the kernel's hands, one that is ready.
+const AHEAD: usize = 2;
 
+type Key = route::RouteKey;
+type Operation = Op<Key, route::Route>;
+type Results = Vec<cali_netlink::Result<()>>;
+
+/// What the table said since the writer last looked.
 #[derive(Default)]
 struct Wanted {
-    paths: BTreeMap<Prefix, Path>,
-    changed: BTreeSet<Prefix>,
+    changed: BTreeMap<Prefix, Option<Path>>,
     synced: BTreeSet<Family>,
+    /// The table is gone.
+    ended: bool,
 }
 
 /// The sink of a `bgpd` that stands alone.
@@ -46,14 +58,16 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Starts the thread that writes into this namespace.
-    pub fn start(netlink: Netlink) -> std::io::Result<Self> {
+    /// Starts the threads that write into a namespace: one socket of it is for looking, one for writing.
+    pub fn start(look: Netlink, write: Netlink) -> std::io::Result<Self> {
         let wanted = Arc::new(Mutex::new(Wanted::default()));
         let (wake, woken) = sync_channel(1);
-        let shared = Arc::clone(&wanted);
-        std::thread::Builder::new()
-            .name("kernel-routes".to_owned())
-            .spawn(move || Writer::new(netlink, shared).run(&woken))?;
+        let (orders, ordered) = channel();
+        let (done, finished) = channel();
+        let waker = wake.clone();
+        thread("kernel-send", move || send(&write, &ordered, &done, &waker))?;
+        let writer = Writer::new(look, Arc::clone(&wanted), orders, finished);
+        thread("kernel-routes", move || writer.run(&woken))?;
         Ok(Self { wanted, wake })
     }
 
@@ -65,19 +79,43 @@ impl Kernel {
     }
 }
 
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        with(&self.wanted, |w| w.ended = true);
+        self.wake();
+    }
+}
+
+fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let builder = std::thread::Builder::new().name(name.to_owned());
+    builder.spawn(run).map(drop)
+}
+
+/// Brings portions into the kernel, one after the other.
+fn send(
+    netlink: &Netlink,
+    orders: &Receiver<Vec<Operation>>,
+    done: &Sender<(Vec<Operation>, Results)>,
+    wake: &SyncSender<()>,
+) {
+    for ops in orders {
+        let changes: Vec<Change<route::Route>> = ops.iter().map(change).collect();
+        let results = netlink.apply_routes(&changes);
+        if done.send((ops, results)).is_err() {
+            return;
+        }
+        // Full: the thread is about to look anyway.
+        let _ = wake.try_send(());
+    }
+}
+
 fn with<T>(wanted: &Mutex<Wanted>, act: impl FnOnce(&mut Wanted) -> T) -> T {
     act(&mut wanted.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 impl Sink for Kernel {
     fn set(&mut self, prefix: Prefix, path: Option<Path>) {
-        with(&self.wanted, |w| {
-            match path {
-                Some(path) => w.paths.insert(prefix, path),
-                None => w.paths.remove(&prefix),
-            };
-            w.changed.insert(prefix);
-        });
+        with(&self.wanted, |w| w.changed.insert(prefix, path));
     }
 
     fn flush(&mut self) {
@@ -100,7 +138,14 @@ struct Synced {
 struct Writer {
     netlink: Netlink,
     wanted: Arc<Mutex<Wanted>>,
+    /// Taken over, and not planned yet.
+    waiting: BTreeMap<Prefix, Option<Path>>,
+    paths: BTreeMap<Prefix, Path>,
     routes: Reconciler<Key, route::Route>,
+    orders: Sender<Vec<Operation>>,
+    finished: Receiver<(Vec<Operation>, Results)>,
+    /// Portions with the sender.
+    ahead: usize,
     synced: Arc<Mutex<Synced>>,
     /// What an earlier process left, as it was found.
     left: Option<BTreeMap<Key, route::Route>>,
@@ -108,7 +153,12 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(netlink: Netlink, wanted: Arc<Mutex<Wanted>>) -> Self {
+    fn new(
+        netlink: Netlink,
+        wanted: Arc<Mutex<Wanted>>,
+        orders: Sender<Vec<Operation>>,
+        finished: Receiver<(Vec<Operation>, Results)>,
+    ) -> Self {
         let synced = Arc::new(Mutex::new(Synced::default()));
         let known = Arc::clone(&synced);
         let ours = move |_: &Key, route: &route::Route| {
@@ -123,7 +173,13 @@ impl Writer {
         Self {
             netlink,
             wanted,
-            routes: Reconciler::new(ours),
+            waiting: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            // What is there is found out by looking only.
+            routes: Reconciler::new(ours).without_notifications(),
+            orders,
+            finished,
+            ahead: 0,
             synced,
             left: None,
             audit_at: Instant::now(),
@@ -132,13 +188,28 @@ impl Writer {
 
     fn run(mut self, woken: &Receiver<()>) {
         loop {
+            self.take_results();
             let now = Instant::now();
-            if now >= self.audit_at {
+            if now >= self.audit_at && self.ahead == 0 {
                 self.audit(now);
             }
-            self.take_over();
-            self.apply();
-            let wait = self.audit_at.saturating_duration_since(Instant::now());
+            if self.take_over() {
+                return;
+            }
+            if self.ahead < AHEAD {
+                let more = self.take_portion();
+                if !self.apply() {
+                    return;
+                }
+                if more && self.ahead < AHEAD {
+                    continue;
+                }
+            }
+            // What is with the sender wakes this thread when it is done.
+            let wait = match self.ahead {
+                0 => self.audit_at.saturating_duration_since(Instant::now()),
+                _ => AUDIT,
+            };
             if woken.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected) {
                 return;
             }
@@ -166,38 +237,27 @@ impl Writer {
             }
             Err(error) => warn!(%error, "cannot look at the kernel's routes"),
         }
-        let paths = with(&self.wanted, |w| w.paths.clone());
         let mut resolved = BTreeMap::new();
-        let rows = paths
-            .iter()
-            .filter_map(|(p, path)| self.row(*p, path, &mut resolved));
+        let paths = self.paths.iter();
+        let rows = paths.filter_map(|(p, path)| self.row(*p, path, &mut resolved));
         let rows: Vec<_> = rows.map(|r| (r.key(), r)).collect();
         self.routes.set_desired(rows);
         self.audit_at = now + AUDIT.max(now.elapsed() * AUDIT_SHARE);
     }
 
-    /// Takes what has changed since the last time.
-    fn take_over(&mut self) {
-        let (changed, synced) = with(&self.wanted, |w| {
-            let prefixes = std::mem::take(&mut w.changed);
-            let changed: Vec<_> = prefixes
-                .into_iter()
-                .map(|p| (p, w.paths.get(&p).cloned()))
-                .collect();
+    /// Takes what has changed since the last time. Whether the table is gone.
+    fn take_over(&mut self) -> bool {
+        let (changed, synced, ended) = with(&self.wanted, |w| {
             let synced = Synced {
                 v4: w.synced.contains(&Family::IPV4_UNICAST),
                 v6: w.synced.contains(&Family::IPV6_UNICAST),
             };
-            (changed, synced)
+            (std::mem::take(&mut w.changed), synced, w.ended)
         });
-        let mut resolved = BTreeMap::new();
-        for (prefix, path) in changed {
-            let row = path.and_then(|p| self.row(prefix, &p, &mut resolved));
-            match (row, key(prefix)) {
-                (Some(row), _) => self.routes.desire(row.key(), row),
-                (None, Some(key)) => drop(self.routes.undesire(&key)),
-                (None, None) => {}
-            }
+        if self.waiting.is_empty() {
+            self.waiting = changed;
+        } else {
+            self.waiting.extend(changed);
         }
         let mut known = self.synced.lock().unwrap_or_else(PoisonError::into_inner);
         if *known != synced {
@@ -205,21 +265,57 @@ impl Writer {
             // What an earlier process left is ours from now on: look again.
             self.audit_at = Instant::now();
         }
+        ended
     }
 
-    fn apply(&mut self) {
-        let now = Instant::now();
-        let ops = self.routes.plan(now);
-        if ops.is_empty() {
-            return;
-        }
-        let changes: Vec<Change<route::Route>> = ops.iter().map(change).collect();
-        let results = self.netlink.apply_routes(&changes);
-        for (op, result) in ops.iter().zip(results) {
-            if let Err(error) = &result {
-                warn!(route = %op.key(), %error, "the kernel refused a route");
+    /// Wants a portion of what was taken over. Whether there is more of it.
+    fn take_portion(&mut self) -> bool {
+        let mut resolved = BTreeMap::new();
+        for _ in 0..PORTION {
+            let Some((prefix, path)) = self.waiting.pop_first() else {
+                break;
+            };
+            let row = path
+                .as_ref()
+                .and_then(|p| self.row(prefix, p, &mut resolved));
+            match (row, key(prefix)) {
+                (Some(row), Some(key)) => self.routes.desire(key, row),
+                (None, Some(key)) => drop(self.routes.undesire(&key)),
+                (_, None) => {}
             }
-            self.routes.on_result(op, result, now);
+            match path {
+                Some(path) => self.paths.insert(prefix, path),
+                None => self.paths.remove(&prefix),
+            };
+        }
+        !self.waiting.is_empty()
+    }
+
+    /// Hands the sender what is to be done. Whether it still works.
+    fn apply(&mut self) -> bool {
+        let mut ops = self.routes.plan(Instant::now());
+        while !ops.is_empty() {
+            let rest = ops.split_off(ops.len().min(PORTION));
+            self.ahead += 1;
+            if self.orders.send(ops).is_err() {
+                tracing::error!("the thread that sends routes has ended");
+                return false;
+            }
+            ops = rest;
+        }
+        true
+    }
+
+    fn take_results(&mut self) {
+        while let Ok((ops, results)) = self.finished.try_recv() {
+            self.ahead -= 1;
+            let now = Instant::now();
+            for (op, result) in ops.iter().zip(results) {
+                if let Err(error) = &result {
+                    warn!(route = %op.key(), %error, "the kernel refused a route");
+                }
+                self.routes.on_result(op, result, now);
+            }
         }
     }
 
@@ -288,7 +384,7 @@ fn key(prefix: Prefix) -> Option<Key> {
     Some(row.key())
 }
 
-fn change(op: &Op<Key, route::Route>) -> Change<route::Route> {
+fn change(op: &Operation) -> Change<route::Route> {
     match op {
         Op::Set { value, .. } => Change::Replace(value.clone()),
         Op::Delete { old, .. } => Change::Delete(old.clone()),

@@ -23,6 +23,10 @@ pub struct Path {
 /// Takes best paths. Calls never wait: an implementation keeps the latest state of each prefix, so that its
 /// memory is bounded by the table, and brings it out in its own task.
 pub trait Sink: Send {
+    /// Whether paths are of any interest; without it, none needs to be made up for [`Self::set`].
+    fn takes_paths(&self) -> bool {
+        true
+    }
     /// The best path of a prefix; `None` when there is none any more.
     fn set(&mut self, prefix: Prefix, path: Option<Path>);
     /// The batch is complete: bring it out.
@@ -36,6 +40,10 @@ pub trait Sink: Send {
 pub struct Nowhere;
 
 impl Sink for Nowhere {
+    fn takes_paths(&self) -> bool {
+        false
+    }
+
     fn set(&mut self, _prefix: Prefix, _path: Option<Path>) {}
 
     fn flush(&mut self) {}

@@ -143,6 +143,9 @@ impl State {
     }
 
     fn best(&mut self, change: BestChange) {
+        if !self.environment.sink.takes_paths() {
+            return;
+        }
         let gateway = self.settings.host.static_routes.get(&change.prefix);
         let path = match gateway {
             Some(gateway) => Some(fixed(*gateway)),
