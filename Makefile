@@ -58,7 +58,7 @@ bench-policy: setup ## what policy costs: a change, a start, packets (root; SCEN
 	cargo build --release -p cali-bench --bin policy
 	$(SUDO) target/release/policy $(SCENARIO) $(if $(ROUNDS),--rounds $(ROUNDS))
 
-bench-bgp: setup ## BGP daemons side by side under load (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
+bench-bgp: setup ## BGP daemons side by side under load, 12 minutes (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
 	scripts/peers
 	cargo build --release -p bgpd -p cali-bench --bin bgpd --bin bgp-daemons
 	$(SUDO) target/release/bgp-daemons $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(LOADS),--shapes $(LOADS)) $(if $(DAEMONS),--daemons $(DAEMONS))

@@ -107,10 +107,18 @@ impl Competitor {
         cache().join(self.name)
     }
 
-    /// Whether it can take part. FRR writes into the kernel through another daemon, and GoBGP not at all.
+    /// Whether it takes part. FRR writes into the kernel through another daemon, and GoBGP not at all; GoBGP would need minutes for
+    /// the variants of the fan-in, which shows once.
     #[must_use]
     pub fn takes_part(&self, shape: &Shape) -> bool {
-        shape.course != Course::Kernel || !matches!(self.kind, Kind::Frr | Kind::GoBgp)
+        match self.kind {
+            Kind::Frr => shape.course != Course::Kernel,
+            Kind::GoBgp => {
+                let plain = matches!(shape.course, Course::Sessions | Course::Withdraw);
+                plain && !shape.layout.is_v6()
+            }
+            Kind::Cali | Kind::Bird { .. } | Kind::OpenBgpd => true,
+        }
     }
 
     /// Starts it in a namespace, configured for a load.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::cost::{self, Cost};
-use super::daemon::{Competitor, Daemon};
+use super::daemon::{Competitor, Daemon, Kind};
 use super::generator::{Generator, Phase};
 use super::kernel;
 use super::scene::Scene;
@@ -16,8 +16,10 @@ use super::shape::{Course, FLAPS, Shape};
 pub struct Limits {
     /// For all sessions to stand.
     pub establish: Duration,
-    /// Between the last session and the first UPDATE: some daemons hold a new update group back.
+    /// Between the last session and the first UPDATE.
     pub settle: Duration,
+    /// The same for FRR, which holds a new update group back.
+    pub settle_frr: Duration,
     /// For a phase.
     pub phase: Duration,
     /// How long an idle daemon is watched; zero skips it.
@@ -55,7 +57,11 @@ pub fn run(competitor: &Competitor, shape: &Shape, limits: &Limits) -> Result<Ou
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        runtime.block_on(measure(shape, &scene, limits))
+        let settle = match competitor.kind {
+            Kind::Frr => limits.settle_frr,
+            _ => limits.settle,
+        };
+        runtime.block_on(measure(shape, &scene, limits, settle))
     });
     measured?.with_context(|| explain(competitor, shape, &daemon))
 }
@@ -69,13 +75,18 @@ fn explain(competitor: &Competitor, shape: &Shape, daemon: &Daemon) -> String {
     )
 }
 
-async fn measure(shape: &Shape, scene: &Scene, limits: &Limits) -> Result<Outcome> {
+async fn measure(
+    shape: &Shape,
+    scene: &Scene,
+    limits: &Limits,
+    settle: Duration,
+) -> Result<Outcome> {
     listening(shape, limits.establish).await?;
     let start = Instant::now();
     let mut generator = Generator::start(shape);
     generator.established(limits.establish).await?;
     let established = start.elapsed();
-    tokio::time::sleep(limits.settle).await;
+    tokio::time::sleep(settle).await;
     let (before, from) = (cost::look(&scene.device)?, Instant::now());
     tokio::time::sleep(limits.idle).await;
     let idle = cost::look(&scene.device)?;

@@ -6,27 +6,35 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use cali_bench::bgp::cost;
 use cali_bench::bgp::daemon::{ALL, Competitor};
-use cali_bench::bgp::round::{self, Limits};
+use cali_bench::bgp::round::Limits;
+use cali_bench::bgp::run::Load;
 use cali_bench::bgp::shape::{Course, Shape};
-use cali_bench::bgp::table::{self, Row};
+use cali_bench::bgp::{table, targets};
 use clap::Parser;
 
 /// Measures BGP daemons under one load, side by side, and prints the tables as Markdown.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Which loads: fan-in, v6, server, reflector, kernel, peer-down, churn, stalled, sessions, idle
+    /// Which loads: fan-in, v6, server, reflector, kernel, peer-down, churn, stalled, sessions, process, idle
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "fan-in,v6,server,reflector,kernel,peer-down,churn,stalled,sessions,idle"
+        default_value = "fan-in,server,reflector,kernel,sessions,process,idle,v6,peer-down,churn,stalled"
     )]
     shapes: Vec<String>,
-    /// Which daemons; all that are there without it
-    #[arg(long, value_delimiter = ',')]
+    /// Which daemons: cali, bird2, bird217, bird3, frr, frr10, openbgpd, gobgp3
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "cali,bird217,bird3,frr10,openbgpd,gobgp3"
+    )]
     daemons: Vec<String>,
-    /// Rounds of each; the median counts
+    /// Most rounds of each; the median counts
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// After so many minutes nothing is measured a second time
+    #[arg(long, default_value_t = 11)]
+    minutes: u64,
     /// Divides the number of prefixes, for a quick look
     #[arg(long, default_value_t = 1)]
     scale: u32,
@@ -43,36 +51,40 @@ fn load(name: &str, scale: u32) -> Result<(Shape, Limits)> {
             Course::Kernel,
             ", written into the kernel",
         ),
-        "peer-down" => Shape::fan_in(10, each(100_000)).then(
+        "peer-down" => Shape::fan_in(10, each(50_000)).then(
             "peer-down",
             Course::PeerDown,
             ", then one peer is lost",
         ),
-        "churn" => Shape::fan_in(10, each(100_000)).then(
+        "churn" => Shape::fan_in(10, each(50_000)).then(
             "churn",
             Course::Churn,
             ", then 1 % changes again and again",
         ),
-        "stalled" => Shape::fan_in(10, each(100_000))
-            .with_stalled_monitor()
-            .then("stalled", Course::Stalled, ", and one that stops reading"),
+        "stalled" => Shape::fan_in(10, each(50_000)).with_stalled_monitor().then(
+            "stalled",
+            Course::Stalled,
+            ", and one that stops reading",
+        ),
         "reflector" => Shape::reflector(500, each(26)),
         "server" => Shape::server(20, each(5_000)),
         "sessions" => Shape::sessions("sessions", 200),
+        "process" => Shape::sessions("process", 1),
         "idle" => Shape::sessions("idle", 1000),
         other => bail!("there is no load {other:?}"),
     };
     let count = shape.neighbours.len() as u64;
     let limits = Limits {
-        establish: Duration::from_secs(90),
+        establish: Duration::from_secs(30),
+        settle: Duration::from_secs(2),
         // FRR holds a new update group back for min(10 s, 1 s + 50 ms x peers).
-        settle: Duration::from_secs(if shape.prefixes > 0 {
+        settle_frr: Duration::from_secs(if shape.prefixes > 0 {
             (3 + count / 20).min(12)
         } else {
             2
         }),
-        phase: Duration::from_secs(120),
-        idle: Duration::from_secs(if name == "idle" { 20 } else { 0 }),
+        phase: Duration::from_secs(90),
+        idle: Duration::from_secs(if name == "idle" { 10 } else { 0 }),
     };
     Ok((shape, limits))
 }
@@ -84,7 +96,7 @@ fn chosen(names: &[String]) -> Result<Vec<Competitor>> {
             "there is no daemon {name:?}"
         );
     }
-    let wanted = |c: &Competitor| names.is_empty() || names.iter().any(|n| n == c.name);
+    let wanted = |c: &Competitor| names.iter().any(|n| n == c.name);
     let (here, missing): (Vec<_>, Vec<_>) = ALL
         .into_iter()
         .filter(wanted)
@@ -98,41 +110,18 @@ fn chosen(names: &[String]) -> Result<Vec<Competitor>> {
 fn run() -> Result<()> {
     let arguments = Arguments::parse();
     let competitors = chosen(&arguments.daemons)?;
-    println!(
-        "{}; {} round(s) each, median\n",
-        cost::machine(),
-        arguments.rounds
-    );
+    let mut loads = Vec::new();
     for name in &arguments.shapes {
         let (shape, limits) = load(name, arguments.scale)?;
-        let competitors: Vec<_> = competitors
-            .iter()
-            .filter(|c| c.takes_part(&shape))
-            .collect();
-        let mut bare = Vec::new();
-        let mut rows: Vec<Row> = competitors
-            .iter()
-            .map(|c| Row {
-                name: c.name,
-                rounds: Vec::new(),
-            })
-            .collect();
-        // Round by round over all of them, so that a busy minute of the machine does not fall on one alone.
-        for _ in 0..arguments.rounds {
-            if shape.course == Course::Kernel {
-                bare.push(round::bare_writer(&shape)?);
-            }
-            for (competitor, row) in competitors.iter().zip(&mut rows) {
-                eprintln!("{} under {}", competitor.name, shape.title);
-                let outcome = round::run(competitor, &shape, &limits);
-                row.rounds.push(outcome.map_err(|error| {
-                    eprintln!("{error:?}");
-                    error.root_cause().to_string()
-                }));
-            }
-        }
-        println!("{}", table::render(&shape, &rows, &bare));
+        loads.push(Load::new(shape, limits, &competitors));
     }
+    let limit = Duration::from_secs(60 * arguments.minutes);
+    cali_bench::bgp::run::run(&mut loads, arguments.rounds, limit)?;
+    println!("{}\n", cost::machine());
+    for load in &loads {
+        println!("{}", table::render(&load.shape, &load.rows, &load.bare));
+    }
+    print!("{}", targets::render(&loads));
     Ok(())
 }
 
