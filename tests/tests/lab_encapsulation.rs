@@ -178,8 +178,9 @@ fn mtu(lab: &Lab, at: usize) -> Result<u32> {
 /// One packet, which has to be answered.
 fn ping(lab: &Lab, from: usize, to: IpAddr, size: u32) -> Result<()> {
     let (size, to) = (size.to_string(), to.to_string());
+    let wait = patient(Duration::from_secs(1)).as_secs().to_string();
     let words = [
-        "ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", &size, &to,
+        "ping", "-n", "-c", "1", "-W", &wait, "-M", "do", "-s", &size, &to,
     ];
     lab.exec(&pod(from), &words).map(drop)
 }
@@ -287,7 +288,7 @@ fn switch_under_traffic(lab: &Lab) -> Result<()> {
             let ping = Ping::every(
                 &lab.netns(&pod(from)),
                 &pods[to].to_string(),
-                Duration::from_millis(20),
+                patient(Duration::from_millis(20)),
                 Duration::from_secs(900),
             )?;
             pings.push((from, to, ping));
