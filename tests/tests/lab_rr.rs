@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use cali_tests::eventually;
-use cali_tests::lab::Lab;
+use cali_tests::lab::{Lab, checked};
 use cali_tests::table::{block_of, find, node_status, routes_v4};
 use cali_tests::traffic::Ping;
 use nix::sys::signal::{Signal, kill};
@@ -27,6 +27,10 @@ fn lab_rr() {
             "every node has every block, straight from its owner",
             routes,
         ),
+        (
+            "bringing it up again takes nothing from the nodes",
+            up_again,
+        ),
         ("connections are as the policies say", |lab| {
             lab.show(6).map(drop)
         }),
@@ -35,6 +39,17 @@ fn lab_rr() {
             killed_reflector,
         ),
     ]);
+}
+
+/// The manifests name nodes without their addresses, which the nodes have written themselves.
+fn up_again(lab: &Lab) -> Result<()> {
+    let topology = lab.folder().join("../topology/rr.clab.yml");
+    let output = lab
+        .calictl(&["lab", "up", &topology.display().to_string()])
+        .output()?;
+    let said = checked(output, || "lab up, again".to_owned())?;
+    ensure!(said.contains(" 0 objects created, 0 changed,"), "{said}");
+    sessions(lab)
 }
 
 fn sessions(lab: &Lab) -> Result<()> {

@@ -169,10 +169,15 @@ pub(super) fn open_store(plan: &Plan) -> Result<Arc<dyn Datastore>> {
 async fn apply(store: &dyn Datastore, documents: &[Document]) -> Result<(usize, usize)> {
     let (mut created, mut changed) = (0, 0);
     for Document { value: object, .. } in documents {
+        let object = match object.kind() {
+            Kind::Node => beside_what_runs(store, object).await?,
+            _ => object.clone(),
+        };
+        let key = object.key();
         let applied = store
-            .apply(object.clone())
+            .apply(object)
             .await
-            .with_context(|| format!("cannot apply {}", object.key()))?;
+            .with_context(|| format!("cannot apply {key}"))?;
         match applied.outcome {
             cali_datastore::Outcome::Created => created += 1,
             cali_datastore::Outcome::Updated => changed += 1,
@@ -180,6 +185,24 @@ async fn apply(store: &dyn Datastore, documents: &[Document]) -> Result<(usize, 
         }
     }
     Ok((created, changed))
+}
+
+/// A node as the topology's manifests have it, over what the node that runs has written of itself: its addresses stay.
+async fn beside_what_runs(store: &dyn Datastore, node: &AnyResource) -> Result<AnyResource> {
+    let key = node.key();
+    match store.get(&key).await {
+        Ok(found) => laid_over(&found.object, node).with_context(|| format!("cannot apply {key}")),
+        Err(cali_datastore::Error::NotFound { .. }) => Ok(node.clone()),
+        Err(error) => Err(anyhow::Error::new(error).context(format!("cannot read {key}"))),
+    }
+}
+
+fn laid_over(stored: &AnyResource, manifest: &AnyResource) -> Result<AnyResource> {
+    let mut merged = stored.to_json();
+    json_patch::merge(&mut merged, &manifest.to_json());
+    let mut merged = AnyResource::from_json(merged)?;
+    merged.metadata_mut().resource_version = None;
+    Ok(merged)
 }
 
 /// Pods of the datastore that belong on a node of this lab.
