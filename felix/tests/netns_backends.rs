@@ -7,37 +7,22 @@
 
 mod policy_lab;
 
+use cali_netlink::testing::run;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use cali_api::NodeName;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
-use cali_api::{AnyResource, NodeName, Revision};
 use cali_netlink::NetNs;
-use felix::dataplane::{Config, Dataplane, State, StatusSink};
-use policy_lab::Lab;
-use serde_json::{Value, json};
+use felix::dataplane::{Config, Dataplane};
+use policy_lab::{Lab, Quiet, set};
+use serde_json::json;
 use tokio::sync::mpsc;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const ALLOWED: u16 = 4000;
 const DENIED: u16 = 4001;
-
-struct Quiet;
-
-impl StatusSink for Quiet {
-    fn on_state(&mut self, _: &Arc<State>) {}
-}
-
-fn set(value: Value) -> Update {
-    let value = AnyResource::from_json(value).unwrap();
-    Update {
-        key: value.key(),
-        value: Some(Arc::new(value)),
-        revision: Revision::from("1"),
-    }
-}
 
 fn settings(mode: &str, backend: &str) -> Update {
     set(
@@ -189,20 +174,6 @@ fn start(lab: &Lab) -> (Dataplane, mpsc::Sender<SyncEvent>) {
     let netlink = lab.node.netlink().clone();
     let dataplane = Dataplane::start(config, netlink, stream, Box::new(Quiet)).unwrap();
     (dataplane, updates)
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(level)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 #[test]

@@ -5,14 +5,13 @@
     reason = "a failed step of a test's set-up is to end the test"
 )]
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Key, NodeName, Revision};
 use cali_netlink::nft::Nft;
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, run};
 use felix::dataplane::{Config, Dataplane, Handle, State, StatusSink};
 use tokio::sync::mpsc;
 
@@ -186,21 +185,6 @@ impl Host {
         }
         println!("{what}: after {:?}", start.elapsed());
     }
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the dataplane found.
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(level)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 #[test]

@@ -6,7 +6,6 @@
     reason = "a failed step of a test's set-up is to end the test"
 )]
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use cali_api::{AnyResource, Key, NodeName, Revision};
 use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours, Remover, RemoverPlan},
+    run,
 };
 use felix::dataplane::{Config, Dataplane, State, StatusSink, Variant};
 use tokio::sync::mpsc;
@@ -163,15 +163,6 @@ async fn until_state(
         Ok(Ok(state)) => state.clone(),
         _ => panic!("{what}: {:#?}", dataplane.handle().state().borrow()),
     }
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 async fn stands_beside(label: &str, fixtures: &[Fixture]) {

@@ -7,13 +7,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cali_api::AnyResource;
-use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_netlink::testing::eventually;
-use felix::calc::{Graph, Input, IpVersion};
+use felix::calc::IpVersion;
 use felix::dataplane::{Iptables, Variant};
 use felix::iptables::{Chain, Program, Renderer, Table};
-use policy_lab::{By, Lab, Place};
+use policy_lab::{By, Lab, Place, batch};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -21,29 +19,8 @@ const VARIANTS: [Variant; 2] = [Variant::Nft, Variant::Legacy];
 
 /// A program for these pods, all allowed everything, and these objects.
 fn program(pods: &[Place], objects: &[Value]) -> Program {
-    let mut all = objects.to_vec();
-    all.push(json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
-                    "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}}));
-    for place in pods {
-        all.push(json!({
-            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
-            "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
-            "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
-                     "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
-        }));
-    }
-    let mut graph = Graph::new("node".into());
-    for value in all {
-        let object = Arc::new(AnyResource::from_json(value).expect("an object"));
-        graph.on_update(Update {
-            key: object.key(),
-            value: Some(object),
-            revision: "1".into(),
-        });
-    }
-    graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
     let mut renderer = Renderer::default();
-    renderer.apply(&graph.flush().expect("a first batch"));
+    renderer.apply(&batch(pods, objects));
     renderer.program().clone()
 }
 

@@ -8,16 +8,16 @@
 
 mod policy_lab;
 
+use cali_netlink::testing::run;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cali_api::NodeName;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
-use cali_api::{AnyResource, NodeName, Revision};
 use cali_netlink::NetNs;
-use felix::dataplane::{Config, Dataplane, State, StatusSink};
-use policy_lab::Lab;
+use felix::dataplane::{Config, Dataplane, State};
+use policy_lab::{Lab, Quiet, set};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -33,21 +33,6 @@ const BACKENDS: [(&str, &str); 3] = [
     ("Disabled", "NFT"),
     ("Disabled", "Legacy"),
 ];
-
-struct Quiet;
-
-impl StatusSink for Quiet {
-    fn on_state(&mut self, _: &Arc<State>) {}
-}
-
-fn set(value: Value) -> Update {
-    let value = AnyResource::from_json(value).unwrap();
-    Update {
-        key: value.key(),
-        value: Some(Arc::new(value)),
-        revision: Revision::from("1"),
-    }
-}
 
 fn policy(ingress: &Value) -> Update {
     set(
@@ -117,15 +102,6 @@ async fn settled(dataplane: &Dataplane, updates: &mpsc::Sender<SyncEvent>) {
         "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": "nobody", "ipNetworks": []}}),
     );
     dataplane.handle().announce(nobody.key, None).await.unwrap();
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 #[test]

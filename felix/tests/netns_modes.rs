@@ -5,14 +5,13 @@
     reason = "a failed step of a test's set-up is to end the test"
 )]
 
-use std::future::Future;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, NodeName, Revision};
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, run};
 use cali_routes::{Backend, Candidate, Input, NextHop, RouteSpec, Source};
 use felix::dataplane::{Config, Dataplane, State, StatusSink};
 use tokio::sync::mpsc;
@@ -145,21 +144,6 @@ impl Host {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the dataplane found.
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(level)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 /// "N packets transmitted, M received" of ping.

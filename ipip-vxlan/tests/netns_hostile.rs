@@ -14,6 +14,7 @@ use cali_api::NodeName;
 use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours},
+    run,
 };
 use ipip_vxlan::{
     Encap, Endpoint, GatewaysInUse, Pool, Resolver, Scope, Tunnels, Vtep, Wish, vtep_mac,
@@ -117,15 +118,6 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 async fn comes_and_goes_beside(label: &str, fixtures: &[Fixture]) {

@@ -6,12 +6,11 @@
 )]
 
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_api::NodeName;
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, run};
 use ipip_vxlan::{
     Encap, Endpoint, GatewaysInUse, Pool, Resolver, Scope, Tunnels, VXLAN_V4_DEVICE, Vtep, Wish,
     vtep_mac,
@@ -144,21 +143,6 @@ impl Node {
                 && neighbours.contains(&format!("192.168.{id}.1 lladdr {mac} PERMANENT"))
         })
     }
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the applier found.
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(level)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 #[test]

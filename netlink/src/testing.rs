@@ -129,6 +129,22 @@ impl Drop for TestNs {
     }
 }
 
+/// Runs a test on a runtime of its own. The log of a failed one says what the code under test found.
+pub fn run<F: Future<Output = ()>>(test: F) {
+    let level = tracing_subscriber::filter::LevelFilter::INFO;
+    // Another test of the same program may have set it up.
+    let _ = tracing_subscriber::fmt()
+        .with_test_writer()
+        .with_max_level(level)
+        .try_init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("start a runtime");
+    runtime.block_on(test);
+}
+
 /// Waits until `condition` yields a value; panics with what it last said after `limit`.
 pub fn eventually<T, E: Display>(
     limit: Duration,

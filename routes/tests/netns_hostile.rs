@@ -12,6 +12,7 @@ use cali_api::{Cidr, NodeName};
 use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours, Remover, RemoverPlan},
+    run,
 };
 use cali_routes::{Candidate, Input, KernelSettings, NextHop, RouteSpec, Source, Writer};
 use ipip_vxlan::{Encap, Endpoint, Pool};
@@ -117,20 +118,6 @@ fn nothing() -> Vec<Input> {
         Input::Remove(Source::LocalBlock, cidr(LOCAL)),
         Input::Remove(Source::Bgp, cidr(REMOTE)),
     ]
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the writer found.
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(tracing_subscriber::filter::LevelFilter::INFO)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 async fn comes_and_goes_beside(label: &str, fixtures: &[Fixture]) {

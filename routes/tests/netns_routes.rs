@@ -5,13 +5,12 @@
     reason = "a failed step of a test's set-up is to end the test"
 )]
 
-use std::future::Future;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_api::{Cidr, NodeName};
 use cali_netlink::events::{Event, Group, Notice};
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, run};
 use cali_routes::{Candidate, Input, KernelSettings, NextHop, RouteSpec, Source, Writer};
 use ipip_vxlan::{Encap, Endpoint, Pool};
 
@@ -146,20 +145,6 @@ fn everything() -> Vec<Input> {
         bgp(BLOCK3, &["10.2.0.3"]),
         Input::InSync,
     ]
-}
-
-fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the writer found.
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(tracing_subscriber::filter::LevelFilter::INFO)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }
 
 fn has(text: &'static str) -> impl Fn(Option<&str>) -> bool {

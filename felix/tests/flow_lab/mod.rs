@@ -15,6 +15,7 @@ use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Key, NodeName, Revision};
 use cali_netlink::conntrack::{Conntrack, Flow};
 use cali_netlink::testing::TestNs;
+pub(crate) use cali_netlink::testing::run;
 use felix::dataplane::{Config, Dataplane, Handle, State, StatusSink};
 use tokio::sync::mpsc;
 
@@ -384,19 +385,4 @@ fn read(mut receive: impl FnMut(&mut [u8]) -> std::io::Result<usize>) -> Vec<u8>
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-pub(crate) fn run<F: Future<Output = ()>>(test: F) {
-    // The log of a failed test says what the dataplane did.
-    let level = tracing_subscriber::filter::LevelFilter::INFO;
-    let _ = tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_max_level(level)
-        .try_init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(test);
 }

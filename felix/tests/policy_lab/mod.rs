@@ -5,14 +5,57 @@
 
 use std::net::IpAddr;
 use std::ops::Deref;
+use std::sync::Arc;
 
+use cali_api::update::{SyncEvent, SyncStatus, Update};
+use cali_api::{AnyResource, Revision};
 use cali_netlink::NetNs;
+use felix::calc::{Batch, Graph, Input};
 use felix::compile::Program;
 use felix::conformance::{Backend, IptablesChains, Nftables};
 pub(crate) use felix::conformance::{Lab as Places, Listener, Place, Probe, listen};
-use felix::dataplane::Variant;
+use felix::dataplane::{State, StatusSink, Variant};
 use felix::iptables;
 use felix::verdict::{Model, Packet};
+use serde_json::{Value, json};
+
+/// Who does not listen to the dataplane.
+pub(crate) struct Quiet;
+
+impl StatusSink for Quiet {
+    fn on_state(&mut self, _: &Arc<State>) {}
+}
+
+/// An object as the stream of changes brings it.
+pub(crate) fn set(value: Value) -> Update {
+    let object = AnyResource::from_json(value).expect("an object");
+    Update {
+        key: object.key(),
+        value: Some(Arc::new(object)),
+        revision: Revision::from("1"),
+    }
+}
+
+/// The first batch for these pods, all allowed everything, and these objects.
+pub(crate) fn batch(pods: &[Place], objects: &[Value]) -> Batch {
+    let mut all = objects.to_vec();
+    all.push(json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
+                    "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}}));
+    for place in pods {
+        all.push(json!({
+            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
+            "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
+            "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
+                     "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
+        }));
+    }
+    let mut graph = Graph::new("node".into());
+    for value in all {
+        graph.on_update(set(value));
+    }
+    graph.handle(Input::Sync(SyncEvent::Status(SyncStatus::InSync)));
+    graph.flush().expect("a first batch")
+}
 
 /// What enforces policy in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
