@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use cali_api::{Cidr, Key as ObjectKey};
 use cali_netlink::nft::Key;
@@ -14,6 +15,7 @@ use super::compiler::{Compiler, Unit};
 use super::names;
 use crate::calc::{
     Action, Direction, Icmp, IpSetId, IpVersion, Member, PeerMatch, Rule, Rules, TierDefault,
+    TierPolicies,
 };
 use crate::verdict::Packet;
 
@@ -103,17 +105,21 @@ impl Compiler {
         direction: Direction,
     ) -> Option<bool> {
         let endpoint = &self.endpoints.get(endpoint)?.endpoint;
-        let decide = |rules: &Rules| {
-            rules
-                .of(direction)
-                .iter()
-                .filter(|rule| rule.action != Action::Log)
-                .find(|rule| self.matches(rule, packet))
-                .map(|rule| rule.action)
-        };
-        'tiers: for tier in endpoint.tiers(direction) {
+        let by_tiers = self.tiers_allow(endpoint.tiers(direction), packet, direction);
+        Some(by_tiers.unwrap_or_else(|| self.profiles_allow(&endpoint.profiles, packet, direction)))
+    }
+
+    /// What these tiers say of a first packet; `None` where none of them decides.
+    pub(super) fn tiers_allow(
+        &self,
+        tiers: &[TierPolicies],
+        packet: &Packet,
+        direction: Direction,
+    ) -> Option<bool> {
+        'tiers: for tier in tiers {
             for policy in &tier.policies {
-                match self.policies.get(policy).and_then(|rules| decide(rules)) {
+                let rules = self.policies.get(policy);
+                match rules.and_then(|rules| self.decide(rules, packet, direction)) {
                     Some(Action::Allow) => return Some(true),
                     Some(Action::Deny) => return Some(false),
                     Some(Action::Pass) => continue 'tiers,
@@ -124,14 +130,34 @@ impl Compiler {
                 return Some(false);
             }
         }
-        for profile in &endpoint.profiles {
-            match self.profiles.get(profile).and_then(|rules| decide(rules)) {
-                Some(Action::Allow) => return Some(true),
-                Some(Action::Deny) => return Some(false),
+        None
+    }
+
+    /// What these profiles say of it; nothing is allowed that none of them allows.
+    pub(super) fn profiles_allow(
+        &self,
+        profiles: &[Arc<str>],
+        packet: &Packet,
+        direction: Direction,
+    ) -> bool {
+        for profile in profiles {
+            let rules = self.profiles.get(profile);
+            match rules.and_then(|rules| self.decide(rules, packet, direction)) {
+                Some(Action::Allow) => return true,
+                Some(Action::Deny) => return false,
                 Some(Action::Pass | Action::Log) | None => {}
             }
         }
-        Some(false)
+        false
+    }
+
+    /// The action of the first rule that decides.
+    fn decide(&self, rules: &Rules, packet: &Packet, direction: Direction) -> Option<Action> {
+        let deciding = rules.of(direction).iter();
+        deciding
+            .filter(|rule| rule.action != Action::Log)
+            .find(|rule| self.matches(rule, packet))
+            .map(|rule| rule.action)
     }
 
     pub(super) fn matches(&self, rule: &Rule, packet: &Packet) -> bool {

@@ -10,9 +10,7 @@ use cali_api::v3::ProtoPort;
 
 use super::compiler::Compiler;
 use super::evaluate::Suspects;
-use crate::calc::{
-    Action, Direction, HostEndpoint, HostInterface, Rules, STAGES, Stage, TierDefault, Tiers,
-};
+use crate::calc::{Direction, HostEndpoint, HostInterface, STAGES, Stage};
 use crate::verdict::Packet;
 
 /// Senders that are looked at for one host endpoint.
@@ -83,49 +81,14 @@ impl Compiler {
                 Stage::Forward => false,
                 Stage::Normal => true,
             };
-            if asked && let Some(allowed) = self.tiers_allow(host.stage(stage), packet, direction) {
+            if asked
+                && let Some(allowed) =
+                    self.tiers_allow(host.stage(stage).of(direction), packet, direction)
+            {
                 return allowed;
             }
         }
-        let profiles = host
-            .profiles
-            .iter()
-            .filter_map(|name| self.profiles.get(name));
-        for rules in profiles {
-            match self.decide(rules, packet, direction) {
-                Some(Action::Allow) => return true,
-                Some(Action::Deny) => return false,
-                _ => {}
-            }
-        }
-        false
-    }
-
-    fn tiers_allow(&self, tiers: &Tiers, packet: &Packet, direction: Direction) -> Option<bool> {
-        'tiers: for tier in tiers.of(direction) {
-            for policy in &tier.policies {
-                let rules = self.policies.get(policy);
-                match rules.and_then(|rules| self.decide(rules, packet, direction)) {
-                    Some(Action::Allow) => return Some(true),
-                    Some(Action::Deny) => return Some(false),
-                    Some(Action::Pass) => continue 'tiers,
-                    Some(Action::Log) | None => {}
-                }
-            }
-            if tier.default_action == TierDefault::Deny {
-                return Some(false);
-            }
-        }
-        None
-    }
-
-    /// The action of the first rule that decides.
-    fn decide(&self, rules: &Rules, packet: &Packet, direction: Direction) -> Option<Action> {
-        let deciding = rules.of(direction).iter();
-        deciding
-            .filter(|rule| rule.action != Action::Log)
-            .find(|rule| self.matches(rule, packet))
-            .map(|rule| rule.action)
+        self.profiles_allow(&host.profiles, packet, direction)
     }
 
     /// Addresses that the policy of host endpoints names as senders, and two that it does not: one of each family. Who

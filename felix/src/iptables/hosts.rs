@@ -20,7 +20,7 @@ use super::dispatch::usable;
 use super::names;
 use super::program::{Chain, Table};
 use super::render::{Asked, Renderer, VERSIONS, comment, remark};
-use crate::calc::{Direction, HostEndpoint, IpVersion, Stage, TierDefault};
+use crate::calc::{Direction, HostEndpoint, IpVersion, Stage};
 use crate::compile::hosts::{self, SITES, Site};
 use crate::compile::{KeptOpen, NEIGHBOUR_DISCOVERY, ROUTER_ADVERTISEMENT};
 
@@ -190,28 +190,11 @@ impl Renderer {
                 answers.filter_map(|port| text(port, "--sport", "answer of a failsafe port")),
             );
         }
-        let allowed = format!("{} -j RETURN", marks.accepted());
-        for tier in host.stage(stage).of(direction) {
-            rules.push(marks.clear_pass());
-            for policy in &tier.policies {
-                let chain = names::policy_chain(policy, direction);
-                rules.push(format!("{} -j {chain}", marks.not_passed()));
-                rules.push(allowed.clone());
-            }
-            if tier.default_action == TierDefault::Deny {
-                let about = comment(&format!("end of tier {}", tier.tier));
-                let deny = self.deny(table(site));
-                rules.push(format!("{} {about} {deny}", marks.not_passed()));
-            }
-        }
+        let tiers = host.stage(stage).of(direction);
+        self.tier_rules(&mut rules, tiers, direction, table(site));
         match stage {
             Stage::Normal => {
-                for profile in &host.profiles {
-                    rules.push(format!("-j {}", names::profile_chain(profile, direction)));
-                    rules.push(allowed.clone());
-                }
-                let about = comment("no profile allows it");
-                rules.push(format!("{about} {}", self.deny(table(site))));
+                self.profile_rules(&mut rules, &host.profiles, direction, table(site));
             }
             // What a workload's policy has allowed goes on as allowed.
             Stage::Forward if direction == Direction::Egress => {

@@ -17,7 +17,7 @@ use super::settings::Settings;
 use super::{held, names};
 use crate::calc::{
     Batch, Delta, Direction, Endpoint, IpSetId, IpSetKind, IpVersion, Member, PoolNat, Rules,
-    TierDefault, TunnelPeers,
+    TierDefault, TierPolicies, TunnelPeers,
 };
 use crate::compile::{KeptOpen, outermost};
 
@@ -353,7 +353,6 @@ impl Renderer {
 
     fn endpoint_rules(&self, id: &Key, endpoint: &Endpoint, direction: Direction) -> Vec<String> {
         let (marks, common) = (self.settings.marks, &self.settings.common);
-        let allowed = format!("{} -j RETURN", marks.accepted());
         let mut rules = vec!["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned()];
         remark(&mut rules, &id.to_string());
         if common.drop_invalid {
@@ -371,32 +370,57 @@ impl Renderer {
                 rules.push("-p 4 -j DROP".to_owned());
             }
         }
-        for tier in endpoint.tiers(direction) {
+        self.tier_rules(
+            &mut rules,
+            endpoint.tiers(direction),
+            direction,
+            Table::Filter,
+        );
+        self.profile_rules(&mut rules, &endpoint.profiles, direction, Table::Filter);
+        rules
+    }
+
+    /// Asks tier after tier; the end of one that denies ends it.
+    pub(super) fn tier_rules(
+        &self,
+        rules: &mut Vec<String>,
+        tiers: &[TierPolicies],
+        direction: Direction,
+        table: Table,
+    ) {
+        let marks = self.settings.marks;
+        for tier in tiers {
             rules.push(marks.clear_pass());
             for policy in &tier.policies {
                 let chain = names::policy_chain(policy, direction);
                 rules.push(format!("{} -j {chain}", marks.not_passed()));
-                rules.push(allowed.clone());
+                rules.push(format!("{} -j RETURN", marks.accepted()));
             }
             if tier.default_action == TierDefault::Deny {
                 let about = comment(&format!("end of tier {}", tier.tier));
                 rules.push(format!(
                     "{} {about} {}",
                     marks.not_passed(),
-                    self.deny(Table::Filter)
+                    self.deny(table)
                 ));
             }
         }
-        for profile in &endpoint.profiles {
+    }
+
+    /// Asks the profiles, and denies what none allows.
+    pub(super) fn profile_rules(
+        &self,
+        rules: &mut Vec<String>,
+        profiles: &[Arc<str>],
+        direction: Direction,
+        table: Table,
+    ) {
+        for profile in profiles {
             rules.push(format!("-j {}", names::profile_chain(profile, direction)));
-            rules.push(allowed.clone());
+            rules.push(format!("{} -j RETURN", self.settings.marks.accepted()));
         }
-        rules.push(format!(
-            "{} {}",
-            comment("no profile allows it"),
-            self.deny(Table::Filter)
-        ));
-        rules
+        let about = comment("no profile allows it");
+        rules.push(format!("{about} {}", self.deny(table)));
     }
 
     /// The ways to the endpoints, and everything else that stands whatever the policies are.
