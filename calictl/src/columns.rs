@@ -4,11 +4,13 @@ use cali_api::Kind;
 use serde_json::Value;
 
 /// A heading, and how a cell is read from an object's JSON.
+#[derive(Clone, Copy)]
 pub(crate) struct Column {
     pub(crate) heading: &'static str,
     cell: Cell,
 }
 
+#[derive(Clone, Copy)]
 enum Cell {
     /// The value at a JSON pointer, or this text where there is none.
     At(&'static str, &'static str),

@@ -1,15 +1,12 @@
 //! `calictl label` and `calictl patch`: small changes of one stored resource.
 
 use crate::output;
-use crate::resources::{key, parse_kind};
+use crate::resources::{ATTEMPTS, key, parse_kind};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key};
 use cali_datastore::{Datastore, Error};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
-
-/// Attempts where another writer is faster.
-const ATTEMPTS: usize = 5;
 
 #[derive(Debug, Args)]
 pub(crate) struct Label {

@@ -9,7 +9,7 @@ use clap::Args;
 use std::path::PathBuf;
 
 /// Attempts of an update that meets another writer.
-const ATTEMPTS: usize = 5;
+pub(crate) const ATTEMPTS: usize = 5;
 
 #[derive(Debug, Args)]
 pub(crate) struct Files {

@@ -98,10 +98,10 @@ impl Format {
         for column in custom {
             cells.push(match column {
                 Custom::Path(heading, path) => Cells::Path(heading.clone(), path.clone()),
-                Custom::Known(heading) => columns::of(kind, true)
-                    .into_iter()
+                Custom::Known(heading) => own
+                    .iter()
                     .find(|column| column.heading == heading)
-                    .map(Cells::Own)
+                    .map(|column| Cells::Own(*column))
                     .with_context(|| format!("{kind} has no column {heading} (it has {known}); any field: custom-columns=HEADING:.path"))?,
             });
         }

@@ -7,9 +7,7 @@ use cali_datastore::{Datastore, Error};
 use clap::Args;
 
 use crate::output;
-
-/// Attempts where another writer is faster.
-const ATTEMPTS: usize = 5;
+use crate::resources::ATTEMPTS;
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]

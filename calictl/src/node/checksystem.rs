@@ -52,6 +52,9 @@ pub(super) async fn run() -> Result<ExitCode> {
     };
     output::line(Style::TITLE.paint(format!("Kernel {}", kernel())));
     let probed = probe::blocking(Capability::ALL);
+    let is_root = probed
+        .iter()
+        .any(|(capability, result)| *capability == Capability::Root && result.is_ok());
     let mut findings = host(probed, &wishes.needs);
     print(&findings);
     output::line(Style::TITLE.paint("Paths to the other nodes"));
@@ -59,7 +62,7 @@ pub(super) async fn run() -> Result<ExitCode> {
         Some(error) => output::line(format!(
             "  not tried: the datastore does not say which nodes there are: {error:#}"
         )),
-        None if is_root() => {
+        None if is_root => {
             let nodes = wishes.nodes;
             let paths = tokio::task::spawn_blocking(move || paths(&nodes))
                 .await
@@ -80,12 +83,6 @@ pub(super) async fn run() -> Result<ExitCode> {
     }
     output::line(Style::GOOD.paint("System meets minimum system requirements to run Calico!"));
     Ok(ExitCode::SUCCESS)
-}
-
-fn is_root() -> bool {
-    probe::blocking(&[Capability::Root])
-        .iter()
-        .all(|(_, result)| result.is_ok())
 }
 
 fn kernel() -> String {
