@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::server::{DEFAULT_PORT, ServerConfig};
+use crate::tls::{PeerName, TlsSettings};
 
 /// A setting that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -66,20 +68,46 @@ impl Env {
             })
     }
 
-    /// Plain text where encryption was asked for would be worse than not starting.
-    fn refuse_tls(&self, variables: &[&'static str]) -> Result<(), ConfigError> {
-        match variables
-            .iter()
-            .find_map(|variable| Some((*variable, self.get(variable)?)))
-        {
-            Some((variable, value)) => Err(ConfigError {
-                variable,
-                value: value.to_owned(),
-                reason: "this build has no TLS for Typha connections; unset it to use plain TCP"
-                    .into(),
-            }),
-            None => Ok(()),
+    /// TLS settings from the variables for authorities, certificate, key, common name and URI. All or none, as in Calico; of the
+    /// names one suffices.
+    fn tls(&self, variables: [&'static str; 5]) -> Result<Option<TlsSettings>, ConfigError> {
+        let values = variables.map(|variable| self.get(variable));
+        let Some(given) = values.iter().position(Option::is_some) else {
+            return Ok(None);
+        };
+        let missing = |variable| ConfigError {
+            variable,
+            value: String::new(),
+            reason: format!(
+                "{} is set, so this must be set too (or none of them, for plain TCP)",
+                variables[given]
+            ),
+        };
+        let file = |at: usize| {
+            values[at]
+                .map(PathBuf::from)
+                .ok_or_else(|| missing(variables[at]))
+        };
+        let settings = TlsSettings {
+            ca: file(0)?,
+            certificate: file(1)?,
+            key: file(2)?,
+            peer: PeerName {
+                cn: values[3].map(str::to_owned),
+                uri_san: values[4].map(str::to_owned),
+            },
+        };
+        if settings.peer == PeerName::default() {
+            return Err(ConfigError {
+                variable: variables[3],
+                value: String::new(),
+                reason: format!(
+                    "with TLS this or {} must name who may be at the other end",
+                    variables[4]
+                ),
+            });
         }
+        Ok(Some(settings))
     }
 }
 
@@ -96,14 +124,16 @@ impl<K: Into<String>, V: Into<String>> FromIterator<(K, V)> for Env {
 
 /// The server's configuration.
 pub fn server(env: &Env) -> Result<ServerConfig, ConfigError> {
-    env.refuse_tls(&[
-        "TYPHA_CAFILE",
-        "TYPHA_SERVERCERTFILE",
-        "TYPHA_SERVERKEYFILE",
-        "TYPHA_CLIENTCN",
-        "TYPHA_CLIENTURISAN",
-    ])?;
-    let mut config = ServerConfig::default();
+    let mut config = ServerConfig {
+        tls: env.tls([
+            "TYPHA_CAFILE",
+            "TYPHA_SERVERCERTFILE",
+            "TYPHA_SERVERKEYFILE",
+            "TYPHA_CLIENTCN",
+            "TYPHA_CLIENTURISAN",
+        ])?,
+        ..ServerConfig::default()
+    };
     // Calico writes 0 for "the default port".
     let port = match env.parse("TYPHA_SERVERPORT", 0)? {
         0 => DEFAULT_PORT,
@@ -128,13 +158,6 @@ pub fn server_addresses(env: &Env) -> Result<Vec<String>, ConfigError> {
     let Some(list) = env.get(VARIABLE) else {
         return Ok(Vec::new());
     };
-    env.refuse_tls(&[
-        "FELIX_TYPHACAFILE",
-        "FELIX_TYPHACERTFILE",
-        "FELIX_TYPHAKEYFILE",
-        "FELIX_TYPHACN",
-        "FELIX_TYPHAURISAN",
-    ])?;
     list.split(',')
         .map(str::trim)
         .filter(|address| !address.is_empty())
@@ -146,6 +169,17 @@ pub fn server_addresses(env: &Env) -> Result<Vec<String>, ConfigError> {
             })
         })
         .collect()
+}
+
+/// TLS settings of a client.
+pub fn client_tls(env: &Env) -> Result<Option<TlsSettings>, ConfigError> {
+    env.tls([
+        "FELIX_TYPHACAFILE",
+        "FELIX_TYPHACERTFILE",
+        "FELIX_TYPHAKEYFILE",
+        "FELIX_TYPHACN",
+        "FELIX_TYPHAURISAN",
+    ])
 }
 
 fn with_port(address: &str) -> Option<String> {
@@ -182,17 +216,33 @@ mod tests {
     }
 
     #[test]
-    fn tls_settings_are_refused_and_not_ignored() {
-        let error = server(&Env::from_iter([("TYPHA_CAFILE", "/ca.pem")])).unwrap_err();
-        assert_eq!(error.variable, "TYPHA_CAFILE");
-        let env = Env::from_iter([
-            ("FELIX_TYPHAADDR", "t:5473"),
-            ("FELIX_TYPHACERTFILE", "/cert.pem"),
-        ]);
+    fn partial_tls_names_what_is_missing() {
+        const ALL: [(&str, &str); 5] = [
+            ("TYPHA_CAFILE", "/ca.pem"),
+            ("TYPHA_SERVERCERTFILE", "/cert.pem"),
+            ("TYPHA_SERVERKEYFILE", "/key.pem"),
+            ("TYPHA_CLIENTCN", "node"),
+            ("TYPHA_CLIENTURISAN", "spiffe://node"),
+        ];
+        let without = |left_out: &[usize]| {
+            let given = (0..5).filter(|n| !left_out.contains(n)).map(|n| ALL[n]);
+            server(&Env::from_iter(given))
+        };
+        for file in 0..3 {
+            let error = without(&[file]).unwrap_err();
+            assert_eq!(error.variable, ALL[file].0, "{error}");
+        }
+        let error = without(&[3, 4]).unwrap_err();
+        assert_eq!(error.variable, "TYPHA_CLIENTCN");
+        assert!(error.to_string().contains("TYPHA_CLIENTURISAN"), "{error}");
+        let peer = without(&[3]).unwrap().tls.unwrap().peer;
         assert_eq!(
-            server_addresses(&env).unwrap_err().variable,
-            "FELIX_TYPHACERTFILE"
+            (peer.cn, peer.uri_san.as_deref()),
+            (None, Some("spiffe://node"))
         );
+        assert!(without(&[0, 1, 2, 3, 4]).unwrap().tls.is_none());
+        let error = client_tls(&Env::from_iter([("FELIX_TYPHACN", "typha")])).unwrap_err();
+        assert_eq!(error.variable, "FELIX_TYPHACAFILE");
     }
 
     #[test]

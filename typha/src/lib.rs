@@ -9,10 +9,10 @@
 //! - [`cache`]: what the server holds, and what it shares between clients;
 //! - [`server`], [`client`]: each a state machine without I/O (`conn`), and the tasks that move its bytes;
 //! - [`config`]: the environment; [`source`]: the stream for a daemon, from a server or straight from the datastore;
+//! - [`tls`]: who may be at the other end;
 //! - [`secrets`]: what is never fanned out.
 //!
-//! It does not interpret objects, and keeps nothing on disk. Connections are not encrypted yet; a configuration that asks for
-//! TLS is refused.
+//! It does not interpret objects, and keeps nothing on disk.
 
 pub mod cache;
 pub mod client;
@@ -21,4 +21,20 @@ pub mod digest;
 pub mod secrets;
 pub mod server;
 pub mod source;
+pub mod tls;
 pub mod wire;
+
+/// An error with its causes on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use crate::client::{self, ClientConfig};
 use crate::config::{self, ConfigError, Env};
+use crate::tls::{ClientTls, TlsError};
 
 /// Why there is no source.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +14,9 @@ pub enum SourceError {
     /// The environment.
     #[error("the Typha client cannot be configured")]
     Config(#[from] ConfigError),
+    /// Its certificates.
+    #[error("the Typha client's TLS cannot be set up")]
+    Tls(#[from] TlsError),
     /// The datastore.
     #[error("the datastore cannot be opened")]
     Datastore(#[from] cali_datastore::Error),
@@ -32,7 +36,8 @@ pub fn all_kinds() -> Vec<Kind> {
 /// Starts the source: a client of the servers in `FELIX_TYPHAADDR`, or `cali_datastore::sync` in this process
 /// (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
 pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
-    let addresses = config::server_addresses(&Env::of_process())?;
+    let env = Env::of_process();
+    let addresses = config::server_addresses(&env)?;
     if addresses.is_empty() {
         tracing::info!("reading the datastore directly");
         return Ok(cali_datastore::sync::start(
@@ -40,11 +45,15 @@ pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEve
             kinds,
         ));
     }
+    let tls = config::client_tls(&env)?
+        .map(ClientTls::client)
+        .transpose()?;
     tracing::info!(servers = addresses.join(","), "reading from typha");
     Ok(client::start(ClientConfig {
         addresses,
         hostname: hostname.to_owned(),
         info: concat!("cali ", env!("CARGO_PKG_VERSION")).to_owned(),
         kinds: kinds.to_vec(),
+        tls,
     }))
 }

@@ -93,6 +93,7 @@ fn connect(port: u16) -> mpsc::Receiver<SyncEvent> {
         hostname: "node1".into(),
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
+        tls: None,
     })
 }
 

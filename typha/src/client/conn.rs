@@ -104,7 +104,7 @@ impl Scope {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ClientError {
     /// The bytes were no messages.
-    #[error("protocol violation: {0}")]
+    #[error("protocol violation")]
     Wire(#[from] WireError),
     /// A message that has no place here.
     #[error("protocol violation: unexpected {0}")]

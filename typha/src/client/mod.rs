@@ -6,7 +6,9 @@
 pub mod backoff;
 pub mod conn;
 
+use std::convert::Infallible;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -17,6 +19,8 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::Chain;
+use crate::tls::{ClientTls, TlsError};
 use backoff::Backoff;
 pub use conn::{ClientError, Conn, Held, Identity, Output};
 
@@ -36,10 +40,14 @@ pub struct ClientConfig {
     pub info: String,
     /// The subscription.
     pub kinds: Vec<Kind>,
+    /// Certificates; plain TCP without.
+    pub tls: Option<Arc<ClientTls>>,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum Lost {
+    #[error("no TLS connection")]
+    Tls(#[source] TlsError),
     #[error("cannot connect")]
     Connect(#[source] std::io::Error),
     #[error("connection failed")]
@@ -87,13 +95,18 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
     loop {
         let address = &config.addresses[attempt % config.addresses.len()];
         let mut complete = false;
-        let lost = match connect(address).await {
-            Ok(stream) => {
-                tracing::info!(server = %address, "connected");
-                converse(stream, &identity, &mut held, &events, &mut complete).await
-            }
-            Err(lost) => lost,
+        let lost = async {
+            let stream = connect(address).await?;
+            tracing::info!(server = %address, tls = config.tls.is_some(), "connected");
+            Err::<Infallible, _>(match &config.tls {
+                Some(tls) => {
+                    let stream = encrypt(tls, stream).await?;
+                    converse(stream, &identity, &mut held, &events, &mut complete).await
+                }
+                None => converse(stream, &identity, &mut held, &events, &mut complete).await,
+            })
         };
+        let Err(lost) = lost.await;
         if matches!(lost, Lost::ConsumerGone) {
             return;
         }
@@ -108,22 +121,7 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
     }
 }
 
-/// An error with its causes on one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
-    }
-}
-
-/// TLS will wrap the stream here.
+/// Plain TCP; TLS is put over it by the caller.
 async fn connect(address: &str) -> Result<TcpStream, Lost> {
     let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
         .await
@@ -131,6 +129,16 @@ async fn connect(address: &str) -> Result<TcpStream, Lost> {
         .map_err(Lost::Connect)?;
     stream.set_nodelay(true).map_err(Lost::Connect)?;
     Ok(stream)
+}
+
+async fn encrypt(
+    tls: &ClientTls,
+    stream: TcpStream,
+) -> Result<tokio_rustls::client::TlsStream<TcpStream>, Lost> {
+    timeout(CONNECT_TIMEOUT, tls.connect(stream))
+        .await
+        .map_err(|_| Lost::Connect(std::io::ErrorKind::TimedOut.into()))?
+        .map_err(Lost::Tls)
 }
 
 async fn converse(
@@ -183,10 +191,17 @@ async fn perform(
     events: &mpsc::Sender<SyncEvent>,
 ) -> Result<(), Lost> {
     match output {
-        Output::Send(frame) => timeout(WRITE_TIMEOUT, writer.write_all(&frame))
-            .await
-            .map_err(|_| Lost::Io(std::io::ErrorKind::TimedOut.into()))?
-            .map_err(Lost::Io),
+        Output::Send(frame) => {
+            let write = async {
+                writer.write_all(&frame).await?;
+                // TLS may hold back what the socket did not take at once.
+                writer.flush().await
+            };
+            timeout(WRITE_TIMEOUT, write)
+                .await
+                .map_err(|_| Lost::Io(std::io::ErrorKind::TimedOut.into()))?
+                .map_err(Lost::Io)
+        }
         Output::Event(event) => events.send(event).await.map_err(|_| Lost::ConsumerGone),
         Output::Undecodable { object, reason } => {
             tracing::error!(

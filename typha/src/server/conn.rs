@@ -70,6 +70,9 @@ pub enum CloseReason {
     /// The client said goodbye.
     #[error("closed by the client: {0}")]
     Goodbye(String),
+    /// Its certificate is not one that is served.
+    #[error("refused: {0}")]
+    Refused(String),
     /// This server stops.
     #[error("server is shutting down")]
     Shutdown,
@@ -162,6 +165,11 @@ impl Conn {
     /// The client's socket took bytes.
     pub fn on_written(&mut self, now: Instant) {
         self.last_progress = now;
+    }
+
+    /// The client is not to be served; it is told why.
+    pub fn on_refused(&mut self, reason: &dyn std::error::Error) {
+        self.close(CloseReason::Refused(reason.to_string()));
     }
 
     /// The server stops; the client is told to go elsewhere.

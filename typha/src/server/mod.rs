@@ -17,7 +17,9 @@ use tokio::task::JoinSet;
 
 pub use conn::{CloseReason, Conn, Patience};
 
+use crate::Chain;
 use crate::cache::{Cache, Limits};
+use crate::tls::{ServerTls, TlsError, TlsSettings};
 
 /// Calico's port.
 pub const DEFAULT_PORT: u16 = 5473;
@@ -37,6 +39,8 @@ pub struct ServerConfig {
     pub limits: Limits,
     /// More connections are refused.
     pub max_connections: usize,
+    /// Certificates; plain TCP without.
+    pub tls: Option<TlsSettings>,
 }
 
 impl Default for ServerConfig {
@@ -46,6 +50,7 @@ impl Default for ServerConfig {
             patience: Patience::default(),
             limits: Limits::default(),
             max_connections: 10_000,
+            tls: None,
         }
     }
 }
@@ -61,6 +66,9 @@ pub enum ServerError {
         /// Why.
         source: std::io::Error,
     },
+    /// The certificates cannot be used.
+    #[error("TLS cannot be set up")]
+    Tls(#[from] TlsError),
     /// The stream from the datastore ended.
     #[error("the datastore's stream of changes ended")]
     SourceEnded,
@@ -71,6 +79,7 @@ pub enum ServerError {
 pub struct Server {
     config: ServerConfig,
     listener: TcpListener,
+    tls: Option<Arc<ServerTls>>,
     shared: Arc<Shared>,
 }
 
@@ -89,8 +98,9 @@ impl Shared {
 }
 
 impl Server {
-    /// Binds the port.
+    /// Reads the certificates and binds the port.
     pub fn bind(config: ServerConfig) -> Result<Self, ServerError> {
+        let tls = config.tls.clone().map(ServerTls::server).transpose()?;
         let listen = || {
             let socket = if config.listen.is_ipv4() {
                 TcpSocket::new_v4()?
@@ -113,6 +123,7 @@ impl Server {
         Ok(Self {
             config,
             listener,
+            tls,
             shared: Arc::new(shared),
         })
     }
@@ -201,22 +212,58 @@ impl Server {
             tracing::warn!(%peer, limit = self.config.max_connections, "too many connections, refusing");
             return;
         }
-        // Small deltas must not wait for acknowledgements. TLS will wrap the stream here.
+        // Small deltas must not wait for acknowledgements.
         let _ = stream.set_nodelay(true);
-        let conn = Conn::new(Instant::now(), self.config.patience);
+        let patience = self.config.patience;
         let shared = Arc::clone(&self.shared);
-        let stopping = stopping.subscribe();
+        let mut stopping = stopping.subscribe();
+        let Some(tls) = self.tls.clone() else {
+            let conn = Conn::new(Instant::now(), patience);
+            connections.spawn(async move { attend(stream, peer, conn, &shared, stopping).await });
+            return;
+        };
         connections.spawn(async move {
-            let (conn, outcome) = serve(stream, conn, &shared, stopping).await;
-            let client = conn.hostname();
-            match (outcome, conn.closing()) {
-                (Err(error), _) => tracing::info!(%peer, client, %error, "connection lost"),
-                (Ok(()), Some(reason)) => {
-                    tracing::info!(%peer, client, %reason, "connection closed")
+            let accepted = tokio::select! {
+                accepted = tokio::time::timeout(patience.handshake, tls.accept(stream)) => accepted,
+                _ = stopping.wait_for(|stop| *stop) => return,
+            };
+            let (stream, verdict) = match accepted {
+                Ok(Ok(accepted)) => accepted,
+                Ok(Err(error)) => {
+                    tracing::warn!(%peer, reason = %Chain(&error), "client refused");
+                    return;
                 }
-                (Ok(()), None) => tracing::info!(%peer, client, "connection closed by the client"),
+                Err(_) => {
+                    tracing::warn!(%peer, reason = "no TLS handshake in time", "client refused");
+                    return;
+                }
+            };
+            let mut conn = Conn::new(Instant::now(), patience);
+            if let Err(error) = verdict {
+                tracing::warn!(%peer, reason = %error, "client refused");
+                conn.on_refused(&error);
             }
+            attend(stream, peer, conn, &shared, stopping).await;
         });
+    }
+}
+
+/// Serves one client and says how it ended.
+async fn attend(
+    stream: impl AsyncRead + AsyncWrite,
+    peer: SocketAddr,
+    conn: Conn,
+    shared: &Shared,
+    stopping: watch::Receiver<bool>,
+) {
+    let (conn, outcome) = serve(stream, conn, shared, stopping).await;
+    let client = conn.hostname();
+    match (outcome, conn.closing()) {
+        (Err(error), _) => tracing::info!(%peer, client, %error, "connection lost"),
+        (Ok(()), Some(reason)) => {
+            tracing::info!(%peer, client, %reason, "connection closed")
+        }
+        (Ok(()), None) => tracing::info!(%peer, client, "connection closed by the client"),
     }
 }
 
@@ -232,6 +279,8 @@ async fn serve(
     let mut input = BytesMut::with_capacity(4096);
     let mut output = Bytes::new();
     let mut farewell: Option<Instant> = None;
+    // TLS takes more than the socket does; what it holds back leaves it by a flush.
+    let mut flushed = true;
     loop {
         if output.is_empty() {
             // Marked before the cache is read, so that no change falls between.
@@ -258,8 +307,9 @@ async fn serve(
                 }
                 Err(error) => return (conn, Err(error)),
             },
-            written = writer.write(&output), if !output.is_empty() => match written {
+            written = move_on(&mut writer, &output), if !output.is_empty() || !flushed => match written {
                 Ok(n) => {
+                    flushed = output.is_empty();
                     output.advance(n);
                     conn.on_written(Instant::now());
                 }
@@ -270,5 +320,16 @@ async fn serve(
             Ok(_) = stopping.wait_for(|stop| *stop), if farewell.is_none() => conn.on_shutdown(),
             () = tokio::time::sleep_until(deadline.into()) => conn.on_timeout(Instant::now()),
         }
+    }
+}
+
+/// Writes some of these bytes, or flushes when there are none; says how many were taken.
+async fn move_on(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<usize> {
+    if bytes.is_empty() {
+        return writer.flush().await.map(|()| 0);
+    }
+    match writer.write(bytes).await? {
+        0 => Err(std::io::ErrorKind::WriteZero.into()),
+        taken => Ok(taken),
     }
 }
