@@ -213,6 +213,7 @@ async fn start(
         path,
         netlink: netlink.clone(),
         node: settings.node_name.clone(),
+        routes: handle.routes().clone(),
         dataplane: handle.state(),
         applied,
     };

@@ -4,6 +4,9 @@
 //! [`pod_mtu`] decides; [`MtuFile`] follows pools, settings and devices. A lower MTU is in force before this node says that
 //! it receives an encapsulation that needs it ([`crate::word`]); a higher one comes after the devices that needed the lower
 //! one are gone.
+//!
+//! A lower one reaches the routes to the pods first: the two ends of a pod's interface change one after the other, and what
+//! is larger than the far end takes is dropped without a word, while a route that is too small for it answers the sender.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +18,7 @@ use cali_api::v3::{EncapMode, FelixConfigurationSpec, IPPool};
 use cali_api::{AnyResource, Key, Kind};
 use cali_netlink::events::{Event, EventStream};
 use cali_netlink::{Error, Link, Netlink};
+use cali_routes::{Input, Writer, WriterGone};
 use felix::dataplane::State;
 use ipip_vxlan::{Overhead, TunnelState};
 use regex::Regex;
@@ -72,6 +76,8 @@ pub struct MtuFile {
     pub netlink: Netlink,
     /// Name of this node, for its own settings.
     pub node: String,
+    /// The routes to the pods.
+    pub routes: Writer,
     /// Tunnel devices.
     pub dataplane: watch::Receiver<Arc<State>>,
     /// The MTU that all running pods have, for whoever waits for it.
@@ -177,9 +183,16 @@ impl MtuFile {
         let prefixes = wish
             .setting(&self.node, |spec| spec.interface_prefix.clone())
             .unwrap_or_else(|| "cali".to_owned());
+        let lower = pod_links::largest(&links, &prefixes) > Some(mtu);
+        if lower {
+            let first = vec![Input::WorkloadMtu(Some(mtu))];
+            self.routes.apply(first).await?;
+        }
         pod_links::set_mtu(&self.netlink, &links, &prefixes, mtu)
             .await
             .map_err(MtuError::Pods)?;
+        // Also what a failed attempt has left.
+        self.routes.send(vec![Input::WorkloadMtu(None)]).await?;
         self.applied.send_if_modified(|applied| {
             let changed = *applied != Some(mtu);
             if changed {
@@ -202,6 +215,8 @@ enum MtuError {
     File(crate::startup::StartError),
     #[error("the interfaces of running pods cannot be changed: {0}")]
     Pods(Error),
+    #[error(transparent)]
+    Routes(#[from] WriterGone),
 }
 
 #[cfg(test)]

@@ -20,18 +20,24 @@ struct Pair {
     host_differs: bool,
 }
 
+/// The host's ends.
+fn workloads<'a>(links: &'a [Link], prefixes: &str) -> impl Iterator<Item = &'a Link> {
+    let prefixes = prefixes.split(',').map(str::trim);
+    let prefixes: Vec<&str> = prefixes.filter(|prefix| !prefix.is_empty()).collect();
+    links.iter().filter(move |link| {
+        let named = || prefixes.iter().any(|prefix| link.name.starts_with(prefix));
+        link.kind == LinkKind::Veth && named()
+    })
+}
+
+/// The largest MTU of a workload interface.
+pub(crate) fn largest(links: &[Link], prefixes: &str) -> Option<u32> {
+    workloads(links, prefixes).map(|link| link.mtu).max()
+}
+
 /// The pairs of workloads. The pods' ends are not seen from here. Pure.
 fn pairs(links: &[Link], prefixes: &str, mtu: u32) -> Vec<Pair> {
-    let is_workload = |link: &&Link| {
-        link.kind == LinkKind::Veth
-            && prefixes
-                .split(',')
-                .map(str::trim)
-                .any(|prefix| !prefix.is_empty() && link.name.starts_with(prefix))
-    };
-    links
-        .iter()
-        .filter(is_workload)
+    workloads(links, prefixes)
         .filter_map(|link| {
             Some(Pair {
                 host: link.index,

@@ -28,6 +28,9 @@ pub enum Input {
     NodeRemove(NodeName),
     /// Who supplies the routes of each kind of pool.
     Suppliers(Suppliers),
+    /// Packets to workloads may be no larger than this, whatever their interfaces take: what is larger is answered with
+    /// "fragmentation needed" or "packet too big" here. `None`: the interface decides.
+    WorkloadMtu(Option<u32>),
     /// The datastore has told everything: routes that nothing asked for may go.
     InSync,
     /// bgpd has connected anew.
@@ -48,6 +51,8 @@ pub(crate) enum Effect {
     Pools,
     /// Held routes may go.
     Release(Hold),
+    /// See [`Input::WorkloadMtu`].
+    WorkloadMtu(Option<u32>),
 }
 
 /// Feeds one input to the table.
@@ -66,6 +71,7 @@ pub(crate) fn feed(table: &mut RouteTable, input: Input) -> Effect {
         Input::Node(node) => table.set_node(node),
         Input::NodeRemove(name) => table.remove_node(&name),
         Input::Suppliers(suppliers) => table.set_suppliers(suppliers),
+        Input::WorkloadMtu(mtu) => return Effect::WorkloadMtu(mtu),
         Input::InSync => return Effect::Release(Hold::Datastore),
         Input::BgpStarted => table.bgp_started(),
         Input::BgpEndOfSync { v4 } => {

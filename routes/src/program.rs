@@ -169,6 +169,14 @@ impl Program {
         self.replace_where(|_| true);
     }
 
+    /// Gives the routes to workloads an MTU of their own, or takes it away.
+    pub fn set_workload_mtu(&mut self, mtu: Option<u32>) {
+        if self.settings.workload_mtu != mtu {
+            self.settings.workload_mtu = mtu;
+            self.replace_where(|selected| matches!(selected.way, Way::Device { .. }));
+        }
+    }
+
     /// Replaces the prefixes that are ours by right: pools.
     pub fn set_prefixes(&mut self, prefixes: Vec<Cidr>) {
         if self.lock().prefixes == prefixes {

@@ -26,6 +26,8 @@ pub struct KernelSettings {
     pub workload_metric_v4: u32,
     /// `ipv6NormalRoutePriority`.
     pub workload_metric_v6: u32,
+    /// MTU of workload routes, where it is not the interface's.
+    pub workload_mtu: Option<u32>,
     /// Use nexthop objects; the writer falls back by itself where the kernel has none.
     pub nexthop_objects: bool,
 }
@@ -38,6 +40,7 @@ impl Default for KernelSettings {
             bgp_protocol: route::protocol::BIRD,
             workload_metric_v4: 1024,
             workload_metric_v6: 1024,
+            workload_mtu: None,
             nexthop_objects: true,
         }
     }
@@ -102,6 +105,7 @@ pub fn render(
         Way::Blackhole => Route::blackhole(destination, protocol),
         Way::Device { device, source } => Route {
             source: *source,
+            mtu: settings.workload_mtu,
             metric: if prefix.is_v4() {
                 settings.workload_metric_v4
             } else {
@@ -254,6 +258,9 @@ pub fn describe(prefix: &Cidr, selected: &Selected, settings: &KernelSettings) -
         let _ = write!(text, " metric {metric}");
         if let Some(source) = source {
             let _ = write!(text, " src {source}");
+        }
+        if let Some(mtu) = settings.workload_mtu {
+            let _ = write!(text, " mtu {mtu}");
         }
     }
     text

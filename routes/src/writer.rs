@@ -232,6 +232,7 @@ impl Task {
                         match feed(&mut self.table, input) {
                             Effect::None => {}
                             Effect::Pools => pools = true,
+                            Effect::WorkloadMtu(mtu) => self.program.set_workload_mtu(mtu),
                             Effect::Release(hold) => {
                                 // What the table selects must be placed before what is held may go.
                                 self.select();
