@@ -3,32 +3,20 @@
 mod policy_lab;
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
 use std::time::Duration;
 
-use cali_api::AnyResource;
 use cali_netlink::testing::eventually;
-use felix::compile::Compiler;
-use felix::conformance::compile_batch;
-use felix::dataplane::Variant;
-use felix::iptables::Renderer;
-use policy_lab::{By, Lab, Place};
+use policy_lab::{BACKENDS, Lab, Place, endpoint, open};
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(10);
-const BACKENDS: [By; 3] = [
-    By::Nftables,
-    By::Iptables(Variant::Nft),
-    By::Iptables(Variant::Legacy),
-];
 /// The node's address towards the world.
 const OWN: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 
 /// Enforces an open node whose pods' pools are translated as the settings say.
 fn enforce(lab: &mut Lab, settings: &Value) {
     let mut all = vec![
-        json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
-               "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}}),
+        open(),
         json!({"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration", "metadata": {"name": "default"},
                "spec": settings}),
         json!({"apiVersion": "projectcalico.org/v3", "kind": "Node", "metadata": {"name": "other"},
@@ -38,31 +26,8 @@ fn enforce(lab: &mut Lab, settings: &Value) {
         all.push(json!({"apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": name},
                         "spec": {"cidr": cidr, "natOutgoing": true}}));
     }
-    for place in &lab.pods {
-        all.push(json!({
-            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
-            "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
-            "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
-                     "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
-        }));
-    }
-    let objects: Vec<Arc<AnyResource>> = all
-        .into_iter()
-        .map(|value| Arc::new(AnyResource::from_json(value).expect("an object")))
-        .collect();
-    let batch = compile_batch(&objects).expect("a batch");
-    match lab.by {
-        By::Nftables => {
-            let mut compiler = Compiler::default();
-            compiler.apply(&batch);
-            lab.enforce(compiler.program());
-        }
-        By::Iptables(_) => {
-            let mut renderer = Renderer::default();
-            renderer.apply(&batch);
-            lab.enforce_chains(renderer.program());
-        }
-    }
+    all.extend(lab.pods.iter().map(endpoint));
+    lab.enforce_objects(&all);
 }
 
 fn seen_by_tcp(lab: &Lab, to: &Place, v4: bool) -> SocketAddr {

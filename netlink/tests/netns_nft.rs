@@ -398,6 +398,34 @@ fn expressions_print_as_meant_and_read_back() {
             "tcp flags syn tcp option maxseg size set rt mtu",
         ),
         (
+            &forward,
+            rule(&[
+                &nfproto(2),
+                &[
+                    Expr::Payload {
+                        base: Base::Network,
+                        offset: 0,
+                        len: 2,
+                        dreg: R1,
+                    },
+                    Expr::Bitwise {
+                        sreg: R1,
+                        dreg: R1,
+                        mask: Key::bytes(&[0xff, 0x03]),
+                        xor: Key::bytes(&[0, 46 << 2]),
+                    },
+                    Expr::PayloadSet {
+                        base: Base::Network,
+                        offset: 0,
+                        len: 2,
+                        sreg: R1,
+                        checksum: Some(10),
+                    },
+                ],
+            ]),
+            "ip dscp set ef",
+        ),
+        (
             &raw,
             rule(&[
                 &[

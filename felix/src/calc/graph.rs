@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::v3::{FelixConfigurationSpec, WorkloadEndpoint};
-use cali_api::{AnyResource, Key, Kind, NodeName, StringMap};
+use cali_api::{AnyResource, Cidr, Key, Kind, NodeName, StringMap};
 use foldhash::HashMap;
 
 use super::ipsets::IpSets;
@@ -51,6 +51,7 @@ pub struct Graph {
     stored: HashMap<Key, Arc<AnyResource>>,
     profiles: HashMap<Arc<str>, Arc<AnyResource>>,
     pools: BTreeMap<Key, PoolNat>,
+    service_nets: Arc<[Cidr]>,
     tunnel_peers: PeerIndex,
     configurations: BTreeMap<Key, Arc<AnyResource>>,
     endpoints: HashMap<Key, Arc<Endpoint>>,
@@ -59,6 +60,7 @@ pub struct Graph {
     profile_usage: Usage<Arc<str>>,
     settings_dirty: bool,
     pools_dirty: bool,
+    services_dirty: bool,
     /// Policies whose last version could not be used at all.
     refused: BTreeMap<Key, String>,
 }
@@ -76,6 +78,7 @@ impl Graph {
             stored: HashMap::default(),
             profiles: HashMap::default(),
             pools: BTreeMap::new(),
+            service_nets: Arc::default(),
             tunnel_peers: PeerIndex::default(),
             configurations: BTreeMap::new(),
             endpoints: HashMap::default(),
@@ -84,6 +87,7 @@ impl Graph {
             profile_usage: Usage::default(),
             settings_dirty: true,
             pools_dirty: true,
+            services_dirty: false,
             refused: BTreeMap::new(),
         }
     }
@@ -166,6 +170,11 @@ impl Graph {
                 }
                 self.pools_dirty = true;
             }
+            Kind::BGPConfiguration if &*key.name == "default" => {
+                let nets = items::service_nets(value.as_deref());
+                self.services_dirty |= self.service_nets != nets;
+                self.service_nets = nets;
+            }
             Kind::FelixConfiguration => {
                 match value {
                     Some(value) => self.configurations.insert(key, value),
@@ -231,6 +240,9 @@ impl Graph {
             pools.sort_unstable();
             deltas.push(Delta::Pools(pools.into()));
         }
+        if std::mem::take(&mut self.services_dirty) {
+            deltas.push(Delta::ServiceNets(self.service_nets.clone()));
+        }
         let (endpoints, endpoints_gone) = self.flush_endpoints();
         let (policies, policies_gone) = self.flush_policies();
         let (profiles, profiles_gone) = self.flush_profiles();
@@ -267,6 +279,7 @@ impl Graph {
         let mut deltas = vec![
             Delta::Settings(Arc::new(self.settings())),
             Delta::Pools(pools.into()),
+            Delta::ServiceNets(self.service_nets.clone()),
         ];
         deltas.extend(self.tunnel_peers.told().map(Delta::TunnelPeers));
         deltas.extend(self.sets.whole());

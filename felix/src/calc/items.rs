@@ -97,6 +97,24 @@ pub(super) fn local_host(spec: &HostEndpointSpec) -> Option<LocalEndpoint> {
     })
 }
 
+/// The networks of service addresses that BGPConfiguration names, sorted.
+pub(super) fn service_nets(value: Option<&AnyResource>) -> Arc<[Cidr]> {
+    let Some(AnyResource::BGPConfiguration(bgp)) = value else {
+        return Arc::default();
+    };
+    let spec = &bgp.spec;
+    let mut nets: Vec<Cidr> = spec
+        .service_cluster_ips
+        .iter()
+        .chain(&spec.service_external_ips)
+        .chain(&spec.service_load_balancer_ips)
+        .map(|range| range.cidr)
+        .collect();
+    nets.sort_unstable();
+    nets.dedup();
+    nets.into()
+}
+
 fn limits(controls: &QoSControls) -> Limits {
     let limit = |rate: u64, burst: u64, connections: u64| Limit {
         packets: (rate > 0).then(|| {

@@ -421,6 +421,8 @@ pub enum Delta {
     Settings(Arc<FelixConfigurationSpec>),
     /// All IP pools, sorted. Sent when they change.
     Pools(Arc<[PoolNat]>),
+    /// Networks of service addresses (BGPConfiguration), sorted. Sent when they change.
+    ServiceNets(Arc<[Cidr]>),
     /// Senders of encapsulated packets. Sent when they change.
     TunnelPeers(Arc<TunnelPeers>),
     /// A set came into use, with all its members.

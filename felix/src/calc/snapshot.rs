@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use cali_api::Key;
 use cali_api::v3::FelixConfigurationSpec;
+use cali_api::{Cidr, Key};
 
 use super::output::{
     Batch, Delta, Endpoint, HostEndpoint, IpSetId, IpSetKind, Member, PoolNat, Rules, TunnelPeers,
@@ -51,6 +51,8 @@ pub struct Snapshot {
     pub settings: Option<Arc<FelixConfigurationSpec>>,
     /// IP pools.
     pub pools: Vec<PoolNat>,
+    /// Networks of service addresses.
+    pub service_nets: Vec<Cidr>,
     /// Senders of encapsulated packets.
     pub tunnel_peers: Arc<TunnelPeers>,
     /// IP sets with their members.
@@ -85,6 +87,7 @@ impl Snapshot {
         match delta {
             Delta::Settings(settings) => self.settings = Some(settings.clone()),
             Delta::Pools(pools) => self.pools = pools.to_vec(),
+            Delta::ServiceNets(nets) => self.service_nets = nets.to_vec(),
             Delta::TunnelPeers(peers) => self.tunnel_peers = peers.clone(),
             Delta::IpSetCreate {
                 id, kind, members, ..

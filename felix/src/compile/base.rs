@@ -2,16 +2,17 @@
 //!
 //! | chain | hook, priority | duty |
 //! |---|---|---|
-//! | `cali-raw-prerouting` | prerouting −300 | source addresses of workloads; outer VXLAN is not tracked; untracked policy |
-//! | `cali-raw-output` | output −300 | outer VXLAN is not tracked; untracked policy |
+//! | `cali-raw-prerouting` | prerouting −300 | source addresses of workloads; outer VXLAN and WireGuard are not tracked; untracked policy |
+//! | `cali-raw-output` | output −300 | outer VXLAN and WireGuard are not tracked; untracked policy |
 //! | `cali-forward-from-wl` | forward 0 | policy of the sending workload, or of the host endpoint that packets come in by |
-//! | `cali-forward-to-wl` | forward +1 | policy of the receiving workload, or of the host endpoint that packets leave by |
+//! | `cali-forward-to-wl` | forward +1 | service addresses that nobody serves; policy of the receiving workload, or of the host endpoint that packets leave by |
 //! | `cali-input-from-wl` | input 0 | policy of a workload that talks to the host; of host endpoints |
 //! | `cali-input-tunnels` | input 0 | encapsulated packets come from nodes only |
 //! | `cali-input-host` | input +1 | what the host takes from workloads at all |
 //! | `cali-mangle-prerouting` | prerouting −150 | policy of host endpoints before destination NAT |
 //! | `cali-output-host` | output 0 | policy of host endpoints for what the host sends |
 //! | `cali-mangle-postrouting` | postrouting −150 | the same, where the destination was translated |
+//! | `cali-egress-dscp` | postrouting −150 | code points of workloads (`limits`) |
 //! | `cali-nat-postrouting` | postrouting nat 110 | NAT outgoing, after kube-proxy's masquerade |
 //!
 //! Those of host endpoints are there only while there are host endpoints. What untracked policy or policy before
@@ -30,11 +31,12 @@ use cali_netlink::nft::{
 
 use super::expr::{self, Side, cmp, counter};
 use super::hosts::{Shape, Site};
+use super::limits::{Limited, ask_rates};
 use super::names;
 use super::program::{ChainProgram, SetProgram};
 use super::rule::{network_elems, network_set, outermost};
 use super::settings::{HostAction, Settings};
-use crate::calc::{IpVersion, PoolNat, PortRange, TunnelPeers};
+use crate::calc::{Direction, IpVersion, PoolNat, PortRange, TunnelPeers};
 
 const IPIP: u8 = 4;
 const TCP: u8 = 6;
@@ -55,6 +57,9 @@ pub(super) struct Ground<'a> {
     pub(super) settings: &'a Settings,
     pub(super) hosts: &'a Shape,
     pub(super) tunnels: &'a TunnelPeers,
+    /// There are networks of service addresses.
+    pub(super) services: bool,
+    pub(super) limited: &'a Limited,
 }
 
 /// Chains that are there only while there are host endpoints.
@@ -137,17 +142,27 @@ fn encapsulated(ground: Ground<'_>, side: Side) -> Vec<Rule> {
         add(ipip, IpVersion::V4);
     }
     if ground.tunnels.vxlan {
-        let port = PortRange {
-            first: ground.settings.vxlan_port,
-            last: ground.settings.vxlan_port,
-        };
-        let mut vxlan = expr::protocol(UDP, false).to_vec();
-        vxlan.extend(expr::port(Side::Destination, port, false));
         for version in [IpVersion::V4, IpVersion::V6] {
-            add(vxlan.clone(), version);
+            add(udp_to(ground.settings.vxlan_port), version);
+        }
+    }
+    let ports = ground.settings.wireguard_ports;
+    for (version, port) in [IpVersion::V4, IpVersion::V6].into_iter().zip(ports) {
+        if let Some(port) = port {
+            add(udp_to(port), version);
         }
     }
     rules
+}
+
+/// `udp dport port`.
+pub(super) fn udp_to(port: u16) -> Vec<Expr> {
+    let range = PortRange {
+        first: port,
+        last: port,
+    };
+    let to_port = expr::port(Side::Destination, range, false);
+    [&expr::protocol(UDP, false), to_port.as_slice()].concat()
 }
 
 /// The sets behind NAT outgoing: all pools, and those whose packets get the node's address outside.
@@ -193,12 +208,7 @@ pub(super) fn input_tunnels(settings: &Settings, peers: &TunnelPeers) -> ChainPr
         only_nodes(IpVersion::V4, &what, "IPIP from an address of no node");
     }
     if peers.vxlan {
-        let port = PortRange {
-            first: settings.vxlan_port,
-            last: settings.vxlan_port,
-        };
-        let to_port = expr::port(Side::Destination, port, false);
-        let what = [expr::protocol(UDP, false), to_port].concat();
+        let what = udp_to(settings.vxlan_port);
         for version in [IpVersion::V4, IpVersion::V6] {
             only_nodes(version, &what, "VXLAN from an address of no node");
         }
@@ -209,11 +219,46 @@ pub(super) fn input_tunnels(settings: &Settings, peers: &TunnelPeers) -> ChainPr
     )
 }
 
-fn pool_set(what: &str, version: IpVersion) -> Arc<str> {
+/// The sets of service addresses.
+pub(super) fn service_sets(nets: &[Cidr]) -> impl Iterator<Item = SetProgram> {
+    [IpVersion::V4, IpVersion::V6].into_iter().map(|version| {
+        network_set(pool_set("services", version), version)
+            .with(network_elems(&outermost(nets, version)))
+    })
+}
+
+/// A packet to a service that still has the service's address when it is forwarded has no endpoint: the network would
+/// send it back, and it would go round until its life time ends.
+fn unserved(ground: Ground<'_>) -> Vec<Rule> {
+    let end = match ground.settings.service_loop {
+        Some(deny) if ground.services => deny.expr(),
+        _ => return Vec::new(),
+    };
+    let block = |version| {
+        let service = expr::address_in(
+            Side::Destination,
+            version,
+            pool_set("services", version),
+            false,
+        );
+        let end = [counter(), end.clone()];
+        rule(&[&expr::family(version), &service, &end]).comment("nobody serves this address")
+    };
+    [IpVersion::V4, IpVersion::V6].map(block).into()
+}
+
+pub(super) fn pool_set(what: &str, version: IpVersion) -> Arc<str> {
     match version {
         IpVersion::V4 => format!("cali40-{what}").into(),
         IpVersion::V6 => format!("cali60-{what}").into(),
     }
+}
+
+/// Hook and priority behind routing, where packets are changed but for their addresses.
+pub(super) const POSTROUTING_MANGLE: (Hook, i32) = (Hook::Postrouting, -150);
+
+pub(super) fn base_chain(name: &str, (hook, priority): (Hook, i32)) -> Chain {
+    base(name, ChainType::Filter, hook, priority)
 }
 
 fn base(name: &str, chain_type: ChainType, hook: Hook, priority: i32) -> Chain {
@@ -236,16 +281,8 @@ fn drop() -> [Expr; 2] {
     [counter(), Expr::Verdict(Verdict::Drop)]
 }
 
-fn vxlan(settings: &Settings) -> Rule {
-    let port = PortRange {
-        first: settings.vxlan_port,
-        last: settings.vxlan_port,
-    };
-    rule(&[
-        &expr::protocol(UDP, false),
-        &expr::port(Side::Destination, port, false),
-        &[Expr::Notrack],
-    ])
+fn untracked(port: u16) -> Vec<Expr> {
+    [udp_to(port), vec![Expr::Notrack]].concat()
 }
 
 fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
@@ -266,8 +303,8 @@ fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
             rule(&[&from, &spoofed, &drop()]).comment("source address is not the workload's"),
         );
     }
-    // Only what comes from outside: a workload's own VXLAN stays tracked and under policy.
-    let mut outer = settings
+    // Only what comes from outside: a workload's own packets of the kind stay tracked and under policy.
+    let outside = settings
         .workload_prefixes
         .iter()
         .fold(Vec::new(), |mut exprs, prefix| {
@@ -281,8 +318,8 @@ fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
             ]);
             exprs
         });
-    outer.extend(vxlan(settings).exprs);
-    rules.push(Rule::new(outer));
+    let outer = settings.outer_ports();
+    rules.extend(outer.map(|port| Rule::new([outside.clone(), untracked(port)].concat())));
     rules.extend(to_hosts(ground.hosts, Site::RawIn));
     ChainProgram::new(
         base(
@@ -297,7 +334,8 @@ fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
 
 fn raw_output(ground: Ground<'_>) -> ChainProgram {
     let mut rules: Vec<Rule> = clear_mark(ground).into_iter().collect();
-    rules.push(vxlan(ground.settings));
+    let outer = ground.settings.outer_ports();
+    rules.extend(outer.map(|port| Rule::new(untracked(port))));
     rules.extend(to_hosts(ground.hosts, Site::RawOut));
     ChainProgram::new(
         base("cali-raw-output", ChainType::Filter, Hook::Output, -300),
@@ -396,7 +434,16 @@ fn forward(ground: Ground<'_>, name: &str, priority: i32, site: Site) -> ChainPr
         Meta::OifName => (Meta::OifName, names::TO_WORKLOAD),
         key => (key, names::FROM_WORKLOAD),
     };
-    let mut rules = vec![Rule::new(expr::accept_established()), dispatch(key, map)];
+    let direction = match site {
+        Site::ForwardOut => Direction::Ingress,
+        _ => Direction::Egress,
+    };
+    let mut rules: Vec<Rule> = rates(ground, direction).into_iter().collect();
+    rules.push(Rule::new(expr::accept_established()));
+    if direction == Direction::Ingress {
+        rules.extend(unserved(ground));
+    }
+    rules.push(dispatch(key, map));
     for prefix in &ground.settings.workload_prefixes {
         rules.push(
             rule(&[&expr::interface_prefix(key, prefix), &drop()])
@@ -414,8 +461,16 @@ fn forward(ground: Ground<'_>, name: &str, priority: i32, site: Site) -> ChainPr
     )
 }
 
+fn rates(ground: Ground<'_>, direction: Direction) -> Option<Rule> {
+    ground
+        .limited
+        .rates(direction)
+        .then(|| ask_rates(direction))
+}
+
 fn input_from_workload(ground: Ground<'_>) -> ChainProgram {
-    let mut rules = vec![Rule::new(expr::accept_established())];
+    let mut rules: Vec<Rule> = rates(ground, Direction::Egress).into_iter().collect();
+    rules.push(Rule::new(expr::accept_established()));
     for prefix in &ground.settings.workload_prefixes {
         let to = [Expr::Verdict(Verdict::Goto(WORKLOAD_TO_HOST.into()))];
         rules.push(rule(&[&expr::interface_prefix(Meta::IifName, prefix), &to]));

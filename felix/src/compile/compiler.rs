@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use cali_api::Key as ObjectKey;
+use cali_api::{Cidr, Key as ObjectKey};
 use cali_netlink::nft::{
     Chain, DataType, Elem, Expr, Key, KeyType, Rule as NftRule, Set, Verdict, ct_state,
 };
@@ -12,17 +12,18 @@ use foldhash::HashMap;
 use super::collapse::{Allowed, Thresholds, Union, allows_only, collapse};
 use super::desired::Desired;
 use super::evaluate::Suspects;
-use super::expr::{self, Side, counter};
+use super::expr::{self, counter};
 use super::host_policy::KeptOpen;
 use super::hosts::Hosts;
 use super::known_sets::KnownSets;
+use super::limits::{self, Limited};
 use super::program::{ChainProgram, Program, SetProgram, Touched};
 use super::rule::Rendered;
 use super::settings::Settings;
 use super::stack::{Endings, Place, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
-    Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, PortRange, Rules, TierDefault,
+    Action, Batch, Delta, Direction, Endpoint, IpSetId, Limit, PoolNat, Rules, TierDefault,
     TunnelPeers,
 };
 
@@ -78,6 +79,8 @@ pub struct Compiler {
     pub(super) desired: Desired,
     pub(super) hosts: Hosts,
     pub(super) kept_open: KeptOpen,
+    pub(super) limited: Limited,
+    service_nets: Arc<[Cidr]>,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
     pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
@@ -117,6 +120,8 @@ impl Default for Compiler {
             },
             hosts: Hosts::default(),
             kept_open: KeptOpen::default(),
+            limited: Limited::default(),
+            service_nets: Arc::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
             profiles: HashMap::default(),
@@ -143,6 +148,7 @@ impl Default for Compiler {
         }
         compiler.put_base_chains();
         compiler.put_pools(&[]);
+        compiler.put_services();
         compiler.put_tunnel_peers();
         compiler
     }
@@ -198,6 +204,11 @@ impl Compiler {
                 }
             }
             Delta::Pools(pools) => self.put_pools(pools),
+            Delta::ServiceNets(nets) => {
+                self.service_nets = nets.clone();
+                self.put_services();
+                self.put_base_chains();
+            }
             Delta::TunnelPeers(peers) => {
                 self.tunnel_peers = peers.clone();
                 self.put_tunnel_peers();
@@ -299,6 +310,8 @@ impl Compiler {
             settings: &self.settings,
             hosts: &self.hosts.shape,
             tunnels: &self.tunnel_peers,
+            services: !self.service_nets.is_empty(),
+            limited: &self.limited,
         });
         for chain in chains {
             self.desired.put_chain(chain);
@@ -324,6 +337,12 @@ impl Compiler {
 
     fn put_pools(&mut self, pools: &[PoolNat]) {
         for set in base::pool_sets(pools) {
+            self.desired.put_set(set);
+        }
+    }
+
+    fn put_services(&mut self) {
+        for set in base::service_sets(&self.service_nets) {
             self.desired.put_set(set);
         }
     }
@@ -396,6 +415,8 @@ impl Compiler {
             .get(interface)
             .and_then(BTreeSet::first)
             .cloned();
+        let limits = owner.as_ref().and_then(|id| self.endpoints.get(id));
+        self.put_limits(interface, limits.map(|known| known.endpoint.limits));
         for (direction, map) in [
             (Direction::Ingress, names::TO_WORKLOAD),
             (Direction::Egress, names::FROM_WORKLOAD),
@@ -408,7 +429,8 @@ impl Compiler {
             {
                 Some((id, known)) => {
                     let stack = known.stacks[direction as usize].clone();
-                    let chain = self.endpoint_chain(&name, id, direction, stack);
+                    let limit = known.endpoint.limits.of(direction);
+                    let chain = self.endpoint_chain(&name, id, direction, limit, stack);
                     self.desired.put_chain(chain);
                     self.desired
                         .put_element(map, Elem::new(key).verdict(Verdict::Goto(name)));
@@ -426,6 +448,7 @@ impl Compiler {
         name: &Arc<str>,
         id: &ObjectKey,
         direction: Direction,
+        limit: Limit,
         stack: Arc<str>,
     ) -> ChainProgram {
         let mut rules = Vec::new();
@@ -434,14 +457,11 @@ impl Compiler {
             let exprs = [expr::ct_state_any(ct_state::INVALID).as_slice(), &drop].concat();
             rules.push(NftRule::new(exprs).comment("invalid"));
         }
+        rules.extend(limit.connections.map(limits::connections));
         if direction == Direction::Egress {
             if !self.settings.allow_vxlan_from_workloads {
-                let port = PortRange {
-                    first: self.settings.vxlan_port,
-                    last: self.settings.vxlan_port,
-                };
-                let to_port = expr::port(Side::Destination, port, false);
-                let exprs = [&expr::protocol(17, false), to_port.as_slice(), &drop].concat();
+                let to_port = base::udp_to(self.settings.vxlan_port);
+                let exprs = [to_port.as_slice(), &drop].concat();
                 rules.push(NftRule::new(exprs).comment("VXLAN from a workload"));
             }
             if !self.settings.allow_ipip_from_workloads {

@@ -28,6 +28,7 @@ mod held;
 mod host_policy;
 pub(crate) mod hosts;
 mod known_sets;
+mod limits;
 pub(crate) mod names;
 mod plan;
 mod program;

@@ -72,6 +72,15 @@ pub(super) fn endpoint_chain(interface: &str, direction: Direction) -> Arc<str> 
     bounded(format!("{prefix}{interface}"))
 }
 
+/// The chain of an endpoint's packet rate.
+pub(super) fn rate_chain(interface: &str, direction: Direction) -> Arc<str> {
+    let prefix = match direction {
+        Direction::Ingress => "cali-rt-",
+        Direction::Egress => "cali-rf-",
+    };
+    bounded(format!("{prefix}{interface}"))
+}
+
 /// A chain of a host endpoint.
 pub(super) fn host_chain(prefix: &str, interface: &str) -> Arc<str> {
     bounded(format!("{prefix}{interface}"))

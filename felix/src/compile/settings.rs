@@ -3,7 +3,9 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-use cali_api::v3::{self, FelixConfigurationSpec, NatOutgoingExclusions, Port, ProtoPort};
+use cali_api::v3::{
+    self, FelixConfigurationSpec, NatOutgoingExclusions, Port, ProtoPort, ServiceLoopPrevention,
+};
 use cali_netlink::nft::{Expr, Reject, Verdict};
 
 use crate::calc::PortRange;
@@ -75,6 +77,8 @@ pub struct Settings {
     pub drop_invalid: bool,
     /// UDP port of VXLAN.
     pub vxlan_port: u16,
+    /// UDP ports of WireGuard for IPv4 and IPv6, where it is enabled.
+    pub wireguard_ports: [Option<u16>; 2],
     /// Whether workloads may send VXLAN themselves.
     pub allow_vxlan_from_workloads: bool,
     /// Whether workloads may send IPIP themselves.
@@ -87,6 +91,8 @@ pub struct Settings {
     pub accept_mark: u32,
     /// NAT of what leaves the pools.
     pub nat: NatOutgoing,
+    /// How packets to service addresses end that nobody serves; `None`: they go where routes lead.
+    pub service_loop: Option<DenyAction>,
 }
 
 /// The mask that Calico uses unless told otherwise.
@@ -101,6 +107,7 @@ impl Default for Settings {
 impl From<&FelixConfigurationSpec> for Settings {
     fn from(spec: &FelixConfigurationSpec) -> Self {
         let prefixes = spec.interface_prefix.as_deref().unwrap_or("cali");
+        let wireguard = ipip_vxlan::WireguardSettings::default();
         Self {
             workload_prefixes: prefixes
                 .split(',')
@@ -123,6 +130,21 @@ impl From<&FelixConfigurationSpec> for Settings {
             },
             drop_invalid: !spec.disable_conntrack_invalid_check.unwrap_or(false),
             vxlan_port: spec.vxlan_port.unwrap_or(4789),
+            wireguard_ports: [
+                (
+                    spec.wireguard_enabled,
+                    spec.wireguard_listening_port,
+                    wireguard.v4.port,
+                ),
+                (
+                    spec.wireguard_enabled_v6,
+                    spec.wireguard_listening_port_v6,
+                    wireguard.v6.port,
+                ),
+            ]
+            .map(|(enabled, port, default)| {
+                (enabled == Some(true)).then(|| port.unwrap_or(default))
+            }),
             allow_vxlan_from_workloads: spec.allow_vxlan_packets_from_workloads.unwrap_or(false),
             allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
             failsafe_inbound: spec.failsafe_inbound(),
@@ -133,6 +155,11 @@ impl From<&FelixConfigurationSpec> for Settings {
                     .unwrap_or(MARK_MASK),
             ),
             nat: NatOutgoing::from(spec),
+            service_loop: match spec.service_loop_prevention {
+                Some(ServiceLoopPrevention::Disabled) => None,
+                Some(ServiceLoopPrevention::Reject) => Some(DenyAction::Reject),
+                Some(ServiceLoopPrevention::Drop) | None => Some(DenyAction::Drop),
+            },
         }
     }
 }
@@ -144,12 +171,19 @@ const fn lowest_bit(mask: u32) -> u32 {
 }
 
 impl Settings {
+    /// UDP ports whose packets between nodes carry others: connection tracking is for what is inside.
+    pub(crate) fn outer_ports(&self) -> impl Iterator<Item = u16> {
+        std::iter::once(self.vxlan_port).chain(self.wireguard_ports.into_iter().flatten())
+    }
+}
+
+impl DenyAction {
     /// The expression that ends a denied packet.
-    pub(super) fn deny_expr(&self) -> Expr {
-        match self.deny {
-            DenyAction::Drop => Expr::Verdict(Verdict::Drop),
+    pub(super) fn expr(self) -> Expr {
+        match self {
+            Self::Drop => Expr::Verdict(Verdict::Drop),
             // NFT_REJECT_ICMPX_PORT_UNREACH
-            DenyAction::Reject => Expr::Reject(Reject::Icmpx(1)),
+            Self::Reject => Expr::Reject(Reject::Icmpx(1)),
         }
     }
 }

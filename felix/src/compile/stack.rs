@@ -213,7 +213,7 @@ pub(super) fn deny_rest(settings: &Settings, place: Place, reason: &str) -> NftR
 fn deny(settings: &Settings, place: Place) -> Expr {
     match place {
         Place::Postrouting => Expr::Verdict(Verdict::Drop),
-        _ => settings.deny_expr(),
+        _ => settings.deny.expr(),
     }
 }
 

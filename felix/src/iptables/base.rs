@@ -2,14 +2,14 @@
 //!
 //! | table, kernel's chain | chain | duty |
 //! |---|---|---|
-//! | raw PREROUTING | `cali-PREROUTING` | held flows; source addresses of workloads; outer VXLAN is not tracked; untracked policy |
+//! | raw PREROUTING | `cali-PREROUTING` | held flows; source addresses of workloads; outer VXLAN and WireGuard are not tracked; untracked policy |
 //! | raw OUTPUT | `cali-OUTPUT` | the same of what the host sends |
 //! | mangle PREROUTING | `cali-PREROUTING` | policy of host endpoints before destination NAT |
-//! | filter FORWARD | `cali-FORWARD` | policy of the sending, then of the receiving side |
+//! | filter FORWARD | `cali-FORWARD` | policy of the sending, then of the receiving side; service addresses that nobody serves |
 //! | filter FORWARD, at its end | | what policy allowed is accepted |
 //! | filter INPUT | `cali-INPUT` | encapsulated packets come from nodes only; policy of a workload that talks to the host, and what the host takes from it; policy of host endpoints |
 //! | filter OUTPUT | `cali-OUTPUT` | policy of host endpoints for what the host sends |
-//! | mangle POSTROUTING | `cali-POSTROUTING` | the same, where the destination was translated |
+//! | mangle POSTROUTING | `cali-POSTROUTING` | the same, where the destination was translated; code points of workloads |
 //! | nat POSTROUTING, at its end | `cali-POSTROUTING` | NAT outgoing, after kube-proxy's masquerade |
 //!
 //! Those of host endpoints are there only while there are host endpoints. Before a host endpoint is asked the marks of
@@ -18,16 +18,20 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use cali_api::Cidr;
+
 use super::hosts::{self, Ways, accepts_early};
 use super::program::{Chain, HookRules, Table};
 use super::settings::{Allowed, Settings};
 use super::{dispatch, held, names};
 use crate::calc::{Direction, IpVersion, TunnelPeers};
 use crate::compile::hosts::{SITES, Site};
-use crate::compile::{HostAction, NEIGHBOUR_DISCOVERY};
+use crate::compile::{DenyAction, HostAction, NEIGHBOUR_DISCOVERY};
 
 const WORKLOAD_TO_HOST: &str = "cali-wl-to-host";
 const NAT_OUTGOING: &str = "cali-nat-outgoing";
+const SERVICES: &str = "cali-cidr-block";
+const DSCP: &str = "cali-egress-dscp";
 
 /// Interfaces of endpoints whose names have none of the workload prefixes, with their chains towards and from them.
 pub(super) type Odd = BTreeMap<Arc<str>, [Arc<str>; 2]>;
@@ -40,6 +44,10 @@ pub(super) struct Ground<'a> {
     pub(super) ways: &'a Ways,
     pub(super) tunnels: &'a TunnelPeers,
     pub(super) odd: &'a Odd,
+    /// There are networks of service addresses.
+    pub(super) services: bool,
+    /// Addresses of workloads whose packets out of the cluster get a code point.
+    pub(super) dscp: &'a [(Cidr, u8)],
     /// Rules with a target for every way from (`-i`) or to (`-o`) a workload.
     pub(super) not_workloads: &'a dyn Fn(&str, &str) -> Vec<String>,
 }
@@ -61,7 +69,7 @@ fn prefixes(settings: &Settings) -> impl Iterator<Item = &str> {
 
 /// Whether a chain is of this module.
 pub(super) fn is_base(name: &str) -> bool {
-    const OWN: [&str; 10] = [
+    const OWN: [&str; 12] = [
         "cali-PREROUTING",
         "cali-OUTPUT",
         "cali-POSTROUTING",
@@ -69,6 +77,8 @@ pub(super) fn is_base(name: &str) -> bool {
         "cali-INPUT",
         WORKLOAD_TO_HOST,
         NAT_OUTGOING,
+        SERVICES,
+        DSCP,
         held::CHAIN,
         names::ALLOW,
         names::PASS,
@@ -109,13 +119,22 @@ pub(super) fn chains(ground: &Ground<'_>, version: IpVersion) -> Chains {
             workload_to_host(settings, version),
         ),
     ];
+    if let Some(end) = unserved(ground) {
+        let to = format!("-m set --match-set {} dst", service_set(version));
+        let about = "-m comment --comment \"nobody serves this address\"";
+        let rules = vec![format!("{to} {about} {end}")];
+        all.push(chain(Table::Filter, SERVICES, rules));
+    }
     if ways.contains_key(&Site::DnatIn) {
         let rules = mangle_prerouting(ground);
         all.push(hooked(Table::Mangle, "cali-PREROUTING", rules));
     }
-    if ways.contains_key(&Site::Post) {
-        let rules = mangle_postrouting(ground);
+    if has_postrouting(ground) {
+        let rules = mangle_postrouting(ground, version);
         all.push(hooked(Table::Mangle, "cali-POSTROUTING", rules));
+    }
+    if !ground.dscp.is_empty() {
+        all.push(chain(Table::Mangle, DSCP, dscp(ground, version)));
     }
     if ways.contains_key(&Site::Out) {
         let rules = output(ground, version);
@@ -140,11 +159,13 @@ pub(super) fn chains(ground: &Ground<'_>, version: IpVersion) -> Chains {
     all
 }
 
+fn has_postrouting(ground: &Ground<'_>) -> bool {
+    ground.ways.contains_key(&Site::Post) || !ground.dscp.is_empty()
+}
+
 /// The rules in the kernel's chains.
-pub(super) fn hooks(
-    settings: &Settings,
-    ways: &Ways,
-) -> BTreeMap<(Table, &'static str), HookRules> {
+pub(super) fn hooks(ground: &Ground<'_>) -> BTreeMap<(Table, &'static str), HookRules> {
+    let (settings, ways) = (ground.settings, ground.ways);
     let mut all = BTreeMap::new();
     let mut hook = |table, chain: &'static str, tail: Vec<String>| {
         let lead = vec![format!("-j cali-{chain}")];
@@ -162,12 +183,16 @@ pub(super) fn hooks(
         Allowed::Return => Vec::new(),
     };
     hook(Table::Filter, "FORWARD", accepted);
-    for (site, table, chain) in [
-        (Site::DnatIn, Table::Mangle, "PREROUTING"),
-        (Site::Post, Table::Mangle, "POSTROUTING"),
-        (Site::Out, Table::Filter, "OUTPUT"),
+    for (used, table, chain) in [
+        (
+            ways.contains_key(&Site::DnatIn),
+            Table::Mangle,
+            "PREROUTING",
+        ),
+        (has_postrouting(ground), Table::Mangle, "POSTROUTING"),
+        (ways.contains_key(&Site::Out), Table::Filter, "OUTPUT"),
     ] {
-        if ways.contains_key(&site) {
+        if used {
             hook(table, chain, Vec::new());
         }
     }
@@ -181,11 +206,10 @@ pub(super) fn hooks(
     all
 }
 
-fn untracked_vxlan(settings: &Settings) -> String {
-    format!(
-        "-p 17 -m udp --dport {} -j CT --notrack",
-        settings.common.vxlan_port
-    )
+/// What carries others between nodes is not tracked: what is inside is.
+fn untracked_outer(settings: &Settings) -> impl Iterator<Item = String> {
+    let ports = settings.common.outer_ports();
+    ports.map(|port| format!("-p 17 -m udp --dport {port} -j CT --notrack"))
 }
 
 /// Asks the host endpoints of a site; what they leave carries no mark of policy but theirs.
@@ -225,10 +249,10 @@ fn raw_prerouting(ground: &Ground<'_>, version: IpVersion) -> Vec<String> {
         rules.push(format!(
             "{from} -m rpfilter --validmark --invert -m comment --comment \"source address is not the workload's\" -j DROP"
         ));
-        // A workload's own VXLAN stays tracked and under policy.
+        // A workload's own packets of the kind stay tracked and under policy.
         rules.push(format!("{from} -j RETURN"));
     }
-    rules.push(untracked_vxlan(settings));
+    rules.extend(untracked_outer(settings));
     rules.extend(untracked(ground, Site::RawIn));
     rules
 }
@@ -236,7 +260,7 @@ fn raw_prerouting(ground: &Ground<'_>, version: IpVersion) -> Vec<String> {
 fn raw_output(ground: &Ground<'_>, version: IpVersion) -> Vec<String> {
     let mut rules = vec![held::find(version)];
     rules.extend(clear_marks(ground));
-    rules.push(untracked_vxlan(ground.settings));
+    rules.extend(untracked_outer(ground.settings));
     rules.extend(untracked(ground, Site::RawOut));
     rules
 }
@@ -258,13 +282,41 @@ fn mangle_prerouting(ground: &Ground<'_>) -> Vec<String> {
     rules
 }
 
-fn mangle_postrouting(ground: &Ground<'_>) -> Vec<String> {
+/// How a packet ends that still has a service's address when it is forwarded: nobody serves it, and the network would
+/// send it back until its life time ends.
+fn unserved(ground: &Ground<'_>) -> Option<&'static str> {
+    let end = ground.settings.common.service_loop;
+    end.filter(|_| ground.services).map(|end| match end {
+        DenyAction::Drop => "-j DROP",
+        DenyAction::Reject => "-j REJECT",
+    })
+}
+
+/// Code points of what workloads send out of the cluster.
+fn dscp(ground: &Ground<'_>, version: IpVersion) -> Vec<String> {
+    let own = ground.dscp.iter();
+    own.filter(|(address, _)| IpVersion::of(address.addr()) == version)
+        .map(|(address, code)| format!("-s {address} -j DSCP --set-dscp {code:#04x}"))
+        .collect()
+}
+
+fn mangle_postrouting(ground: &Ground<'_>, version: IpVersion) -> Vec<String> {
     let (marks, allowed) = (ground.settings.marks, ground.settings.mangle_allow);
+    let mut rules = Vec::new();
+    if !ground.dscp.is_empty() {
+        let (_, pools) = pool_sets(version);
+        let nodes = node_set(version);
+        let outside = format!("-m set ! --match-set {pools} dst -m set ! --match-set {nodes} dst");
+        rules.push(format!("{outside} -j {DSCP}"));
+    }
+    if !ground.ways.contains_key(&Site::Post) {
+        return rules;
+    }
     // Only the host's own packets whose destination was translated carry the mark.
-    let mut rules = vec![format!(
+    rules.push(format!(
         "-m mark --mark 0x0/{:#x} -j RETURN",
         marks.translated
-    )];
+    ));
     rules.push(format!("{ESTABLISHED} -j {allowed}"));
     rules.extend(accepted_early(ground, allowed));
     rules.extend(ask(ground, Site::Post));
@@ -309,6 +361,9 @@ fn forward(ground: &Ground<'_>) -> Vec<String> {
             ));
         }
     }
+    if unserved(ground).is_some() {
+        rules.push(format!("-j {SERVICES}"));
+    }
     rules
 }
 
@@ -329,6 +384,11 @@ fn encapsulated(
     }
     if ground.tunnels.vxlan {
         let port = ground.settings.common.vxlan_port;
+        rules.push(format!("-p 17 -m udp --dport {port} {nodes} {target}"));
+    }
+    // WireGuard knows by itself whom it listens to.
+    let wireguard = ground.settings.common.wireguard_ports[version as usize];
+    if let Some(port) = wireguard.filter(|_| known) {
         rules.push(format!("-p 17 -m udp --dport {port} {nodes} {target}"));
     }
     rules
@@ -427,6 +487,11 @@ fn nat_outgoing(settings: &Settings, version: IpVersion) -> Vec<String> {
     };
     rules.push(format!("{leaving} {target} --random-fully"));
     rules
+}
+
+/// The networks of service addresses.
+pub(super) fn service_set(version: IpVersion) -> Arc<str> {
+    names::known_set("service-nets", version)
 }
 
 /// The addresses of all nodes.

@@ -18,6 +18,7 @@ mod base;
 mod dispatch;
 mod held;
 mod hosts;
+mod limits;
 mod names;
 mod plan;
 mod policies;

@@ -74,6 +74,15 @@ pub(super) fn endpoint_chain(interface: &str, direction: Direction) -> Arc<str> 
     bounded(prefix, interface, CHAIN_LIMIT)
 }
 
+/// The chain of an endpoint's packet rate.
+pub(super) fn rate_chain(interface: &str, direction: Direction) -> Arc<str> {
+    let prefix = match direction {
+        Direction::Ingress => "cali-rt-",
+        Direction::Egress => "cali-rf-",
+    };
+    bounded(prefix, interface, CHAIN_LIMIT)
+}
+
 /// The chain of the interfaces whose names begin with `beginning`, below the dispatch chain `root`.
 pub(super) fn dispatch_chain(root: &str, beginning: &str) -> Arc<str> {
     bounded(&format!("{root}-"), beginning, CHAIN_LIMIT)

@@ -14,7 +14,7 @@ use super::policies::places;
 use super::program::{Chain, Program, SetProgram, Table};
 use super::rule::{self, Literals};
 use super::settings::Settings;
-use super::{held, names};
+use super::{held, limits, names};
 use crate::calc::{
     Batch, Delta, Direction, Endpoint, IpSetId, IpSetKind, IpVersion, Member, PoolNat, Rules,
     TierDefault, TierPolicies, TunnelPeers,
@@ -35,17 +35,18 @@ pub struct Renderer {
     pub(super) settings: Settings,
     program: Program,
     tunnels: Arc<TunnelPeers>,
+    service_nets: Arc<[Cidr]>,
     pub(super) hosts: Hosts,
     pub(super) kept_open: KeptOpen,
     /// Sets that changed since somebody last asked.
     touched: BTreeSet<Arc<str>>,
     pub(super) policies: HashMap<Key, Arc<Rules>>,
     pub(super) profiles: HashMap<Arc<str>, Arc<Rules>>,
-    endpoints: HashMap<Key, Arc<Endpoint>>,
+    pub(super) endpoints: HashMap<Key, Arc<Endpoint>>,
     /// How many endpoints ask; what nobody asks has no chain, but for profiles in the filter table.
     pub(super) asked: HashMap<Asked, usize>,
     /// Endpoints by interface; the first by name has it.
-    interfaces: BTreeMap<Arc<str>, BTreeSet<Key>>,
+    pub(super) interfaces: BTreeMap<Arc<str>, BTreeSet<Key>>,
     /// Sets of constants by the chain that uses them, and how many use each.
     pub(super) literals: HashMap<(Table, Arc<str>), BTreeSet<Arc<str>>>,
     pub(super) literal_users: HashMap<Arc<str>, usize>,
@@ -58,6 +59,7 @@ impl Default for Renderer {
             settings: Settings::default(),
             program: Program::default(),
             tunnels: Arc::default(),
+            service_nets: Arc::default(),
             hosts: Hosts::default(),
             kept_open: KeptOpen::default(),
             touched: BTreeSet::new(),
@@ -71,6 +73,7 @@ impl Default for Renderer {
             dispatch_dirty: true,
         };
         renderer.put_pools(&[]);
+        renderer.put_services();
         renderer.put_tunnel_peers();
         for (name, set) in held::sets() {
             renderer.touched.insert(name.clone());
@@ -123,6 +126,11 @@ impl Renderer {
                 }
             }
             Delta::Pools(pools) => self.put_pools(pools),
+            Delta::ServiceNets(nets) => {
+                self.service_nets = nets.clone();
+                self.put_services();
+                self.dispatch_dirty = true;
+            }
             Delta::TunnelPeers(peers) => {
                 self.tunnels = peers.clone();
                 self.put_tunnel_peers();
@@ -171,6 +179,7 @@ impl Renderer {
             Delta::Endpoint { id, endpoint } => self.put_endpoint(id, endpoint),
             Delta::EndpointRemove { id } => {
                 if let Some(former) = self.endpoints.remove(id) {
+                    self.dispatch_dirty |= former.limits.dscp.is_some();
                     self.ask_all(&former, false);
                     self.leave_interface(id, &former.interface);
                 }
@@ -267,6 +276,14 @@ impl Renderer {
         }
     }
 
+    fn put_services(&mut self) {
+        for version in VERSIONS {
+            let nets = outermost(&self.service_nets, version);
+            let members = nets.into_iter().flat_map(rule::members).collect();
+            self.put_set(base::service_set(version), SetType::Net, version, members);
+        }
+    }
+
     /// Senders of encapsulated packets.
     fn put_tunnel_peers(&mut self) {
         let peers = self.tunnels.clone();
@@ -309,6 +326,9 @@ impl Renderer {
             .entry(endpoint.interface.clone())
             .or_default()
             .insert(id.clone());
+        // Code points stand by address in a chain for all.
+        let had = former.as_ref().is_some_and(|old| old.limits.dscp.is_some());
+        self.dispatch_dirty |= had || endpoint.limits.dscp.is_some();
         if let Some(former) = former.filter(|former| former.interface != endpoint.interface) {
             self.leave_interface(id, &former.interface);
         }
@@ -331,6 +351,9 @@ impl Renderer {
         let endpoint = owner.and_then(|id| Some((id.clone(), self.endpoints.get(id)?.clone())));
         for direction in DIRECTIONS {
             let name = names::endpoint_chain(interface, direction);
+            let rate = endpoint.as_ref();
+            let rate = rate.and_then(|(_, endpoint)| endpoint.limits.of(direction).packets);
+            self.put_rate(interface, direction, rate);
             match &endpoint {
                 Some((id, endpoint)) => {
                     let texts = self.endpoint_rules(id, endpoint, direction);
@@ -353,11 +376,18 @@ impl Renderer {
 
     fn endpoint_rules(&self, id: &Key, endpoint: &Endpoint, direction: Direction) -> Vec<String> {
         let (marks, common) = (self.settings.marks, &self.settings.common);
-        let mut rules = vec!["-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned()];
+        let limit = endpoint.limits.of(direction);
+        let mut rules = Vec::new();
+        if limit.packets.is_some() {
+            let chain = names::rate_chain(&endpoint.interface, direction);
+            rules.push(format!("-j {chain}"));
+        }
+        rules.push("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned());
         remark(&mut rules, &id.to_string());
         if common.drop_invalid {
             rules.push("-m conntrack --ctstate INVALID -j DROP".to_owned());
         }
+        rules.extend(limit.connections.map(limits::connections));
         rules.push(marks.clear_all());
         if direction == Direction::Egress {
             if !common.allow_vxlan_from_workloads {
@@ -449,15 +479,18 @@ impl Renderer {
             "-o",
             &entries(Direction::Ingress),
         ));
+        let dscp = self.code_points();
         let ground = base::Ground {
             settings: &self.settings,
             ways: &self.hosts.ways,
             tunnels: &self.tunnels,
             odd: &odd,
+            services: !self.service_nets.is_empty(),
+            dscp: &dscp,
             not_workloads: &|option, target| self.workload_ways(option, target),
         };
         let built = VERSIONS.map(|version| base::chains(&ground, version));
-        let hooks = base::hooks(&self.settings, &self.hosts.ways);
+        let hooks = base::hooks(&ground);
         for (version, base) in VERSIONS.into_iter().zip(built) {
             let family = self.program.family_mut(version);
             let is_way = |name: &str| {

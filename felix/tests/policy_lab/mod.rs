@@ -11,12 +11,11 @@ use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Revision};
 use cali_netlink::NetNs;
 use felix::calc::{Batch, Graph, Input};
-use felix::compile::Program;
-use felix::conformance::{Backend, IptablesChains, Nftables};
+use felix::compile::{Compiler, Program};
+use felix::conformance::{Backend, IptablesChains, Nftables, compile_batch};
 pub(crate) use felix::conformance::{Lab as Places, Listener, Place, Probe, listen};
 use felix::dataplane::{State, StatusSink, Variant};
-use felix::iptables;
-use felix::verdict::{Model, Packet};
+use felix::iptables::{self, Renderer};
 use serde_json::{Value, json};
 
 /// Who does not listen to the dataplane.
@@ -39,16 +38,8 @@ pub(crate) fn set(value: Value) -> Update {
 /// The first batch for these pods, all allowed everything, and these objects.
 pub(crate) fn batch(pods: &[Place], objects: &[Value]) -> Batch {
     let mut all = objects.to_vec();
-    all.push(json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
-                    "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}}));
-    for place in pods {
-        all.push(json!({
-            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
-            "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
-            "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
-                     "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
-        }));
-    }
+    all.push(open());
+    all.extend(pods.iter().map(endpoint));
     let mut graph = Graph::new("node".into());
     for value in all {
         graph.on_update(set(value));
@@ -57,12 +48,34 @@ pub(crate) fn batch(pods: &[Place], objects: &[Value]) -> Batch {
     graph.flush().expect("a first batch")
 }
 
+/// The profile that allows everything.
+pub(crate) fn open() -> Value {
+    json!({"apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": "open"},
+           "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}]}})
+}
+
+/// A pod of the lab as the datastore has it, allowed everything.
+pub(crate) fn endpoint(place: &Place) -> Value {
+    json!({
+        "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
+        "metadata": {"namespace": "default", "name": format!("node-k8s-{}-eth0", place.interface)},
+        "spec": {"node": "node", "orchestrator": "k8s", "endpoint": "eth0", "interfaceName": place.interface,
+                 "ipNetworks": [format!("{}/32", place.v4), format!("{}/128", place.v6)], "profiles": ["open"]},
+    })
+}
+
 /// What enforces policy in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum By {
     Nftables,
     Iptables(Variant),
 }
+
+pub(crate) const BACKENDS: [By; 3] = [
+    By::Nftables,
+    By::Iptables(Variant::Nft),
+    By::Iptables(Variant::Legacy),
+];
 
 enum Rules {
     Nftables(Nftables),
@@ -126,6 +139,27 @@ impl Lab {
         }
     }
 
+    /// Brings the kernel to what these objects say, by whatever enforces policy here.
+    pub(crate) fn enforce_objects(&mut self, objects: &[Value]) {
+        let objects: Vec<Arc<AnyResource>> = objects
+            .iter()
+            .map(|value| Arc::new(AnyResource::from_json(value.clone()).expect("an object")))
+            .collect();
+        let batch = compile_batch(&objects).expect("a batch");
+        match self.by {
+            By::Nftables => {
+                let mut compiler = Compiler::default();
+                compiler.apply(&batch);
+                self.enforce(compiler.program());
+            }
+            By::Iptables(_) => {
+                let mut renderer = Renderer::default();
+                renderer.apply(&batch);
+                self.enforce_chains(renderer.program());
+            }
+        }
+    }
+
     /// Takes a dump for what is in the kernel.
     pub(crate) fn assume(&mut self, listed: Program) {
         self.nftables().assume(listed);
@@ -145,19 +179,6 @@ impl Lab {
             Rules::Iptables(rules) => rules.dump(),
         }
     }
-}
-
-/// What the model says, on the whole way of a packet between two places.
-pub(crate) fn expected(
-    lab: &Lab,
-    model: &Model,
-    packet: &Packet,
-    from: &Place,
-    to: &Place,
-) -> (bool, String) {
-    let ends = [from, to].map(|place| Some(place.interface.as_str()));
-    let said = felix::conformance::expected(model, packet, ends, &lab.interfaces());
-    (said.allowed, said.reasons.join(", "))
 }
 
 /// Whether the other end answers; an error when neither an answer nor a refusal comes.

@@ -310,6 +310,20 @@ pub enum Expr {
         /// Into.
         dreg: Reg,
     },
+    /// Writes bytes of the packet.
+    PayloadSet {
+        /// Counted from.
+        base: Base,
+        /// Offset in bytes.
+        offset: u32,
+        /// Bytes.
+        len: u32,
+        /// From.
+        sreg: Reg,
+        /// Where, counted from the same, the Internet checksum (RFC 1071) over these bytes stands, which is brought
+        /// up to date; `None` where there is none.
+        checksum: Option<u32>,
+    },
     /// Compares; the rule ends unless it holds.
     Cmp {
         /// How.

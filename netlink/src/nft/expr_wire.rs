@@ -94,7 +94,7 @@ pub(crate) fn read_list(attr: Attr<'_>) -> Vec<Expr> {
 fn name(expr: &Expr) -> &str {
     match expr {
         Expr::Meta { .. } | Expr::MetaSet { .. } => "meta",
-        Expr::Payload { .. } => "payload",
+        Expr::Payload { .. } | Expr::PayloadSet { .. } => "payload",
         Expr::Cmp { .. } => "cmp",
         Expr::Range { .. } => "range",
         Expr::Bitwise { .. } => "bitwise",
@@ -151,6 +151,21 @@ pub(crate) fn write_expr(writer: &mut Writer, expr: &Expr) {
             writer.be32(2, *base as u32);
             writer.be32(3, *offset);
             writer.be32(4, *len);
+        }
+        Expr::PayloadSet {
+            base,
+            offset,
+            len,
+            sreg,
+            checksum,
+        } => {
+            writer.be32(2, *base as u32);
+            writer.be32(3, *offset);
+            writer.be32(4, *len);
+            writer.be32(5, sreg.number());
+            // NFT_PAYLOAD_CSUM_INET or _NONE
+            writer.be32(6, u32::from(checksum.is_some()));
+            writer.be32(7, checksum.unwrap_or(0));
         }
         Expr::Immediate { dreg, value } => {
             writer.be32(1, dreg.number());
@@ -464,12 +479,28 @@ fn read_load(name: &str, f: Fields<'_>) -> Option<Expr> {
                 },
             }
         }
-        "payload" => Expr::Payload {
-            base: Base::from_number(f.number(2)?)?,
-            offset: f.number(3)?,
-            len: f.number(4)?,
-            dreg: f.reg(1)?,
-        },
+        "payload" => {
+            let (base, offset, len) =
+                (Base::from_number(f.number(2)?)?, f.number(3)?, f.number(4)?);
+            match f.reg(5) {
+                Some(sreg) => Expr::PayloadSet {
+                    base,
+                    offset,
+                    len,
+                    sreg,
+                    checksum: match f.number(6).unwrap_or(0) {
+                        0 => None,
+                        _ => Some(f.number(7)?),
+                    },
+                },
+                None => Expr::Payload {
+                    base,
+                    offset,
+                    len,
+                    dreg: f.reg(1)?,
+                },
+            }
+        }
         "immediate" if f.number(1)? == NFT_REG_VERDICT => {
             Expr::Verdict(read_verdict(f.0.find(2)?)?)
         }
