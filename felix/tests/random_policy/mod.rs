@@ -11,11 +11,13 @@ use crate::policy_lab::Lab;
 pub(crate) const NODE: &str = "node";
 pub(crate) const TCP_PORTS: [u16; 3] = [80, 81, 8080];
 pub(crate) const UDP_PORTS: [u16; 2] = [53, 80];
+pub(crate) const SCTP_PORTS: [u16; 2] = [80, 5000];
 /// Flows start from one of these ranges of ports.
 pub(crate) const SOURCE_RANGES: [(u16, u16); 2] = [(20_000, 29_999), (40_000, 49_999)];
 
 const NAMESPACES: [&str; 2] = ["a", "b"];
 const TIERS: [&str; 2] = ["first", "second"];
+const SERVICES: [&str; 2] = ["web", "db"];
 
 /// A deterministic source of choices (SplitMix64).
 pub(crate) struct Dice(u64);
@@ -57,7 +59,8 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn draw(dice: &mut Dice, lab: &Lab) -> Self {
+    /// `answers`: what is denied before destination NAT is answered, too.
+    pub(crate) fn draw(dice: &mut Dice, lab: &Lab, answers: bool) -> Self {
         let mut world = Self {
             manifests: Vec::new(),
         };
@@ -67,7 +70,7 @@ impl World {
             None,
             "default",
             &json!({}),
-            json!({"nftablesFilterDenyAction": "Reject"}),
+            json!({"nftablesFilterDenyAction": "Reject", "defaultEndpointToHostAction": "Accept"}),
         );
         for namespace in NAMESPACES {
             let labels = labels(dice, &[("env", &["prod", "test"]), ("app", &["x"])]);
@@ -112,7 +115,108 @@ impl World {
         for number in 0..=dice.below(6) {
             world.policy(dice, number);
         }
+        for service in SERVICES {
+            world.service(dice, lab, service);
+        }
+        if dice.percent(60) {
+            world.hosts(dice, answers);
+        }
         world
+    }
+
+    /// Endpoints of a service, of one or both families.
+    fn service(&mut self, dice: &mut Dice, lab: &Lab, name: &str) {
+        let namespace = dice.pick(&NAMESPACES);
+        for (family, v4) in [("IPv4", true), ("IPv6", false)] {
+            if dice.percent(20) {
+                continue;
+            }
+            let addresses = dice.some(2, |dice| {
+                let place = dice.below(lab.pods.len());
+                json!({"addresses": [lab.pods[place].address(v4)]})
+            });
+            let ports = dice.some(2, |dice| {
+                dice.pick(&[
+                    json!({"protocol": "TCP", "port": 80}),
+                    json!({"protocol": "TCP", "port": 8080}),
+                    json!({"protocol": "UDP", "port": 53}),
+                    json!({"protocol": "SCTP", "port": 5000}),
+                ])
+            });
+            self.manifests.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {"namespace": namespace, "name": format!("{name}-{}", family.to_lowercase()),
+                             "labels": {"kubernetes.io/service-name": name}},
+                "addressType": family, "endpoints": addresses, "ports": ports,
+            }));
+        }
+    }
+
+    /// Host endpoints of this node, and policy for them. Without `doNotTrack`: it sees answers apart from questions, and a
+    /// probe needs both.
+    fn hosts(&mut self, dice: &mut Dice, answers: bool) {
+        let places = dice.some(2, |dice| {
+            dice.pick(&[
+                json!({"interfaceName": "eth0"}),
+                json!({"interfaceName": "eth1"}),
+                json!({"interfaceName": "*"}),
+                json!({"expectedIPs": ["198.51.100.1"]}),
+                json!({"expectedIPs": ["2001:db8::1"]}),
+            ])
+        });
+        for (number, mut spec) in places.into_iter().enumerate() {
+            spec["node"] = NODE.into();
+            let mut labels = labels(dice, &[("app", &["x", "y"]), ("zone", &["dmz"])]);
+            labels["edge"] = "yes".into();
+            let name = format!("host{number}");
+            self.push(
+                "projectcalico.org/v3",
+                "HostEndpoint",
+                None,
+                &name,
+                &labels,
+                spec,
+            );
+        }
+        for number in 0..=dice.below(3) {
+            let mut spec = json!({"selector": dice.pick(&["has(edge)", "has(zone)", "edge == 'yes' && app == 'x'"])});
+            let types = dice.pick(&[["Ingress"].as_slice(), &["Egress"], &["Ingress", "Egress"]]);
+            let pre_dnat = answers && dice.percent(25);
+            if pre_dnat {
+                spec["preDNAT"] = true.into();
+            }
+            if pre_dnat || dice.percent(50) {
+                spec["applyOnForward"] = true.into();
+            }
+            let types = if pre_dnat { &["Ingress"] } else { types };
+            let tier = if dice.percent(50) {
+                dice.pick(&TIERS)
+            } else {
+                "default"
+            };
+            spec["tier"] = tier.into();
+            spec["order"] = json!(dice.below(4));
+            self.rules_of(dice, &mut spec, types, tier);
+            self.push(
+                "projectcalico.org/v3",
+                "GlobalNetworkPolicy",
+                None,
+                &format!("{tier}.h{number}"),
+                &json!({}),
+                spec,
+            );
+        }
+    }
+
+    fn rules_of(&self, dice: &mut Dice, spec: &mut Value, types: &[&str], tier: &str) {
+        spec["types"] = json!(types);
+        for (kind, field) in [("Ingress", "ingress"), ("Egress", "egress")] {
+            if types.contains(&kind) {
+                spec[field] = (0..dice.below(5))
+                    .map(|_| rule(dice, tier != "default", kind == "Ingress"))
+                    .collect();
+            }
+        }
     }
 
     fn push(
@@ -155,6 +259,11 @@ impl World {
                 json!({"name": "dns", "protocol": "UDP", "containerPort": dice.pick(&UDP_PORTS)}),
             );
         }
+        if dice.percent(40) {
+            ports.push(
+                json!({"name": "sig", "protocol": "SCTP", "containerPort": dice.pick(&SCTP_PORTS)}),
+            );
+        }
         let account = dice.percent(50).then_some("robot");
         self.manifests.push(json!({
             "apiVersion": "v1", "kind": "Pod",
@@ -189,14 +298,7 @@ impl World {
             spec["order"] = json!(dice.below(4));
         }
         let types = dice.pick(&[["Ingress"].as_slice(), &["Egress"], &["Ingress", "Egress"]]);
-        spec["types"] = json!(types);
-        for (kind, field) in [("Ingress", "ingress"), ("Egress", "egress")] {
-            if types.contains(&kind) {
-                spec[field] = (0..dice.below(5))
-                    .map(|_| rule(dice, tier != "default"))
-                    .collect();
-            }
-        }
+        self.rules_of(dice, &mut spec, types, tier);
         if dice.percent(15) {
             spec["serviceAccountSelector"] = "trust == 'high'".into();
         }
@@ -322,8 +424,10 @@ fn port(dice: &mut Dice) -> Value {
         json!(53),
         json!("80:81"),
         json!("54:8079"),
+        json!(5000),
         json!("web"),
         json!("dns"),
+        json!("sig"),
     ])
 }
 
@@ -337,7 +441,7 @@ fn source_port(dice: &mut Dice) -> Value {
     ])
 }
 
-fn rule(dice: &mut Dice, may_pass: bool) -> Value {
+fn rule(dice: &mut Dice, may_pass: bool, ingress: bool) -> Value {
     let actions: &[&str] = if may_pass {
         &["Allow", "Allow", "Deny", "Pass", "Log"]
     } else {
@@ -347,7 +451,7 @@ fn rule(dice: &mut Dice, may_pass: bool) -> Value {
     let mut with_ports = false;
     match dice.below(10) {
         0..=4 => {
-            rule["protocol"] = (dice.pick(&["TCP", "TCP", "UDP"])).into();
+            rule["protocol"] = (dice.pick(&["TCP", "TCP", "UDP", "SCTP"])).into();
             with_ports = true;
         }
         5 => {
@@ -363,12 +467,22 @@ fn rule(dice: &mut Dice, may_pass: bool) -> Value {
             ]);
             rule[dice.pick(&["icmp", "notICMP"])] = icmp;
         }
-        6 => rule["notProtocol"] = (dice.pick(&["TCP", "UDP", "ICMP"])).into(),
+        6 => rule["notProtocol"] = (dice.pick(&["TCP", "UDP", "ICMP", "SCTP"])).into(),
         7 => rule["ipVersion"] = (dice.pick(&[4, 6])).into(),
         _ => {}
     }
+    let far = if ingress { "source" } else { "destination" };
+    // Beside a service nothing else may be said of that side.
+    let service = dice.percent(12);
     for side in ["source", "destination"] {
-        if dice.percent(60) {
+        if service && side == far {
+            let mut services =
+                json!({"name": dice.pick(&SERVICES), "namespace": dice.pick(&NAMESPACES)});
+            if dice.percent(20) {
+                services["name"] = "nobody".into();
+            }
+            rule[side] = json!({"services": services});
+        } else if dice.percent(60) {
             rule[side] = entity(dice, with_ports, side == "source");
         }
     }
@@ -478,5 +592,7 @@ fn kubernetes_port(dice: &mut Dice) -> Value {
         json!({"protocol": "UDP"}),
         json!({"protocol": "TCP", "port": "web"}),
         json!({"protocol": "UDP", "port": "dns"}),
+        json!({"protocol": "SCTP", "port": 5000}),
+        json!({"protocol": "SCTP", "port": "sig"}),
     ])
 }
