@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: fuzz bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
+.PHONY: fuzz fuzz-coverage bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -53,6 +53,9 @@ test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM
 
 fuzz: setup ## bgpd's decoder and session with damaged streams of real daemons (FACTOR=n: that many times what `test` does)
 	FUZZ_FACTOR=$(or $(FACTOR),50) cargo test --workspace --test fuzz_seeds
+
+fuzz-coverage: setup ## the same led by coverage (libFuzzer), SECONDS_EACH=60; some 10 minutes to build once
+	scripts/fuzz $(or $(SECONDS_EACH),60)
 
 bench-policy: setup ## what policy costs: a change, a start, packets (root; SCENARIO=large|small|set|packets, ROUNDS=n)
 	cargo build --release -p cali-bench --bin policy

@@ -519,7 +519,7 @@ impl Applier {
             receives,
             keys: crypts.map(|crypt| crypt.key),
             devices,
-            endpoints: self.entries.fdb.observed().len(),
+            endpoints: self.entries.fdb.all_observed().count(),
             problems,
         };
         self.state.send_if_modified(|current| {

@@ -14,7 +14,7 @@
 //! operations come sets first, then deletions, each in key order.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque, btree_map},
     time::{Duration, Instant},
 };
 
@@ -108,42 +108,39 @@ pub enum Drift<K, V> {
     },
 }
 
-/// What we know of one key's doing, beside its desired and observed value.
-#[derive(Debug, Clone)]
-struct Track<V> {
-    failure: Option<Quarantine>,
-    /// When a state that we had confirmed was changed by somebody else.
-    undone: VecDeque<Instant>,
-    fight: Option<Fight>,
+/// All that is known of one key. One map holds it all, so that a step of a key costs one look-up.
+#[derive(Debug)]
+struct Entry<V> {
+    desired: Option<V>,
+    observed: Option<V>,
     /// Our last operation succeeded and nothing else has been seen since.
     confirmed: bool,
     /// An operation has been handed out and its result has not come back.
     in_flight: bool,
-    /// What notifications of our own successful operations will still say.
-    echoes: VecDeque<(Instant, Option<V>)>,
+    /// What went wrong, or is waited for. Most keys have none.
+    history: Option<Box<History<V>>>,
 }
 
-impl<V> Default for Track<V> {
-    fn default() -> Self {
-        Self {
-            failure: None,
-            undone: VecDeque::new(),
-            fight: None,
-            confirmed: false,
-            in_flight: false,
-            echoes: VecDeque::new(),
-        }
-    }
+/// What happened to a key, beside its desired and observed value.
+#[derive(Debug)]
+struct History<V> {
+    failure: Option<Quarantine>,
+    /// When a state that we had confirmed was changed by somebody else.
+    undone: VecDeque<Instant>,
+    fight: Option<Fight>,
+    /// What notifications of our own successful operations will still say.
+    echoes: VecDeque<(Instant, Option<V>)>,
 }
 
 type Owns<K, V> = Box<dyn Fn(&K, &V) -> bool + Send + Sync>;
 
 /// Desired and observed state of one kernel subsystem, and the way between them.
 pub struct Reconciler<K, V> {
-    desired: BTreeMap<K, V>,
-    observed: BTreeMap<K, V>,
-    tracks: BTreeMap<K, Track<V>>,
+    entries: BTreeMap<K, Entry<V>>,
+    /// Keys whose two values may differ, without those whose operation is under way.
     dirty: BTreeSet<K>,
+    /// Operations whose results have not come back.
+    in_flight: usize,
     owns: Owns<K, V>,
     synced: bool,
     /// Notifications are taken in, among them those of own operations.
@@ -153,9 +150,9 @@ pub struct Reconciler<K, V> {
 impl<K, V> std::fmt::Debug for Reconciler<K, V> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Reconciler")
-            .field("desired", &self.desired.len())
-            .field("observed", &self.observed.len())
+            .field("keys", &self.entries.len())
             .field("dirty", &self.dirty.len())
+            .field("in_flight", &self.in_flight)
             .field("synced", &self.synced)
             .finish()
     }
@@ -167,10 +164,9 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
     /// Nothing is planned before the first [`Self::on_dump`].
     pub fn new(owns: impl Fn(&K, &V) -> bool + Send + Sync + 'static) -> Self {
         Self {
-            desired: BTreeMap::new(),
-            observed: BTreeMap::new(),
-            tracks: BTreeMap::new(),
+            entries: BTreeMap::new(),
             dirty: BTreeSet::new(),
+            in_flight: 0,
             owns: Box::new(owns),
             synced: false,
             notified: true,
@@ -186,24 +182,23 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
 
     /// Wants `key` to be `value`. A changed wish ends the key's quarantine.
     pub fn desire(&mut self, key: K, value: V) {
-        if self.desired.get(&key) == Some(&value) {
+        let entry = match self.entries.entry(key.clone()) {
+            btree_map::Entry::Vacant(free) => free.insert(Entry::default()),
+            btree_map::Entry::Occupied(there) => there.into_mut(),
+        };
+        if entry.desired.as_ref() == Some(&value) {
             return;
         }
-        if let Some(track) = self.tracks.get_mut(&key) {
-            track.failure = None;
-            track.confirmed = false;
-        }
-        self.desired.insert(key.clone(), value);
+        entry.desired = Some(value);
+        entry.wish_changed();
         self.dirty.insert(key);
     }
 
     /// No longer wants `key`. It is deleted if it is observed and owned.
     pub fn undesire(&mut self, key: &K) -> Option<V> {
-        let old = self.desired.remove(key)?;
-        if let Some(track) = self.tracks.get_mut(key) {
-            track.failure = None;
-            track.confirmed = false;
-        }
+        let entry = self.entries.get_mut(key)?;
+        let old = entry.desired.take()?;
+        entry.wish_changed();
         self.dirty.insert(key.clone());
         Some(old)
     }
@@ -212,10 +207,9 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
     pub fn set_desired(&mut self, desired: impl IntoIterator<Item = (K, V)>) {
         let next: BTreeMap<K, V> = desired.into_iter().collect();
         let gone: Vec<K> = self
-            .desired
-            .keys()
-            .filter(|key| !next.contains_key(key))
-            .cloned()
+            .all_desired()
+            .filter(|(key, _)| !next.contains_key(key))
+            .map(|(key, _)| key.clone())
             .collect();
         for key in gone {
             self.undesire(&key);
@@ -225,14 +219,26 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         }
     }
 
-    /// What is wanted.
-    pub fn desired(&self) -> &BTreeMap<K, V> {
-        &self.desired
+    /// What `key` is wanted to be.
+    pub fn desired(&self, key: &K) -> Option<&V> {
+        self.entries.get(key)?.desired.as_ref()
     }
 
-    /// What is there, as far as we know.
-    pub fn observed(&self) -> &BTreeMap<K, V> {
-        &self.observed
+    /// What `key` is, as far as we know.
+    pub fn observed(&self, key: &K) -> Option<&V> {
+        self.entries.get(key)?.observed.as_ref()
+    }
+
+    /// What is wanted, in key order.
+    pub fn all_desired(&self) -> impl Iterator<Item = (&K, &V)> {
+        let entries = self.entries.iter();
+        entries.filter_map(|(key, entry)| Some((key, entry.desired.as_ref()?)))
+    }
+
+    /// What is there, as far as we know, in key order.
+    pub fn all_observed(&self) -> impl Iterator<Item = (&K, &V)> {
+        let entries = self.entries.iter();
+        entries.filter_map(|(key, entry)| Some((key, entry.observed.as_ref()?)))
     }
 
     /// A first dump has been taken in.
@@ -242,7 +248,7 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
 
     /// Whether an observed object is one of ours: wanted, or claimed by the predicate.
     fn is_ours(&self, key: &K, value: &V) -> bool {
-        self.desired.contains_key(key) || (self.owns)(key, value)
+        self.desired(key).is_some() || (self.owns)(key, value)
     }
 
     /// Takes in a full dump and says which of our objects differ from what we believed.
@@ -253,16 +259,16 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         dump: impl IntoIterator<Item = (K, V)>,
         now: Instant,
     ) -> Vec<Drift<K, V>> {
-        let seen: BTreeMap<K, V> = dump
+        let mut seen: BTreeMap<K, V> = dump
             .into_iter()
             .filter(|(key, value)| self.is_ours(key, value))
             .collect();
         let first = !self.synced;
-        let mut keys: BTreeSet<K> = seen.keys().cloned().collect();
-        keys.extend(self.observed.keys().cloned());
-        keys.extend(self.desired.keys().cloned());
+        let mut keys: Vec<K> = seen.keys().chain(self.entries.keys()).cloned().collect();
+        // Two ascending runs: one merge.
+        keys.sort();
+        keys.dedup();
         let mut drifts = Vec::new();
-        let mut seen = seen;
         for key in keys {
             let value = seen.remove(&key);
             let drift = self.take_in(&key, value, now);
@@ -271,7 +277,6 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
             }
         }
         self.synced = true;
-        self.forget_idle(now);
         drifts
     }
 
@@ -280,8 +285,9 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
     /// What we did ourselves comes back as a notification too, perhaps after we have done the next thing to the same
     /// key. Such an echo is older than what we know, and is passed over.
     pub fn on_observed(&mut self, key: &K, value: Option<V>, now: Instant) -> Option<Drift<K, V>> {
-        if let Some(track) = self.tracks.get_mut(key)
-            && track.is_echo(value.as_ref(), now)
+        let entry = self.entries.get_mut(key);
+        if let Some(history) = entry.and_then(|entry| entry.history.as_mut())
+            && history.is_echo(value.as_ref(), now)
         {
             return None;
         }
@@ -289,87 +295,34 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
             && !self.is_ours(key, value)
         {
             // A foreign object has replaced ours on a key that we no longer want.
-            self.observed.remove(key);
+            if let Some(entry) = self.entries.get_mut(key) {
+                entry.observed = None;
+            }
+            self.forget_idle(key, now);
             return None;
         }
         self.take_in(key, value, now)
     }
 
     fn take_in(&mut self, key: &K, value: Option<V>, now: Instant) -> Option<Drift<K, V>> {
-        let wish = self.desired.get(key);
-        let right = wish == value.as_ref();
-        let changed = self.observed.get(key) != value.as_ref();
-        let track = self.tracks.get(key).cloned().unwrap_or_default();
-        let drift = if right || !changed || track.in_flight {
-            None
-        } else {
-            match (wish, &value) {
-                // Something that we had confirmed, or had seen right, is no longer right.
-                (Some(_), None) => Some(Drift::Missing { key: key.clone() }),
-                (Some(wish), Some(seen))
-                    if self.observed.get(key) == Some(wish) || track.confirmed =>
-                {
-                    Some(Drift::Changed {
-                        key: key.clone(),
-                        seen: seen.clone(),
-                    })
-                }
-                (Some(_), Some(_)) => None,
-                (None, Some(seen)) => Some(Drift::Unwanted {
-                    key: key.clone(),
-                    seen: seen.clone(),
-                }),
-                (None, None) => None,
-            }
-        };
-        let drift = drift.filter(|drift| match drift {
-            Drift::Missing { .. } => track.confirmed || self.observed.contains_key(key),
-            Drift::Changed { .. } | Drift::Unwanted { .. } => true,
-        });
-        match value {
-            Some(value) => {
-                self.observed.insert(key.clone(), value);
-            }
-            None => {
-                self.observed.remove(key);
-            }
+        if value.is_none() && !self.entries.contains_key(key) {
+            return None;
         }
-        if right {
+        let entry = self.entries.entry(key.clone()).or_default();
+        let drift = entry.drift(key, value.as_ref());
+        entry.observed = value;
+        if drift.is_some() {
+            entry.confirmed = false;
+            entry.history_mut().note_undone(now);
+        }
+        if entry.desired == entry.observed {
             // What is wanted is there, whoever put it there: nothing left to fail.
-            if let Some(track) = self.tracks.get_mut(key) {
-                track.failure = None;
-            }
+            entry.forget_failure();
+            self.forget_idle(key, now);
         } else {
             self.dirty.insert(key.clone());
         }
-        if drift.is_some() {
-            self.note_undone(key, now);
-        }
         drift
-    }
-
-    /// Counts a foreign change, and declares a fight when there are too many of them.
-    fn note_undone(&mut self, key: &K, now: Instant) {
-        let track = self.tracks.entry(key.clone()).or_default();
-        track.confirmed = false;
-        track.undone.push_back(now);
-        while track
-            .undone
-            .front()
-            .is_some_and(|at| now.saturating_duration_since(*at) > FIGHT_WINDOW)
-            || track.undone.len() > FIGHT_UNDONE
-        {
-            track.undone.pop_front();
-        }
-        if track.undone.len() >= FIGHT_UNDONE {
-            let since = track.fight.as_ref().map_or(now, |fight| fight.since);
-            track.fight = Some(Fight {
-                since,
-                until: now + FIGHT_PAUSE,
-            });
-        } else {
-            track.fight = None;
-        }
     }
 
     /// The operations that are due now. Each stays handed out until its [`Self::on_result`].
@@ -379,47 +332,44 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         }
         let mut sets = Vec::new();
         let mut deletes = Vec::new();
-        let mut later = BTreeSet::new();
         for key in std::mem::take(&mut self.dirty) {
-            let wish = self.desired.get(&key);
-            let seen = self.observed.get(&key);
-            if wish == seen {
-                self.nothing_to_do(&key, now);
+            let Some(entry) = self.entries.get_mut(&key) else {
+                continue;
+            };
+            if entry.desired == entry.observed {
+                entry.forget_failure();
+                self.forget_idle(&key, now);
                 continue;
             }
-            if self
-                .tracks
-                .get(&key)
-                .is_some_and(|track| track.in_flight || track.pause(now).is_some())
-            {
-                later.insert(key);
+            if entry.in_flight {
+                // Its result brings it up again.
                 continue;
             }
-            let op = match (wish, seen) {
-                (Some(value), old) => Op::Set {
-                    key: key.clone(),
+            if entry.pause(now).is_some() {
+                self.dirty.insert(key);
+                continue;
+            }
+            match (&entry.desired, &entry.observed) {
+                (Some(value), old) => sets.push(Op::Set {
                     value: value.clone(),
-                    old: old.cloned(),
-                },
-                (None, Some(old)) if (self.owns)(&key, old) => Op::Delete {
-                    key: key.clone(),
                     old: old.clone(),
-                },
+                    key,
+                }),
+                (None, Some(old)) if (self.owns)(&key, old) => deletes.push(Op::Delete {
+                    old: old.clone(),
+                    key,
+                }),
                 (None, _) => {
                     // Not ours: it only was in the way while the key was wanted.
-                    self.observed.remove(&key);
-                    self.nothing_to_do(&key, now);
+                    entry.observed = None;
+                    entry.forget_failure();
+                    self.forget_idle(&key, now);
                     continue;
                 }
-            };
-            self.tracks.entry(key.clone()).or_default().in_flight = true;
-            match op {
-                Op::Set { .. } => sets.push(op),
-                Op::Delete { .. } => deletes.push(op),
             }
-            later.insert(key);
+            entry.in_flight = true;
+            self.in_flight += 1;
         }
-        self.dirty = later;
         sets.extend(deletes);
         sets
     }
@@ -432,69 +382,53 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         result: Result<(), E>,
         now: Instant,
     ) {
-        let track = self.tracks.entry(op.key().clone()).or_default();
-        track.in_flight = false;
+        let key = op.key();
+        let entry = self.entries.entry(key.clone()).or_default();
+        if std::mem::take(&mut entry.in_flight) {
+            self.in_flight -= 1;
+        }
         match result {
             Ok(()) => {
-                track.failure = None;
+                entry.forget_failure();
                 if self.notified {
-                    track.await_echo(op, now);
+                    entry.history_mut().await_echo(op, now);
                 }
-                match op {
-                    Op::Set { key, value, .. } => {
-                        track.confirmed = true;
-                        self.observed.insert(key.clone(), value.clone());
-                    }
-                    Op::Delete { key, .. } => {
-                        track.confirmed = false;
-                        self.observed.remove(key);
-                    }
-                }
+                entry.observed = match op {
+                    Op::Set { value, .. } => Some(value.clone()),
+                    Op::Delete { .. } => None,
+                };
+                entry.confirmed = entry.observed.is_some();
             }
             Err(error) => {
-                track.confirmed = false;
-                let failures = track
-                    .failure
-                    .as_ref()
-                    .map_or(0, |failure| failure.failures)
-                    .saturating_add(1);
-                let pause = BACKOFF_FIRST
-                    .saturating_mul(1 << (failures - 1).min(16))
-                    .min(BACKOFF_LIMIT);
-                track.failure = Some(Quarantine {
-                    reason: error.to_string(),
-                    failures,
-                    until: now + pause,
-                });
+                entry.confirmed = false;
+                entry.history_mut().note_failure(error.to_string(), now);
             }
         }
-        let key = op.key();
-        if self.desired.get(key) == self.observed.get(key) {
+        if entry.desired == entry.observed {
+            entry.forget_failure();
             self.dirty.remove(key);
-            self.nothing_to_do(&key.clone(), now);
+            self.forget_idle(key, now);
         } else {
             self.dirty.insert(key.clone());
         }
     }
 
-    /// The key is as it is wanted, whatever failed before.
-    fn nothing_to_do(&mut self, key: &K, now: Instant) {
-        if let Some(track) = self.tracks.get_mut(key) {
-            track.failure = None;
-        }
-        if !self.desired.contains_key(key)
-            && self.tracks.get(key).is_some_and(|track| track.is_idle(now))
+    /// Drops the memory of a key that matters no more: not wanted, not seen, not fought over.
+    fn forget_idle(&mut self, key: &K, now: Instant) {
+        let Some(entry) = self.entries.get_mut(key) else {
+            return;
+        };
+        if entry
+            .history
+            .as_ref()
+            .is_some_and(|history| history.is_idle(now))
         {
-            self.tracks.remove(key);
+            entry.history = None;
         }
-    }
-
-    /// Drops the memory of keys that are neither wanted, nor seen, nor fought over.
-    fn forget_idle(&mut self, now: Instant) {
-        let (desired, observed) = (&self.desired, &self.observed);
-        self.tracks.retain(|key, track| {
-            desired.contains_key(key) || observed.contains_key(key) || !track.is_idle(now)
-        });
+        let known = entry.desired.is_some() || entry.observed.is_some();
+        if !known && !entry.in_flight && entry.history.is_none() {
+            self.entries.remove(key);
+        }
     }
 
     /// When [`Self::plan`] will have something to do; `None` if nothing is open.
@@ -504,9 +438,9 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         }
         self.dirty
             .iter()
-            .filter_map(|key| match self.tracks.get(key) {
-                Some(track) if track.in_flight => None,
-                Some(track) => Some(track.pause(now).unwrap_or(now)),
+            .filter_map(|key| match self.entries.get(key) {
+                Some(entry) if entry.in_flight => None,
+                Some(entry) => Some(entry.pause(now).unwrap_or(now)),
                 None => Some(now),
             })
             .min()
@@ -514,21 +448,31 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
 
     /// Everything wanted is there, and nothing of ours beside it.
     pub fn is_settled(&self) -> bool {
-        self.synced && self.dirty.is_empty()
+        self.synced && self.in_flight == 0 && self.dirty.is_empty()
+    }
+
+    fn histories(&self) -> impl Iterator<Item = (&K, &History<V>)> {
+        let entries = self.entries.iter();
+        entries.filter_map(|(key, entry)| Some((key, entry.history.as_deref()?)))
     }
 
     /// Objects that are not programmed, with the reason.
     pub fn quarantined(&self) -> impl Iterator<Item = (&K, &Quarantine)> {
-        self.tracks
-            .iter()
-            .filter_map(|(key, track)| Some((key, track.failure.as_ref()?)))
+        self.histories()
+            .filter_map(|(key, history)| Some((key, history.failure.as_ref()?)))
+    }
+
+    /// Why an object is not programmed; `None` while nothing has failed.
+    pub fn quarantine_of(&self, key: &K) -> Option<&Quarantine> {
+        let entry = self.entries.get(key)?;
+        entry.history.as_ref()?.failure.as_ref()
     }
 
     /// Objects that somebody else keeps undoing.
     pub fn fights(&self, now: Instant) -> impl Iterator<Item = (&K, &Fight)> {
-        self.tracks.iter().filter_map(move |(key, track)| {
-            let fight = track.fight.as_ref()?;
-            let lately = track
+        self.histories().filter_map(move |(key, history)| {
+            let fight = history.fight.as_ref()?;
+            let lately = history
                 .undone
                 .back()
                 .is_some_and(|at| now.saturating_duration_since(*at) <= FIGHT_WINDOW);
@@ -538,9 +482,10 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
 
     /// Lets every key that failed be tried at once (an operator, or a new link, says that things have changed).
     pub fn retry_now(&mut self, which: impl Fn(&K) -> bool, now: Instant) {
-        for (key, track) in &mut self.tracks {
-            if which(key)
-                && let Some(failure) = &mut track.failure
+        for (key, entry) in &mut self.entries {
+            if let Some(history) = &mut entry.history
+                && let Some(failure) = &mut history.failure
+                && which(key)
             {
                 failure.failures = 0;
                 failure.until = now;
@@ -549,22 +494,117 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
     }
 }
 
-impl<V> Track<V> {
+impl<V> Default for Entry<V> {
+    fn default() -> Self {
+        Self {
+            desired: None,
+            observed: None,
+            confirmed: false,
+            in_flight: false,
+            history: None,
+        }
+    }
+}
+
+impl<V: PartialEq + Clone> Entry<V> {
+    fn history_mut(&mut self) -> &mut History<V> {
+        self.history.get_or_insert_default()
+    }
+
+    fn forget_failure(&mut self) {
+        if let Some(history) = &mut self.history {
+            history.failure = None;
+        }
+    }
+
+    fn wish_changed(&mut self) {
+        self.confirmed = false;
+        self.forget_failure();
+    }
+
+    /// What somebody else has done, if `seen` is not what we know.
+    fn drift<K: Clone>(&self, key: &K, seen: Option<&V>) -> Option<Drift<K, V>> {
+        let (wish, known) = (self.desired.as_ref(), self.observed.as_ref());
+        if wish == seen || known == seen || self.in_flight {
+            return None;
+        }
+        let key = || key.clone();
+        match (wish, seen) {
+            // Something that we had confirmed, or had seen right, is no longer right.
+            (Some(_), None) => {
+                (self.confirmed || known.is_some()).then(|| Drift::Missing { key: key() })
+            }
+            (Some(_), Some(seen)) => (known == wish || self.confirmed).then(|| Drift::Changed {
+                key: key(),
+                seen: seen.clone(),
+            }),
+            (None, Some(seen)) => Some(Drift::Unwanted {
+                key: key(),
+                seen: seen.clone(),
+            }),
+            (None, None) => None,
+        }
+    }
+
+    /// Until when the key is to be left alone, if that is in the future.
+    fn pause(&self, now: Instant) -> Option<Instant> {
+        let history = self.history.as_ref()?;
+        let failure = history.failure.as_ref().map(|failure| failure.until);
+        let fight = history.fight.as_ref().map(|fight| fight.until);
+        failure.max(fight).filter(|until| *until > now)
+    }
+}
+
+impl<V> Default for History<V> {
+    fn default() -> Self {
+        Self {
+            failure: None,
+            undone: VecDeque::new(),
+            fight: None,
+            echoes: VecDeque::new(),
+        }
+    }
+}
+
+impl<V: PartialEq + Clone> History<V> {
     /// Nothing of it matters for what comes.
     fn is_idle(&self, now: Instant) -> bool {
         let old = |at: Option<&Instant>, life| {
             at.is_none_or(|at| now.saturating_duration_since(*at) > life)
         };
-        !self.in_flight
+        self.failure.is_none()
             && old(self.undone.back(), FIGHT_WINDOW)
             && old(self.echoes.back().map(|(at, _)| at), ECHO_LIFE)
     }
 
+    /// Counts a foreign change, and declares a fight when there are too many of them.
+    fn note_undone(&mut self, now: Instant) {
+        self.undone.push_back(now);
+        let old = |at: &Instant| now.saturating_duration_since(*at) > FIGHT_WINDOW;
+        while self.undone.front().is_some_and(old) || self.undone.len() > FIGHT_UNDONE {
+            self.undone.pop_front();
+        }
+        self.fight = (self.undone.len() >= FIGHT_UNDONE).then(|| Fight {
+            since: self.fight.as_ref().map_or(now, |fight| fight.since),
+            until: now + FIGHT_PAUSE,
+        });
+    }
+
+    fn note_failure(&mut self, reason: String, now: Instant) {
+        let before = self.failure.as_ref().map_or(0, |failure| failure.failures);
+        let failures = before.saturating_add(1);
+        let pause = BACKOFF_FIRST
+            .saturating_mul(1 << (failures - 1).min(16))
+            .min(BACKOFF_LIMIT);
+        self.failure = Some(Quarantine {
+            reason,
+            failures,
+            until: now + pause,
+        });
+    }
+
     /// The operation will be announced by the kernel.
-    fn await_echo<K>(&mut self, op: &Op<K, V>, now: Instant)
-    where
-        V: Clone,
-    {
+    fn await_echo<K>(&mut self, op: &Op<K, V>, now: Instant) {
         if self.echoes.len() == ECHO_LIMIT {
             self.echoes.pop_front();
         }
@@ -576,34 +616,15 @@ impl<V> Track<V> {
     }
 
     /// Whether `value` is what an own operation announced; those before it will not come any more.
-    fn is_echo(&mut self, value: Option<&V>, now: Instant) -> bool
-    where
-        V: PartialEq,
-    {
-        while self
-            .echoes
-            .front()
-            .is_some_and(|(at, _)| now.saturating_duration_since(*at) > ECHO_LIFE)
-        {
+    fn is_echo(&mut self, value: Option<&V>, now: Instant) -> bool {
+        let old = |(at, _): &(Instant, Option<V>)| now.saturating_duration_since(*at) > ECHO_LIFE;
+        while self.echoes.front().is_some_and(old) {
             self.echoes.pop_front();
         }
-        match self
+        let at = self
             .echoes
             .iter()
-            .position(|(_, echo)| echo.as_ref() == value)
-        {
-            Some(at) => {
-                self.echoes.drain(..=at);
-                true
-            }
-            None => false,
-        }
-    }
-
-    /// Until when the key is to be left alone, if that is in the future.
-    fn pause(&self, now: Instant) -> Option<Instant> {
-        let failure = self.failure.as_ref().map(|failure| failure.until);
-        let fight = self.fight.as_ref().map(|fight| fight.until);
-        failure.max(fight).filter(|until| *until > now)
+            .position(|(_, echo)| echo.as_ref() == value);
+        at.map(|at| self.echoes.drain(..=at)).is_some()
     }
 }

@@ -12,6 +12,8 @@ use crate::link::IfIndex;
 
 /// The main routing table (`RT_TABLE_MAIN`, `include/uapi/linux/rtnetlink.h`).
 pub const TABLE_MAIN: u32 = 254;
+/// Index of `lo` in every namespace (`LOOPBACK_IFINDEX`, `include/net/flow.h`).
+const LOOPBACK: IfIndex = 1;
 /// The local routing table (`RT_TABLE_LOCAL`).
 pub const TABLE_LOCAL: u32 = 255;
 
@@ -198,6 +200,16 @@ impl Route {
         Self {
             kind: RouteKind::Blackhole,
             ..Self::new(prefix, protocol, Target::None)
+        }
+    }
+
+    /// Taken by this host itself, as its own addresses are: `local X dev lo table local`.
+    pub fn local(prefix: IpNetwork, protocol: u8) -> Self {
+        Self {
+            table: TABLE_LOCAL,
+            kind: RouteKind::Local,
+            scope: Scope::Host,
+            ..Self::new(prefix, protocol, Target::Hop(Hop::device(LOOPBACK)))
         }
     }
 

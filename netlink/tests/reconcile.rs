@@ -177,9 +177,9 @@ proptest! {
             world.step(step);
             for op in &world.kernel.log[before..] {
                 match op {
-                    Op::Set { key, value, .. } => prop_assert_eq!(world.reconciler.desired().get(key), Some(value)),
+                    Op::Set { key, value, .. } => prop_assert_eq!(world.reconciler.desired(key), Some(value)),
                     Op::Delete { key, .. } => {
-                        prop_assert!(!world.reconciler.desired().contains_key(key));
+                        prop_assert!(world.reconciler.desired(key).is_none());
                         prop_assert!(*key < 8, "deleted {key} of {state:?}");
                     }
                 }
@@ -190,7 +190,7 @@ proptest! {
         prop_assert_eq!(world.reconciler.quarantined().count(), 0);
         for key in 0..12 {
             let seen = world.kernel.state.get(&key);
-            match world.reconciler.desired().get(&key) {
+            match world.reconciler.desired(&key) {
                 Some(wanted) => prop_assert_eq!(seen, Some(wanted)),
                 None => prop_assert!(seen.is_none_or(|value| !owns(&key, value)), "{key} is left as {seen:?}"),
             }

@@ -75,6 +75,8 @@ pub enum RouteSpec {
     },
     /// Drop.
     Blackhole,
+    /// This host itself takes the packets, without an address on a device: nothing ever chooses it as a source.
+    Local,
     /// The prefix lives on this node; the pool's mode decides how it is reached.
     Node(NodeName),
     /// The equal-cost next hops of a routing protocol. Never empty.

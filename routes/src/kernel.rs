@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use cali_netlink::reconcile::Op;
+use cali_netlink::route::TABLE_LOCAL;
 use cali_netlink::{
     Change, Error, IfIndex, Link, Netlink, Nexthop, Route, RouteFilter, RouteKey, RouteKind,
 };
@@ -14,7 +15,7 @@ use crate::program::Step;
 use crate::render::{Devices, KernelSettings};
 use crate::table::Reach;
 
-/// Routes of our protocols in our table, of all devices or of one.
+/// Routes of our protocols in our table and in the host's own ([`crate::Way::Local`]), of all devices or of one.
 pub(crate) fn dump_routes(
     netlink: &Netlink,
     settings: &KernelSettings,
@@ -23,14 +24,16 @@ pub(crate) fn dump_routes(
     let mut all = Vec::new();
     let mut protocols = vec![settings.protocol, settings.bgp_protocol];
     protocols.dedup();
-    for protocol in protocols {
-        let filter = RouteFilter {
-            table: Some(settings.table),
-            protocol: Some(protocol),
-            oif,
-            ..RouteFilter::default()
-        };
-        all.extend(netlink.dump_routes(&filter)?);
+    for table in [settings.table, TABLE_LOCAL] {
+        for protocol in &protocols {
+            let filter = RouteFilter {
+                table: Some(table),
+                protocol: Some(*protocol),
+                oif,
+                ..RouteFilter::default()
+            };
+            all.extend(netlink.dump_routes(&filter)?);
+        }
     }
     Ok(all)
 }

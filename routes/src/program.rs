@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use cali_api::Cidr;
 use cali_netlink::reconcile::{Drift, Op};
+use cali_netlink::route::TABLE_LOCAL;
 use cali_netlink::{IfIndex, Nexthop, NexthopTarget, Reconciler, Route, RouteKey, Target};
 
 use crate::nexthops::{NexthopIds, is_ours};
@@ -77,8 +78,10 @@ impl Ours {
                 pool.contains(key.prefix.ip()) && pool.prefix_len() <= key.prefix.prefix()
             })
         };
+        // Nobody else writes rows of ours into that table.
+        let local = route.table == TABLE_LOCAL;
         self.protocols.contains(&route.protocol)
-            && (self.adopting || object || self.written.contains(key) || within())
+            && (self.adopting || local || object || self.written.contains(key) || within())
     }
 }
 
@@ -186,7 +189,7 @@ impl Program {
         // Whether a gateway needs an anchor depends on them.
         self.replace_where(|selected| match &selected.way {
             Way::Gateways(gateways) => gateways.iter().any(|gateway| gateway.address.is_ipv6()),
-            Way::Blackhole | Way::Device { .. } => false,
+            Way::Blackhole | Way::Local | Way::Device { .. } => false,
         });
     }
 
@@ -231,7 +234,12 @@ impl Program {
         );
         self.routes
             .on_dump(routes.into_iter().map(|route| (route.key(), route)), now);
-        for (key, route) in self.routes.observed().clone() {
+        let seen: Vec<_> = self
+            .routes
+            .all_observed()
+            .map(|(k, r)| (*k, r.clone()))
+            .collect();
+        for (key, route) in seen {
             let hold = if route.protocol == self.settings.bgp_protocol {
                 Hold::Bgp {
                     v4: key.prefix.is_ipv4(),
@@ -239,7 +247,7 @@ impl Program {
             } else {
                 Hold::Datastore
             };
-            if !self.routes.desired().contains_key(&key) && !self.released.contains(&hold) {
+            if self.routes.desired(&key).is_none() && !self.released.contains(&hold) {
                 self.routes.desire(key, route);
                 self.held.insert(key, hold);
             }
@@ -300,7 +308,7 @@ impl Program {
                     self.nexthops.desire(nexthop.id, nexthop.clone());
                 }
                 self.held.remove(&key);
-                if self.routes.observed().get(&key) == Some(&rendered.route) {
+                if self.routes.observed(&key) == Some(&rendered.route) {
                     self.lock().written.insert(key);
                 }
                 self.routes.desire(key, rendered.route);
@@ -333,7 +341,7 @@ impl Program {
 
     /// The next steps for nexthop objects; sets come in id order, so members precede groups.
     pub fn plan_nexthops(&mut self, now: Instant) -> Vec<Op<u32, Nexthop>> {
-        if self.settings.nexthop_objects || !self.nexthops.observed().is_empty() {
+        if self.settings.nexthop_objects || self.nexthops.all_observed().next().is_some() {
             self.nexthops.plan(now)
         } else {
             Vec::new()
@@ -409,14 +417,13 @@ impl Program {
         }
         let mut named: BTreeSet<u32> = self
             .routes
-            .observed()
-            .values()
-            .filter_map(|route| match route.target {
+            .all_observed()
+            .filter_map(|(_, route)| match route.target {
                 Target::Nexthop(id) => Some(id),
                 _ => None,
             })
             .collect();
-        for (id, nexthop) in self.nexthops.observed() {
+        for (id, nexthop) in self.nexthops.all_observed() {
             if let NexthopTarget::Group(members) = &nexthop.target
                 && named.contains(id)
             {
@@ -426,8 +433,7 @@ impl Program {
         let gone: Vec<u32> = self.retiring.difference(&named).copied().collect();
         for id in gone {
             self.retiring.remove(&id);
-            if self.nexthops.undesire(&id).is_none() || !self.nexthops.observed().contains_key(&id)
-            {
+            if self.nexthops.undesire(&id).is_none() || self.nexthops.observed(&id).is_none() {
                 self.ids.release(id);
             }
         }
@@ -443,7 +449,7 @@ impl Program {
         let key = route.key();
         if !present {
             // Another row of the same key may go without ours being touched (another protocol's).
-            let believed = self.routes.observed().get(&key)?;
+            let believed = self.routes.observed(&key)?;
             if believed.protocol != route.protocol {
                 return None;
             }
@@ -535,14 +541,11 @@ impl Program {
             return Err("no route is selected".into());
         };
         let key = &placed.row.as_ref().map_err(ToString::to_string)?.key;
-        if self.routes.desired().get(key) == self.routes.observed().get(key) {
+        if self.routes.desired(key) == self.routes.observed(key) {
             return Ok(());
         }
-        let failure = self.routes.quarantined().find(|(failed, _)| *failed == key);
-        Err(failure.map_or_else(
-            || "being written".into(),
-            |(_, failure)| failure.reason.clone(),
-        ))
+        let failure = self.routes.quarantine_of(key);
+        Err(failure.map_or_else(|| "being written".into(), |failure| failure.reason.clone()))
     }
 
     /// Selected routes that wait for their device, with the reason.
@@ -556,9 +559,8 @@ impl Program {
     /// Devices and gateways of the rows in the kernel: what must not be taken away from under them.
     pub fn gateways_in_use(&self) -> impl Iterator<Item = (IfIndex, std::net::IpAddr)> + '_ {
         self.nexthops
-            .observed()
-            .values()
-            .filter_map(|nexthop| match nexthop.target {
+            .all_observed()
+            .filter_map(|(_, nexthop)| match nexthop.target {
                 NexthopTarget::Gateway { gateway, oif, .. } => Some((oif, gateway)),
                 _ => None,
             })
@@ -587,8 +589,7 @@ impl Program {
 
     fn keys_with(&self, wanted: impl Fn(&Route) -> bool) -> Vec<RouteKey> {
         self.routes
-            .observed()
-            .iter()
+            .all_observed()
             .filter(|(_, route)| wanted(route))
             .map(|(key, _)| *key)
             .collect()

@@ -103,6 +103,7 @@ pub fn render(
     let mut nexthops = Vec::new();
     let mut row = match &selected.way {
         Way::Blackhole => Route::blackhole(destination, protocol),
+        Way::Local => Route::local(destination, protocol),
         Way::Device { device, source } => Route {
             source: *source,
             mtu: settings.workload_mtu,
@@ -134,7 +135,9 @@ pub fn render(
             Route::new(destination, protocol, target)
         }
     };
-    row.table = settings.table;
+    if selected.way != Way::Local {
+        row.table = settings.table;
+    }
     Ok(Rendered {
         route: row.normalised(),
         nexthops,
@@ -221,6 +224,7 @@ fn classic_target(gateways: &[(&Gateway, IfIndex)]) -> Target {
 pub fn describe(prefix: &Cidr, selected: &Selected, settings: &KernelSettings) -> String {
     let mut text = match &selected.way {
         Way::Blackhole => "blackhole".to_owned(),
+        Way::Local => "local dev lo".to_owned(),
         Way::Device { device, .. } => format!("dev {device} scope link"),
         Way::Gateways(gateways) => {
             let hop = |gateway: &Gateway| {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cali_netlink::events::{Event, Notice};
+use cali_netlink::route::TABLE_LOCAL;
 use cali_netlink::{Link, Route, RouteKey, Target};
 use tracing::{info, warn};
 
@@ -24,7 +25,7 @@ impl Task {
             match event {
                 Event::Route(notice) => {
                     let key = notice.object().key();
-                    if key.table == self.program.settings().table {
+                    if [self.program.settings().table, TABLE_LOCAL].contains(&key.table) {
                         self.on_route(&key, notice, last.get(&key) == Some(&position), now);
                     }
                 }
@@ -64,7 +65,7 @@ impl Task {
             let concerned: Vec<_> = self.table.needed_next_hops().filter(within).collect();
             self.audit.reach.extend(concerned);
         }
-        let wanted = self.program.routes().desired().contains_key(key);
+        let wanted = self.program.routes().desired(key).is_some();
         if !is_last || (!ours && !wanted) {
             return;
         }

@@ -60,6 +60,8 @@ pub enum Way {
     },
     /// Dropped.
     Blackhole,
+    /// Taken by this host.
+    Local,
     /// To gateways, sorted and without repetition. Never empty.
     Gateways(Vec<Gateway>),
 }
@@ -69,7 +71,7 @@ impl Way {
     pub fn devices(&self) -> impl Iterator<Item = &Arc<str>> {
         let (one, several) = match self {
             Self::Device { device, .. } => (Some(device), &[][..]),
-            Self::Blackhole => (None, &[][..]),
+            Self::Blackhole | Self::Local => (None, &[][..]),
             Self::Gateways(gateways) => (None, &gateways[..]),
         };
         one.into_iter()
@@ -82,7 +84,7 @@ impl Way {
             Self::Gateways(gateways) => gateways
                 .iter()
                 .any(|gateway| devices.contains(&&*gateway.device)),
-            Self::Device { .. } | Self::Blackhole => false,
+            Self::Device { .. } | Self::Blackhole | Self::Local => false,
         }
     }
 }
@@ -374,7 +376,7 @@ impl RouteTable {
         let concerns = |candidate: &Candidate| match &candidate.spec {
             RouteSpec::Node(node) => node == name,
             RouteSpec::NextHops(hops) => hops.iter().any(|hop| addresses.contains(&hop.address)),
-            RouteSpec::Device { .. } | RouteSpec::Blackhole => false,
+            RouteSpec::Device { .. } | RouteSpec::Blackhole | RouteSpec::Local => false,
         };
         let touched = self
             .rows
@@ -479,6 +481,7 @@ impl RouteTable {
                 source: *source,
             }),
             RouteSpec::Blackhole => Ok(Way::Blackhole),
+            RouteSpec::Local => Ok(Way::Local),
             RouteSpec::Node(node) => {
                 let via = self.resolver.resolve(prefix, node)?;
                 let gateway = self.gateway(via, needs)?;

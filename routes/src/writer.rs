@@ -467,7 +467,7 @@ impl Task {
                 .filter_map(|(device, gateway)| Some((name(&device)?, gateway)))
                 .collect(),
             held: self.program.held(),
-            desired: self.program.routes().desired().len(),
+            desired: self.program.routes().all_desired().count(),
             waiting: self.program.waiting().collect(),
             quarantined: self
                 .program

@@ -93,6 +93,10 @@ fn lab_tor() {
             borrowed,
         ),
         (
+            "a pod peers with its node, and what it announces is reached over it",
+            workload_peer,
+        ),
+        (
             "a router whose peerings are deleted is left without a loss",
             one_router_less,
         ),
@@ -304,6 +308,103 @@ fn borrowed(lab: &Lab) -> Result<()> {
         reached(lab, router, &address, &["10.0.1.2"])?;
     }
     lab.exec("tor1", &["ping", "-n", "-c", "1", "-W", "5", &address])?;
+    Ok(())
+}
+
+/// Workloads peer with an address that every node has, whatever its own are.
+const PEERING: &str = "169.254.200.1";
+/// What the pod announces.
+const ANNOUNCED: &str = "192.0.2.0/24";
+const WORKLOAD_PEERS: &str = "
+apiVersion: projectcalico.org/v3
+kind: BGPConfiguration
+metadata:
+  name: default
+spec:
+  nodeToNodeMeshEnabled: false
+  localWorkloadPeeringIPV4: 169.254.200.1
+---
+apiVersion: projectcalico.org/v3
+kind: BGPPeer
+metadata:
+  name: router-pods
+spec:
+  node: node2
+  localWorkloadSelector: projectcalico.org/namespace == 'shop'
+  asNumber: 65200
+---
+apiVersion: projectcalico.org/v3
+kind: BGPFilter
+metadata:
+  name: from-pods
+spec:
+  exportV4: [{cidr: 192.0.2.0/24, matchOperator: Equal, action: Accept}]
+---
+apiVersion: projectcalico.org/v3
+kind: BGPPeer
+metadata:
+  name: rack-a-tor1
+spec:
+  nodeSelector: rack == 'a'
+  peerIP: 10.0.1.251
+  asNumber: 65000
+  filters: [from-pods]
+---
+apiVersion: projectcalico.org/v3
+kind: FelixConfiguration
+metadata:
+  name: default
+spec:
+  defaultEndpointToHostAction: Accept
+";
+
+/// A speaker in a pod dials the node's peering address. Its prefix leads to the pod on its node, over the node elsewhere.
+fn workload_peer(lab: &Lab) -> Result<()> {
+    lab.apply(WORKLOAD_PEERS)?;
+    let pod = lab.pod_address("shop/web-2")?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("bgpd.toml");
+    std::fs::write(
+        &file,
+        format!(
+            "router-id = \"{pod}\"\nas = 65200\n[[neighbor]]\naddress = \"{PEERING}\"\nas = 65102\nrestart-time = 0\n\
+             [[announce]]\nprefix = \"{ANNOUNCED}\"\n"
+        ),
+    )?;
+    let bgpd = programs().join("bgpd").display().to_string();
+    let run = format!("CALI_RUN_DIR={}", folder.path().display());
+    let file = file.display().to_string();
+    let mut speaker = lab.spawn("shop/web-2", &["env", &run, &bgpd, "--config", &file])?;
+    let checked = speaks(lab, &pod);
+    speaker.kill()?;
+    let said = speaker.wait_with_output()?;
+    checked.with_context(|| String::from_utf8_lossy(&said.stderr).into_owned())?;
+    // The session is gone, and what came over it.
+    reached(lab, "node2", ANNOUNCED, &[])?;
+    // Without the setting the address is nobody's.
+    lab.apply(&WORKLOAD_PEERS.replace("  localWorkloadPeeringIPV4: 169.254.200.1\n", ""))?;
+    let gone = || match local_addresses(lab) {
+        Ok(text) if !text.contains(PEERING) => Ok(()),
+        other => Err(format!("{other:?}")),
+    };
+    eventually(LIMIT, gone).map_err(anyhow::Error::msg)?;
+    Ok(())
+}
+
+fn local_addresses(lab: &Lab) -> Result<String> {
+    lab.exec("node2", &["ip", "route", "show", "table", "local"])
+}
+
+fn speaks(lab: &Lab, pod: &str) -> Result<()> {
+    reached(lab, "node2", ANNOUNCED, &[pod])?;
+    reached(lab, "tor1", ANNOUNCED, &["10.0.1.2"])?;
+    let local = local_addresses(lab)?;
+    ensure!(
+        local.contains(&format!("local {PEERING} dev lo proto 80")),
+        "{local}"
+    );
+    let status = node_status(lab, "node2")?;
+    ensure!(status.contains(pod), "{status}");
     Ok(())
 }
 

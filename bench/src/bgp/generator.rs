@@ -23,6 +23,8 @@ const HOLD: u16 = 180;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Octets read at once.
 const READ: usize = 256 * 1024;
+/// Receive buffer of a peer that does not read, in octets.
+const STALLED_BUFFER: u32 = 64 * 1024;
 /// Octets written at once.
 const WRITE: usize = 64 * 1024;
 /// How long a connection may be silent before it is given up.
@@ -407,6 +409,10 @@ async fn handshake(
         TcpSocket::new_v6()?
     };
     socket.set_nodelay(true)?;
+    if neighbour.stalls {
+        // A window that is full at once; the daemon's end takes up to `tcp_wmem` (4 MiB).
+        socket.set_recv_buffer_size(STALLED_BUFFER)?;
+    }
     socket.bind(SocketAddr::new(ends.ours, 0))?;
     let stream = socket.connect(SocketAddr::new(ends.device, PORT)).await?;
     let (mut read, mut write) = stream.into_split();

@@ -160,9 +160,9 @@ async fn measure(
 }
 
 /// What a bare writer needs for the same routes in the kernel: the yardstick of [`Course::Kernel`].
-pub fn bare_writer(shape: &Shape) -> Result<Duration> {
+pub fn bare_writer(shape: &Shape, limits: &Limits) -> Result<Duration> {
     let scene = Scene::new(shape.neighbours.iter().map(|n| n.id))?;
-    kernel::write(&scene.device, shape)
+    kernel::write(&scene.device, shape, limits.phase)
 }
 
 /// Waits until the daemon takes connections, so that its start is not part of the sessions' setup.

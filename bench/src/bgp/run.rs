@@ -51,7 +51,8 @@ impl Load {
 
     fn round(&mut self, ends: Option<Instant>) -> Result<()> {
         if self.shape.course == Course::Kernel {
-            self.bare.push(round::bare_writer(&self.shape)?);
+            self.bare
+                .push(round::bare_writer(&self.shape, &self.limits)?);
         }
         for (row, took) in self.rows.iter_mut().zip(&mut self.took) {
             let start = Instant::now();

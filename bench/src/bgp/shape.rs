@@ -221,7 +221,8 @@ impl Shape {
         self
     }
 
-    /// With one more eBGP monitor, which stops reading when its session stands.
+    /// With one more eBGP monitor, which stops reading when its session stands. Few prefixes share an attribute set, so that
+    /// the kernel's buffers cannot hold what is sent to it: what does not fit waits in the daemon, or is not made yet.
     #[must_use]
     pub fn with_stalled_monitor(mut self) -> Self {
         let stalled = self.neighbours.last().map(|monitor| Neighbour {
@@ -230,6 +231,7 @@ impl Shape {
             ..monitor.clone()
         });
         self.neighbours.extend(stalled);
+        self.per_set = 4;
         self
     }
 

@@ -23,6 +23,9 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 /// How long a denial that no answer tells of is waited for.
 const SILENCE: Duration = Duration::from_millis(700);
 
+/// After this a datagram or an echo request is sent once more.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// What a probe sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Probe {
@@ -238,7 +241,7 @@ fn send(to: IpAddr, probe: Probe, source_port: u16, limit: Duration) -> std::io:
         }
         Probe::Udp(port) => {
             let socket = bound(to, Type::DGRAM, Protocol::UDP, source_port, limit)?;
-            exchange(&socket, SocketAddr::new(to, port), b"probe").map(drop)
+            exchange(&socket, SocketAddr::new(to, port), b"probe", limit)
         }
         Probe::Sctp(port) => sctp::initiate(to, port, source_port, limit),
         Probe::Ping => {
@@ -247,7 +250,7 @@ fn send(to: IpAddr, probe: Probe, source_port: u16, limit: Duration) -> std::io:
                 IpAddr::V6(_) => (Protocol::ICMPV6, [128, 0, 0, 0, 0, 0, 0, 1]),
             };
             let socket = bound(to, Type::DGRAM, protocol, 0, limit)?;
-            exchange(&socket, SocketAddr::new(to, 0), &request).map(drop)
+            exchange(&socket, SocketAddr::new(to, 0), &request, limit)
         }
         Probe::Timestamp => timestamp(to, fresh_number(), limit),
     }
@@ -301,12 +304,27 @@ pub(super) fn bound(
     Ok(socket)
 }
 
-fn exchange(socket: &Socket, to: SocketAddr, request: &[u8]) -> std::io::Result<usize> {
+/// Sends until something comes: the kernel limits how many refusals it sends (`icmp_global_allow`, `net/ipv4/icmp.c`), and one
+/// that is not sent is not made up for.
+fn exchange(
+    socket: &Socket,
+    to: SocketAddr,
+    request: &[u8],
+    limit: Duration,
+) -> std::io::Result<()> {
     socket.connect(&to.into())?;
-    socket.send(request)?;
+    socket.set_read_timeout(Some(limit.min(AGAIN)))?;
+    let end = Instant::now() + limit;
     let mut answer = [0; 64];
-    match (&mut &*socket).read(&mut answer)? {
-        0 => Err(ErrorKind::UnexpectedEof.into()),
-        len => Ok(len),
+    loop {
+        socket.send(request)?;
+        match (&mut &*socket).read(&mut answer) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(_) => return Ok(()),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock)
+                    && Instant::now() < end => {}
+            Err(error) => return Err(error),
+        }
     }
 }

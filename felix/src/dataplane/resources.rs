@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cali_api::update::Update;
 use cali_api::v3::{
-    AffinityType, BlockAffinitySpec, BlockAffinityState, FelixConfigurationSpec, IPAMBlock,
-    ProgramClusterRoutes,
+    AffinityType, BGPConfigurationSpec, BlockAffinitySpec, BlockAffinityState,
+    FelixConfigurationSpec, IPAMBlock, ProgramClusterRoutes,
 };
 use cali_api::{AnyResource, Cidr, Key, Kind, NodeName};
 use cali_routes::{Backend, Candidate, ClusterRoutes, Input, RouteSpec, Source, Suppliers};
@@ -34,6 +34,8 @@ pub struct Resources {
     affinities: BTreeMap<Key, (Source, Cidr)>,
     /// Borrowed addresses of each block, by its key.
     borrowed: BTreeMap<Key, BTreeMap<Cidr, NodeName>>,
+    /// Addresses of this host for workloads that speak BGP.
+    peering: BTreeSet<Cidr>,
     bgp_routes: Option<ProgramClusterRoutes>,
     felix_routes: Option<ProgramClusterRoutes>,
     suppliers: Option<Suppliers>,
@@ -53,6 +55,7 @@ impl Resources {
             backend,
             affinities: BTreeMap::new(),
             borrowed: BTreeMap::new(),
+            peering: BTreeSet::new(),
             bgp_routes: None,
             felix_routes: None,
             suppliers: None,
@@ -157,11 +160,13 @@ impl Resources {
                 self.on_block(key, block, out);
             }
             (Kind::BGPConfiguration, value) if &*key.name == "default" => {
-                self.bgp_routes = match value {
-                    Some(AnyResource::BGPConfiguration(bgp)) => bgp.spec.program_cluster_routes,
+                let spec = match value {
+                    Some(AnyResource::BGPConfiguration(bgp)) => Some(&bgp.spec),
                     _ => None,
                 };
+                self.bgp_routes = spec.and_then(|spec| spec.program_cluster_routes);
                 self.decide(out);
+                self.peer_with_workloads(key, spec, out);
             }
             _ => {}
         }
@@ -183,6 +188,28 @@ impl Resources {
         self.wireguard = wireguard(spec);
         self.felix_routes = spec.program_cluster_routes;
         self.decide(out);
+    }
+
+    /// The addresses that workloads peer with are this host's, on every node.
+    fn peer_with_workloads(
+        &mut self,
+        key: &Key,
+        spec: Option<&BGPConfigurationSpec>,
+        out: &mut Vec<Input>,
+    ) {
+        let addresses = spec.into_iter().flat_map(|spec| {
+            [
+                spec.local_workload_peering_ip_v4,
+                spec.local_workload_peering_ip_v6,
+            ]
+        });
+        let now: BTreeSet<Cidr> = addresses.flatten().map(Cidr::host).collect();
+        let gone = self.peering.difference(&now);
+        out.extend(gone.map(|address| Input::Remove(Source::Static, *address)));
+        let local = || Candidate::new(RouteSpec::Local, key.to_string());
+        let new = now.difference(&self.peering);
+        out.extend(new.map(|address| Input::Set(Source::Static, *address, local())));
+        self.peering = now;
     }
 
     fn decide(&mut self, out: &mut Vec<Input>) {

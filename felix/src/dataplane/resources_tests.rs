@@ -160,3 +160,42 @@ fn pools_reach_table_and_tunnels_alike() {
     assert_eq!(fed(&mut r, &gone(pool)), [Input::PoolRemove("p".into())]);
     assert_eq!(r.resolver().pools().count(), 0);
 }
+
+#[test]
+fn addresses_that_workloads_peer_with_are_local_while_they_are_set() {
+    let with = |spec: &str| {
+        update(&format!(
+            r#"{{"apiVersion":"projectcalico.org/v3","kind":"BGPConfiguration","metadata":{{"name":"default"}},"spec":{spec}}}"#
+        ))
+    };
+    let told = |inputs: Vec<Input>| -> Vec<String> {
+        let text = |input: Input| match input {
+            Input::Set(source, prefix, candidate) => {
+                assert_eq!((source, candidate.spec), (Source::Static, RouteSpec::Local));
+                Some(format!("+{prefix}"))
+            }
+            Input::Remove(Source::Static, prefix) => Some(format!("-{prefix}")),
+            _ => None,
+        };
+        inputs.into_iter().filter_map(text).collect()
+    };
+    let mut r = resources();
+    let both = with(
+        r#"{"localWorkloadPeeringIPV4":"169.254.200.1","localWorkloadPeeringIPV6":"fd00:fefe::1"}"#,
+    );
+    assert_eq!(
+        told(fed(&mut r, &both)),
+        ["+169.254.200.1/32", "+fd00:fefe::1/128"]
+    );
+    assert_eq!(told(fed(&mut r, &both)), [""; 0]);
+    let other = with(r#"{"localWorkloadPeeringIPV4":"169.254.200.2"}"#);
+    assert_eq!(
+        told(fed(&mut r, &other)),
+        [
+            "-169.254.200.1/32",
+            "-fd00:fefe::1/128",
+            "+169.254.200.2/32"
+        ]
+    );
+    assert_eq!(told(fed(&mut r, &gone(other))), ["-169.254.200.2/32"]);
+}
