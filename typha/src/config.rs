@@ -228,9 +228,9 @@ mod tests {
             let given = (0..5).filter(|n| !left_out.contains(n)).map(|n| ALL[n]);
             server(&Env::from_iter(given))
         };
-        for file in 0..3 {
+        for (file, (variable, _)) in ALL.iter().enumerate().take(3) {
             let error = without(&[file]).unwrap_err();
-            assert_eq!(error.variable, ALL[file].0, "{error}");
+            assert_eq!(error.variable, *variable, "{error}");
         }
         let error = without(&[3, 4]).unwrap_err();
         assert_eq!(error.variable, "TYPHA_CLIENTCN");
