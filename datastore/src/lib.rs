@@ -46,8 +46,12 @@ pub const DEFAULT_SQLITE_PATH: &str = "/var/lib/calico/cali.db";
 ///
 /// etcd and the API server are reached at the first call, not here. Must be called inside a Tokio runtime.
 pub fn open_from_env() -> Result<Arc<dyn Datastore>, Error> {
-    let kind = std::env::var("DATASTORE_TYPE").unwrap_or_else(|_| "sqlite".to_owned());
-    match kind.as_str() {
+    open(&std::env::var("DATASTORE_TYPE").unwrap_or_else(|_| "sqlite".to_owned()))
+}
+
+/// As [`open_from_env`], of a type that is given.
+pub fn open(kind: &str) -> Result<Arc<dyn Datastore>, Error> {
+    match kind {
         "sqlite" => {
             let path = std::env::var_os("CALI_SQLITE_PATH")
                 .map_or_else(|| PathBuf::from(DEFAULT_SQLITE_PATH), PathBuf::from);

@@ -85,6 +85,20 @@ pub struct Cache {
     backlog_bytes: usize,
     pages: HashMap<(KindSet, usize), Page>,
     page_count: usize,
+    counts: Counts,
+}
+
+/// What a cache has done since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Changes that came from the datastore.
+    pub updates: u64,
+    /// Those of them that changed nothing.
+    pub skipped: u64,
+    /// Pages that were made.
+    pub pages_built: u64,
+    /// Pages that were there already.
+    pub pages_shared: u64,
 }
 
 #[derive(Debug)]
@@ -149,6 +163,7 @@ impl Cache {
             backlog_bytes: 0,
             pages: HashMap::new(),
             page_count: 1,
+            counts: Counts::default(),
         }
     }
 
@@ -183,17 +198,21 @@ impl Cache {
         self.backlog_bytes
     }
 
-    /// Takes changes from the datastore, in order, as one delta. What does not change anything is dropped. Returns the keys
+    /// Encoded size of all objects.
+    pub fn object_bytes(&self) -> usize {
+        self.object_bytes
+    }
+
+    /// What has been done so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Takes changes from the datastore, in order, as one delta (or several, of about [`CHUNK`] bytes). What does not change anything is dropped. Returns the keys
     /// of objects that could not be encoded (their former version stays).
     pub fn apply(&mut self, updates: Vec<Update>) -> Vec<(Key, serde_json::Error)> {
         let mut failed = Vec::new();
-        let mut batch = Batch {
-            first: self.head + 1,
-            last: 0,
-            objects: Vec::new(),
-            bytes: 0,
-            frames: HashMap::new(),
-        };
+        let mut batch = Batch::after(self.head);
         // Of several changes of one key the last one counts.
         let last: HashMap<Key, usize> = updates
             .iter()
@@ -205,20 +224,20 @@ impl Cache {
                 continue;
             }
             let kind = update.key.kind;
+            self.counts.updates += 1;
             match self.apply_one(update) {
                 Ok(Some(encoded)) => {
                     batch.bytes += encoded.len();
                     batch.objects.push((kind, encoded));
+                    if batch.bytes >= CHUNK {
+                        self.keep(std::mem::replace(&mut batch, Batch::after(self.head)));
+                    }
                 }
-                Ok(None) => {}
+                Ok(None) => self.counts.skipped += 1,
                 Err(failure) => failed.push(failure),
             }
         }
-        if !batch.objects.is_empty() {
-            batch.last = self.head;
-            self.backlog_bytes += batch.bytes;
-            self.backlog.push_back(batch);
-        }
+        self.keep(batch);
         while self.backlog_bytes > self.limits.backlog_bytes
             && let Some(oldest) = self.backlog.pop_front()
         {
@@ -228,6 +247,14 @@ impl Cache {
             self.forget_oldest_deletion();
         }
         failed
+    }
+
+    fn keep(&mut self, mut batch: Batch) {
+        if !batch.objects.is_empty() {
+            batch.last = self.head;
+            self.backlog_bytes += batch.bytes;
+            self.backlog.push_back(batch);
+        }
     }
 
     fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, serde_json::Error)> {
@@ -378,8 +405,10 @@ impl Cache {
         if let Some(built) = self.pages.get(&(kinds, page))
             && built.built >= changed
         {
+            self.counts.pages_shared += 1;
             return built.frame.clone();
         }
+        self.counts.pages_built += 1;
         let mut chunk = Vec::new();
         self.collect(kinds, page, pages, &mut chunk);
         let frame = (!chunk.is_empty()).then(|| wire::frame_updates(chunk.iter()));
@@ -445,6 +474,16 @@ impl Cache {
 }
 
 impl Batch {
+    fn after(head: u64) -> Self {
+        Self {
+            first: head + 1,
+            last: 0,
+            objects: Vec::new(),
+            bytes: 0,
+            frames: HashMap::new(),
+        }
+    }
+
     fn frame(&mut self, kinds: KindSet) -> Option<Bytes> {
         let objects = &self.objects;
         self.frames

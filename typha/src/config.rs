@@ -1,7 +1,7 @@
 //! Configuration from the environment, with Calico's names: `TYPHA_*` for the server, `FELIX_TYPHA*` for clients.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -66,6 +66,33 @@ impl Env {
                 value: seconds.to_string(),
                 reason: "must be a positive number of seconds".into(),
             })
+    }
+
+    /// Where to serve something over HTTP: an address when `switch` is true, made of a host and a port with their defaults.
+    pub fn serving(
+        &self,
+        switch: &'static str,
+        (host_variable, host): (&'static str, IpAddr),
+        (port_variable, port): (&'static str, u16),
+    ) -> Result<Option<SocketAddr>, ConfigError> {
+        let on = self.get(switch).map(str::to_lowercase);
+        match on.as_deref() {
+            Some("true" | "1" | "yes") => {}
+            None | Some("false" | "0" | "no") => return Ok(None),
+            Some(other) => {
+                return Err(ConfigError {
+                    variable: switch,
+                    value: other.to_owned(),
+                    reason: "must be true or false".to_owned(),
+                });
+            }
+        }
+        let host = match self.get(host_variable) {
+            Some("localhost") => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            _ => self.parse(host_variable, host)?,
+        };
+        let port = self.parse(port_variable, port)?;
+        Ok(Some(SocketAddr::new(host, port)))
     }
 
     /// TLS settings from the variables for authorities, certificate, key, common name and URI. All or none, as in Calico; of the
@@ -148,8 +175,44 @@ pub fn server(env: &Env) -> Result<ServerConfig, ConfigError> {
     config.patience.ping = env.seconds("TYPHA_SERVERPINGINTERVALSECS", config.patience.ping)?;
     config.patience.progress =
         env.seconds("TYPHA_SERVERPONGTIMEOUTSECS", config.patience.progress)?;
+    config.leave.limit = env.seconds("TYPHA_SHUTDOWNTIMEOUTSECS", config.leave.limit)?;
+    config.leave.interval = env.seconds(
+        "TYPHA_SHUTDOWNCONNECTIONDROPINTERVALMAXSECS",
+        config.leave.interval,
+    )?;
     config.limits.backlog_bytes = env.parse("TYPHA_BACKLOGBYTES", config.limits.backlog_bytes)?;
     Ok(config)
+}
+
+/// Where health and where metrics are served.
+pub fn telemetry(env: &Env) -> Result<[Option<SocketAddr>; 2], ConfigError> {
+    Ok([
+        env.serving(
+            "TYPHA_HEALTHENABLED",
+            ("TYPHA_HEALTHHOST", IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            ("TYPHA_HEALTHPORT", 9098),
+        )?,
+        env.serving(
+            "TYPHA_PROMETHEUSMETRICSENABLED",
+            (
+                "TYPHA_PROMETHEUSMETRICSHOST",
+                IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            ),
+            ("TYPHA_PROMETHEUSMETRICSPORT", 9093),
+        )?,
+    ])
+}
+
+/// The lowest severity that is logged, from Calico's name for it (`Warning`, `Fatal`).
+pub fn log_level(calico: &str) -> &'static str {
+    match calico.to_lowercase().as_str() {
+        "trace" => "trace",
+        "debug" => "debug",
+        "warning" | "warn" => "warn",
+        "error" | "fatal" | "panic" => "error",
+        "none" | "off" => "off",
+        _ => "info",
+    }
 }
 
 /// The servers that a client is to use, as `host:port`; empty when it is to read the datastore itself.

@@ -16,7 +16,9 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
-use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
+use prost::encoding::{
+    WireType, decode_key, decode_varint, encode_key, encode_varint, encoded_len_varint,
+};
 
 /// Version of the protocol. A server refuses a client whose major version it does not speak.
 pub const PROTOCOL: u32 = 1;
@@ -27,9 +29,14 @@ pub const MAX_FROM_CLIENT: usize = 64 * 1024;
 pub const MAX_FROM_SERVER: usize = 8 * 1024 * 1024;
 /// Largest payload after decompression.
 pub const MAX_RAW: usize = 16 * 1024 * 1024;
+/// Most objects in one frame. Batches are cut near 256 KiB and no object is smaller than its key, so that none has as many; the smallest
+/// encodings (two bytes) cannot be blown up to gigabytes.
+pub const MAX_OBJECTS: usize = 65_536;
 /// Payloads below this are not worth the zstd header.
 const COMPRESS_FROM: usize = 256;
 const FLAG_ZSTD: u8 = 1;
+/// Tag of [`Body::Updates`].
+const UPDATES_TAG: u32 = 4;
 
 /// Why bytes from the other side were refused. Each closes the connection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +61,9 @@ pub enum WireError {
     /// protobuf refused the payload.
     #[error("payload is not a message: {0}")]
     Encoding(String),
+    /// See [`MAX_OBJECTS`].
+    #[error("more than {MAX_OBJECTS} objects in one frame, or groups")]
+    TooMany,
     /// The envelope holds nothing that this version knows.
     #[error("message of an unknown type")]
     UnknownMessage,
@@ -239,7 +249,6 @@ pub fn encode_object(object: &Object) -> Bytes {
 
 /// One frame with the given pre-encoded objects.
 pub fn frame_updates<'a>(objects: impl Iterator<Item = &'a Bytes> + Clone) -> Bytes {
-    const UPDATES_TAG: u32 = 4;
     let len: usize = objects.clone().map(Bytes::len).sum();
     let mut payload = Vec::with_capacity(len + 8);
     encode_key(UPDATES_TAG, WireType::LengthDelimited, &mut payload);
@@ -324,6 +333,11 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Bytes that wait for the rest of their frame.
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// The next complete message.
     pub fn next_message(&mut self) -> Result<Option<Body>, WireError> {
         if self.buffer.len() < 4 {
@@ -357,9 +371,55 @@ impl Decoder {
             ),
             flags => return Err(WireError::Flags(flags)),
         };
+        if self.compressed && !few_objects(&payload) {
+            return Err(WireError::TooMany);
+        }
         let envelope = Envelope::decode(payload).map_err(|e| WireError::Encoding(e.to_string()))?;
         envelope.body.map(Some).ok_or(WireError::UnknownMessage)
     }
+}
+
+/// Counts the objects of a payload without decoding them. Where this walk ends early, decoding ends at the same place, but for groups,
+/// which the protocol has not: they are refused.
+fn few_objects(payload: &[u8]) -> bool {
+    let mut count = 0;
+    let mut rest = payload;
+    while let Some((tag, body, after)) = next_field(rest) {
+        rest = after;
+        let mut fields = if tag == UPDATES_TAG { body } else { &[] };
+        while let Some((_, _, after)) = next_field(fields) {
+            fields = after;
+            count += 1;
+        }
+        if count > MAX_OBJECTS || starts_group(fields) {
+            return false;
+        }
+    }
+    !starts_group(rest)
+}
+
+fn starts_group(mut bytes: &[u8]) -> bool {
+    matches!(
+        decode_key(&mut bytes),
+        Ok((_, WireType::StartGroup | WireType::EndGroup))
+    )
+}
+
+/// The first field: tag, content where it is length-delimited, and what follows.
+fn next_field(mut bytes: &[u8]) -> Option<(u32, &[u8], &[u8])> {
+    let (tag, wire_type) = decode_key(&mut bytes).ok()?;
+    let length = match wire_type {
+        WireType::Varint => {
+            decode_varint(&mut bytes).ok()?;
+            0
+        }
+        WireType::SixtyFourBit => 8,
+        WireType::ThirtyTwoBit => 4,
+        WireType::LengthDelimited => usize::try_from(decode_varint(&mut bytes).ok()?).ok()?,
+        WireType::StartGroup | WireType::EndGroup => return None,
+    };
+    let (body, after) = bytes.split_at_checked(length)?;
+    Some((tag, body, after))
 }
 
 /// The size that the zstd header promises, bounded, so that the allocation is right and cannot be large.
@@ -459,6 +519,33 @@ mod tests {
             4096,
         );
         assert!(matches!(got, Err(WireError::Compression(_))), "{got:?}");
+    }
+
+    #[test]
+    fn millions_of_empty_objects_are_refused_before_they_are_decoded() {
+        let bytes = |objects: usize, before: &[u8]| {
+            let inner = [0x0a, 0].repeat(objects);
+            let mut payload = before.to_vec();
+            encode_key(UPDATES_TAG, WireType::LengthDelimited, &mut payload);
+            encode_varint(inner.len() as u64, &mut payload);
+            payload.extend(inner);
+            frame_payload(&payload, true)
+        };
+        let decode = |bytes: &[u8]| decode_all(&mut Decoder::from_servers(), bytes, 4096);
+        // A field of a later version, a number, stands before it or not.
+        for before in [
+            &[][..],
+            &[0x78, 1],
+            &[0x7d, 1, 2, 3, 4],
+            &[0x79, 1, 2, 3, 4, 5, 6, 7, 8],
+        ] {
+            assert!(decode(&bytes(MAX_OBJECTS, before)).is_ok());
+            for objects in [MAX_OBJECTS + 1, 300_000] {
+                assert_eq!(decode(&bytes(objects, before)), Err(WireError::TooMany));
+            }
+        }
+        let group = bytes(300_000, &[0x7b, 0x7c]);
+        assert_eq!(decode(&group), Err(WireError::TooMany));
     }
 
     proptest::proptest! {

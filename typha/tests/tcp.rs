@@ -4,152 +4,22 @@
     reason = "outside test functions too, this is test code"
 )]
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::Duration;
+mod running;
 
-use cali_api::update::{SyncEvent, SyncStatus, Update};
-use cali_api::{AnyResource, Key, Kind, Revision};
+use std::collections::BTreeMap;
+
+use cali_api::Kind;
+use running::{PATIENCE, View, connect_to, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use typha::client::{self, ClientConfig};
-use typha::server::{Server, ServerConfig, ServerError};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn update(number: u32, version: u32) -> Update {
-    let name = format!("set{number}");
-    let json = serde_json::json!({
-        "apiVersion": "projectcalico.org/v3", "kind": "GlobalNetworkSet",
-        "metadata": {"name": name, "labels": {"version": version.to_string()}}, "spec": {"nets": ["10.0.0.0/8"]},
-    });
-    Update {
-        key: Key::cluster(Kind::GlobalNetworkSet, name),
-        value: Some(Arc::new(AnyResource::from_json(json).unwrap())),
-        revision: Revision::from(version.to_string()),
-    }
-}
-
-struct Running {
-    port: u16,
-    source: mpsc::Sender<SyncEvent>,
-    stop: Option<oneshot::Sender<()>>,
-    task: JoinHandle<Result<(), ServerError>>,
-}
-
-/// A server whose datastore holds `content`.
-async fn serve(port: u16, content: &BTreeMap<u32, u32>) -> Running {
-    let server = Server::bind(ServerConfig {
-        listen: ([127, 0, 0, 1], port).into(),
-        ..ServerConfig::default()
-    });
-    let server = server.unwrap();
-    let port = server.local_addr().unwrap().port();
-    let (source, events) = mpsc::channel(16);
-    let (stop, stopped) = oneshot::channel::<()>();
-    let task = tokio::spawn(server.run(events, async move {
-        let _ = stopped.await;
-    }));
-    source
-        .send(SyncEvent::Updates(
-            content.iter().map(|(n, v)| update(*n, *v)).collect(),
-        ))
-        .await
-        .unwrap();
-    source
-        .send(SyncEvent::Status(SyncStatus::InSync))
-        .await
-        .unwrap();
-    Running {
-        port,
-        source,
-        stop: Some(stop),
-        task,
-    }
-}
-
-impl Running {
-    async fn put(&self, number: u32, version: u32) {
-        self.source
-            .send(SyncEvent::Updates(vec![update(number, version)]))
-            .await
-            .unwrap();
-    }
-
-    /// As `kill -9` does it: sockets close without a goodbye.
-    async fn kill(self) -> u16 {
-        self.task.abort();
-        let _ = self.task.await;
-        self.port
-    }
-}
-
-fn connect(port: u16) -> mpsc::Receiver<SyncEvent> {
-    client::start(ClientConfig {
-        addresses: vec![format!("127.0.0.1:{port}")],
-        hostname: "node1".into(),
-        info: "test".into(),
-        kinds: vec![Kind::GlobalNetworkSet],
-        tls: None,
-    })
-}
-
-/// Follows a client's stream; panics on a deletion of something unknown.
-#[derive(Default)]
-struct View {
-    content: BTreeMap<u32, u32>,
-    in_sync: bool,
-    deletions: usize,
-    updates: usize,
-}
-
-impl View {
-    async fn until(
-        &mut self,
-        events: &mut mpsc::Receiver<SyncEvent>,
-        expected: &BTreeMap<u32, u32>,
-    ) {
-        while !self.in_sync || self.content != *expected {
-            let event = timeout(PATIENCE, events.recv()).await;
-            match event
-                .unwrap_or_else(|_| panic!("have {:?}, expect {expected:?}", self.content))
-                .unwrap()
-            {
-                SyncEvent::Status(status) => self.in_sync = status == SyncStatus::InSync,
-                SyncEvent::Updates(updates) => {
-                    updates.into_iter().for_each(|update| self.take(update))
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, update: Update) {
-        self.updates += 1;
-        let number: u32 = update.key.name.trim_start_matches("set").parse().unwrap();
-        match update.value {
-            Some(value) => {
-                self.content
-                    .insert(number, value.metadata().labels["version"].parse().unwrap());
-            }
-            None => {
-                self.deletions += 1;
-                assert!(
-                    self.content.remove(&number).is_some(),
-                    "set{number} deleted though unknown"
-                );
-            }
-        }
-    }
-}
+use typha::client;
 
 #[tokio::test]
 async fn client_equals_the_datastore_after_the_server_is_killed_during_changes() {
     let mut content: BTreeMap<u32, u32> = (0..3000).map(|n| (n, 0)).collect();
     let mut server = serve(0, &content).await;
-    let mut events = connect(server.port);
+    let mut events = connect_to(&[server.port]);
     let mut view = View::default();
     view.until(&mut events, &content).await;
     for round in 1..=5 {
@@ -200,7 +70,7 @@ async fn stopped_client_does_not_hold_up_the_others() {
         panic!("the hello is the first output")
     };
     stuck.write_all(&hello).await.unwrap();
-    let mut events = connect(server.port);
+    let mut events = connect_to(&[server.port]);
     let mut view = View::default();
     view.until(&mut events, &content).await;
     for version in 1..=20 {
@@ -235,7 +105,7 @@ async fn garbage_is_answered_with_a_reason_and_closed() {
 async fn shutdown_says_goodbye_and_ends() {
     let content = BTreeMap::from([(1, 1)]);
     let mut server = serve(0, &content).await;
-    let mut events = connect(server.port);
+    let mut events = connect_to(&[server.port]);
     View::default().until(&mut events, &content).await;
     server.stop.take().unwrap().send(()).unwrap();
     timeout(PATIENCE, server.task)
@@ -249,7 +119,7 @@ async fn shutdown_says_goodbye_and_ends() {
 async fn dropped_receiver_ends_the_client() {
     let content = BTreeMap::from([(1, 1)]);
     let server = serve(0, &content).await;
-    let mut events = connect(server.port);
+    let mut events = connect_to(&[server.port]);
     View::default().until(&mut events, &content).await;
     let metrics = tokio::runtime::Handle::current().metrics();
     let before = metrics.num_alive_tasks();

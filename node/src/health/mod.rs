@@ -51,14 +51,12 @@ impl Settings {
     /// One of them cannot be used.
     pub fn read(env: &Env) -> Result<Self, ConfigError> {
         Ok(Self {
-            health: address(
-                env,
+            health: env.serving(
                 "FELIX_HEALTHENABLED",
                 ("FELIX_HEALTHHOST", IpAddr::V4(Ipv4Addr::LOCALHOST)),
                 ("FELIX_HEALTHPORT", 9099),
             )?,
-            metrics: address(
-                env,
+            metrics: env.serving(
                 "FELIX_PROMETHEUSMETRICSENABLED",
                 (
                     "FELIX_PROMETHEUSMETRICSHOST",
@@ -68,31 +66,6 @@ impl Settings {
             )?,
         })
     }
-}
-
-fn address(
-    env: &Env,
-    switch: &'static str,
-    (host_variable, host): (&'static str, IpAddr),
-    (port_variable, port): (&'static str, u16),
-) -> Result<Option<SocketAddr>, ConfigError> {
-    let on = env.get(switch).map(str::to_lowercase);
-    match on.as_deref() {
-        Some("true" | "1" | "yes") => {}
-        None | Some("false" | "0" | "no") => return Ok(None),
-        Some(other) => {
-            return Err(ConfigError {
-                variable: switch,
-                value: other.to_owned(),
-                reason: "must be true or false".to_owned(),
-            });
-        }
-    }
-    let host = match env.get(host_variable) {
-        Some("localhost") => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        _ => env.parse(host_variable, host)?,
-    };
-    Ok(Some(SocketAddr::new(host, env.parse(port_variable, port)?)))
 }
 
 /// The node at one moment.

@@ -119,8 +119,13 @@ pub enum ClientError {
     #[error("server was silent for {0:?}")]
     Silent(Duration),
     /// The server closed deliberately.
-    #[error("closed by the server: {0}")]
-    Goodbye(String),
+    #[error("closed by the server: {reason}")]
+    Goodbye {
+        /// What it said.
+        reason: String,
+        /// Another server should be tried.
+        elsewhere: bool,
+    },
 }
 
 /// What the owner has to do.
@@ -234,7 +239,12 @@ impl Conn {
 
     fn on_message(&mut self, body: Body, held: &mut Held) -> Result<(), ClientError> {
         match body {
-            Body::Goodbye(goodbye) => return Err(ClientError::Goodbye(goodbye.reason)),
+            Body::Goodbye(goodbye) => {
+                return Err(ClientError::Goodbye {
+                    reason: goodbye.reason,
+                    elsewhere: goodbye.elsewhere,
+                });
+            }
             Body::ServerHello(hello) if !self.greeted => {
                 if hello.protocol != PROTOCOL {
                     return Err(ClientError::Version(hello.protocol));

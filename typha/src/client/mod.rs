@@ -112,7 +112,15 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         }
         if complete {
             backoff.reset();
-        } else {
+        }
+        let sent_away = matches!(
+            lost,
+            Lost::Protocol(ClientError::Goodbye {
+                elsewhere: true,
+                ..
+            })
+        );
+        if !complete || sent_away {
             attempt = attempt.wrapping_add(1);
         }
         let wait = backoff.next_wait(random.hash_one(attempt));

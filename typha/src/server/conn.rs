@@ -141,6 +141,11 @@ impl Conn {
         &self.hostname
     }
 
+    /// Whether the client has been sent everything and follows the changes.
+    pub fn is_streaming(&self) -> bool {
+        matches!(self.phase, Phase::Deltas { done: true, .. })
+    }
+
     /// Why the connection must be closed, once [`Self::poll_transmit`] yields nothing more.
     pub fn closing(&self) -> Option<&CloseReason> {
         self.closing.as_ref()

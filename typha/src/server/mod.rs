@@ -2,7 +2,9 @@
 //!
 //! This module only moves bytes. What is sent to whom is decided in [`conn`] and [`crate::cache`].
 
+mod clients;
 pub mod conn;
+mod metrics;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,8 +15,12 @@ use cali_api::update::{SyncEvent, SyncStatus, Update};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 
+use cali_telemetry::{Expectation, Health, Registry};
+use clients::{Clients, HangUp};
+use metrics::{CacheMetrics, Counted, Metrics};
+
+pub use clients::Leave;
 pub use conn::{CloseReason, Conn, Patience};
 
 use crate::Chain;
@@ -27,6 +33,8 @@ pub const DEFAULT_PORT: u16 = 5473;
 const MAX_BATCH: usize = 1000;
 /// Time for a goodbye to reach a client that is being closed.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often the server says that it lives, and how soon it is taken for dead.
+const BEAT: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(20));
 
 /// How the server is run.
 #[derive(Debug, Clone)]
@@ -41,6 +49,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Certificates; plain TCP without.
     pub tls: Option<TlsSettings>,
+    /// How clients are left when the server stops.
+    pub leave: Leave,
 }
 
 impl Default for ServerConfig {
@@ -51,6 +61,7 @@ impl Default for ServerConfig {
             limits: Limits::default(),
             max_connections: 10_000,
             tls: None,
+            leave: Leave::default(),
         }
     }
 }
@@ -78,9 +89,12 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     config: ServerConfig,
-    listener: TcpListener,
+    /// Until it runs.
+    listener: Option<TcpListener>,
     tls: Option<Arc<ServerTls>>,
     shared: Arc<Shared>,
+    registry: Registry,
+    health: Health,
 }
 
 #[derive(Debug)]
@@ -88,6 +102,7 @@ struct Shared {
     cache: Mutex<Cache>,
     /// Counts changes of the cache, to wake the connections.
     changed: watch::Sender<u64>,
+    metrics: Metrics,
 }
 
 impl Shared {
@@ -116,54 +131,105 @@ impl Server {
             address: config.listen,
             source,
         })?;
-        let shared = Shared {
+        let shared = Arc::new(Shared {
             cache: Mutex::new(Cache::new(config.limits)),
             changed: watch::Sender::new(0),
-        };
+            metrics: Metrics::default(),
+        });
+        let registry = Registry::new();
+        shared.metrics.register(&registry);
+        let of_cache = CacheMetrics::new(Arc::downgrade(&shared));
+        metrics::register(&registry, Box::new(of_cache));
         Ok(Self {
             config,
-            listener,
+            listener: Some(listener),
             tls,
-            shared: Arc::new(shared),
+            shared,
+            registry,
+            health: Health::default(),
         })
+    }
+
+    /// What it counts.
+    pub fn registry(&self) -> Registry {
+        self.registry.clone()
+    }
+
+    /// Whether it lives, and is ready: once it has all of the datastore, until it stops.
+    pub fn health(&self) -> Health {
+        self.health.clone()
     }
 
     /// The bound address (for port 0).
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+        match &self.listener {
+            Some(listener) => listener.local_addr(),
+            None => Err(std::io::ErrorKind::NotConnected.into()),
+        }
     }
 
-    /// Serves until `shutdown` is done (then every client is told to go elsewhere), or the source ends.
+    /// Serves until `shutdown` is done or the source ends. After `shutdown` no connection is accepted, and the clients are told one
+    /// by one to go elsewhere; those that are still there follow the changes meanwhile.
     pub async fn run(
-        self,
+        mut self,
         mut source: mpsc::Receiver<SyncEvent>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServerError> {
-        let mut connections = JoinSet::new();
-        let stopping = watch::Sender::new(false);
+        let mut clients = Clients::default();
+        let Some(listener) = self.listener.take() else {
+            return Ok(());
+        };
+        let mut listener = Some(listener);
+        let started = Instant::now();
+        let alive = Expectation {
+            report_within: Some(BEAT.1),
+            decides_readiness: true,
+        };
+        let part = self.health.part("server", alive, started);
+        let mut beat = tokio::time::interval(BEAT.0);
+        let mut leave = tokio::time::interval(self.config.leave.interval);
+        let mut deadline = None;
         tokio::pin!(shutdown);
-        let ended = loop {
+        loop {
+            let stopping = deadline.is_some();
             tokio::select! {
                 event = source.recv() => match event {
-                    Some(event) => self.on_source(event, &mut source),
-                    None => break Err(ServerError::SourceEnded),
+                    Some(event) => {
+                        self.on_source(event, &mut source);
+                        if !stopping && self.shared.cache().is_in_sync() {
+                            part.ready(Instant::now(), "in sync with the datastore");
+                        }
+                    }
+                    None => {
+                        clients.end().await;
+                        return Err(ServerError::SourceEnded);
+                    }
                 },
-                accepted = self.listener.accept() => match accepted {
-                    Ok((stream, peer)) => self.on_accept(stream, peer, &mut connections, &stopping),
+                accepted = accept(listener.as_ref()), if !stopping => match accepted {
+                    Ok((stream, peer)) => self.on_accept(stream, peer, &mut clients),
                     Err(error) => {
                         // Typically no file descriptors left: others may close, so try again in a moment.
                         tracing::warn!(%error, "cannot accept a connection");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 },
-                Some(_) = connections.join_next() => {}
-                () = &mut shutdown => break Ok(()),
+                Some(()) = clients.next_ended() => {}
+                _ = beat.tick() => part.alive(Instant::now()),
+                () = &mut shutdown, if !stopping => {
+                    listener = None;
+                    part.not_ready(Instant::now(), "shutting down");
+                    let pace = self.config.leave.pace(clients.len());
+                    tracing::info!(clients = clients.len(), ?pace, "shutting down, clients are told to go elsewhere");
+                    leave = tokio::time::interval(pace.max(Duration::from_millis(1)));
+                    deadline = Some(Instant::now() + self.config.leave.limit);
+                }
+                _ = leave.tick(), if stopping => clients.shed_one(),
             }
-        };
-        stopping.send_replace(true);
-        // Every connection ends within FAREWELL.
-        while connections.join_next().await.is_some() {}
-        ended
+            if deadline.is_some_and(|at| clients.len() == 0 || Instant::now() >= at) {
+                clients.end().await;
+                return Ok(());
+            }
+        }
     }
 
     /// Takes an event and whatever else is waiting, so that a burst becomes few deltas.
@@ -201,50 +267,53 @@ impl Server {
         }
     }
 
-    fn on_accept(
-        &self,
-        stream: TcpStream,
-        peer: SocketAddr,
-        connections: &mut JoinSet<()>,
-        stopping: &watch::Sender<bool>,
-    ) {
-        if connections.len() >= self.config.max_connections {
+    fn on_accept(&self, stream: TcpStream, peer: SocketAddr, clients: &mut Clients) {
+        let shared = Arc::clone(&self.shared);
+        shared.metrics.accepted.inc();
+        if clients.len() >= self.config.max_connections {
+            shared.metrics.refused.inc();
             tracing::warn!(%peer, limit = self.config.max_connections, "too many connections, refusing");
             return;
         }
         // Small deltas must not wait for acknowledgements.
         let _ = stream.set_nodelay(true);
         let patience = self.config.patience;
-        let shared = Arc::clone(&self.shared);
-        let mut stopping = stopping.subscribe();
         let Some(tls) = self.tls.clone() else {
             let conn = Conn::new(Instant::now(), patience);
-            connections.spawn(async move { attend(stream, peer, conn, &shared, stopping).await });
+            clients.spawn(|hang_up| async move {
+                attend(stream, peer, conn, &shared, hang_up).await;
+            });
             return;
         };
-        connections.spawn(async move {
+        clients.spawn(|mut hang_up| async move {
             let accepted = tokio::select! {
                 accepted = tokio::time::timeout(patience.handshake, tls.accept(stream)) => accepted,
-                _ = stopping.wait_for(|stop| *stop) => return,
+                _ = &mut hang_up => return,
+            };
+            let refuse = |reason: &dyn std::fmt::Display| {
+                shared.metrics.refused.inc();
+                tracing::warn!(%peer, %reason, "client refused");
             };
             let (stream, verdict) = match accepted {
                 Ok(Ok(accepted)) => accepted,
-                Ok(Err(error)) => {
-                    tracing::warn!(%peer, reason = %Chain(&error), "client refused");
-                    return;
-                }
-                Err(_) => {
-                    tracing::warn!(%peer, reason = "no TLS handshake in time", "client refused");
-                    return;
-                }
+                Ok(Err(error)) => return refuse(&Chain(&error)),
+                Err(_) => return refuse(&"no TLS handshake in time"),
             };
             let mut conn = Conn::new(Instant::now(), patience);
             if let Err(error) = verdict {
-                tracing::warn!(%peer, reason = %error, "client refused");
+                refuse(&error);
                 conn.on_refused(&error);
             }
-            attend(stream, peer, conn, &shared, stopping).await;
+            attend(stream, peer, conn, &shared, hang_up).await;
         });
+    }
+}
+
+/// The next connection; never, without a listener.
+async fn accept(listener: Option<&TcpListener>) -> std::io::Result<(TcpStream, SocketAddr)> {
+    match listener {
+        Some(listener) => listener.accept().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -254,13 +323,15 @@ async fn attend(
     peer: SocketAddr,
     conn: Conn,
     shared: &Shared,
-    stopping: watch::Receiver<bool>,
+    hang_up: HangUp,
 ) {
-    let (conn, outcome) = serve(stream, conn, shared, stopping).await;
+    let _active = Counted::new(&shared.metrics.active);
+    let (conn, outcome) = serve(stream, conn, shared, hang_up).await;
     let client = conn.hostname();
     match (outcome, conn.closing()) {
         (Err(error), _) => tracing::info!(%peer, client, %error, "connection lost"),
         (Ok(()), Some(reason)) => {
+            shared.metrics.dropped.inc();
             tracing::info!(%peer, client, %reason, "connection closed")
         }
         (Ok(()), None) => tracing::info!(%peer, client, "connection closed by the client"),
@@ -272,7 +343,7 @@ async fn serve(
     stream: impl AsyncRead + AsyncWrite,
     mut conn: Conn,
     shared: &Shared,
-    mut stopping: watch::Receiver<bool>,
+    mut hang_up: HangUp,
 ) -> (Conn, std::io::Result<()>) {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let mut changed = shared.changed.subscribe();
@@ -281,12 +352,16 @@ async fn serve(
     let mut farewell: Option<Instant> = None;
     // TLS takes more than the socket does; what it holds back leaves it by a flush.
     let mut flushed = true;
+    let started = Instant::now();
+    let mut streaming: Option<Counted> = None;
+    let mut frame_since = started;
     loop {
         if output.is_empty() {
             // Marked before the cache is read, so that no change falls between.
             changed.mark_unchanged();
             if let Some(frame) = conn.poll_transmit(&mut shared.cache()) {
                 output = frame;
+                frame_since = Instant::now();
             }
         }
         if conn.closing().is_some() {
@@ -311,13 +386,21 @@ async fn serve(
                 Ok(n) => {
                     flushed = output.is_empty();
                     output.advance(n);
+                    shared.metrics.sent.inc_by(n as u64);
+                    if n > 0 && output.is_empty() {
+                        shared.metrics.write.observe(frame_since.elapsed().as_secs_f64());
+                    }
+                    if streaming.is_none() && output.is_empty() && conn.is_streaming() {
+                        shared.metrics.snapshot.observe(started.elapsed().as_secs_f64());
+                        streaming = Some(Counted::new(&shared.metrics.streaming));
+                    }
                     conn.on_written(Instant::now());
                 }
                 Err(error) => return (conn, Err(error)),
             },
             // The sender lives in `shared`, so this never fails.
             _ = changed.changed(), if output.is_empty() => {}
-            Ok(_) = stopping.wait_for(|stop| *stop), if farewell.is_none() => conn.on_shutdown(),
+            _ = &mut hang_up, if farewell.is_none() => conn.on_shutdown(),
             () = tokio::time::sleep_until(deadline.into()) => conn.on_timeout(Instant::now()),
         }
     }
