@@ -359,8 +359,11 @@ async fn clients_that_send_nonsense_are_told_why_and_the_others_do_not_notice() 
 async fn servers_that_send_nonsense_lose_the_client_and_the_consumer_keeps_what_it_has() {
     let content: BTreeMap<u32, u32> = (0..50).map(|n| (n, 0)).collect();
     let server = serve(0, &content).await;
-    let bad = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let mut events = connect_to(&[server.port, bad.local_addr().unwrap().port()]);
+    // Nobody listens there yet, so that the client begins at the good one.
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let mut events = connect_to(&[server.port, address.port()]);
     let hello = frame(
         Body::ServerHello(ServerHello {
             protocol: PROTOCOL,
@@ -397,6 +400,7 @@ async fn servers_that_send_nonsense_lose_the_client_and_the_consumer_keeps_what_
     ];
     let mut view = View::default();
     view.until(&mut events, &content).await;
+    let bad = TcpListener::bind(address).await.unwrap();
     server.kill().await;
     let served = async {
         for answer in answers {

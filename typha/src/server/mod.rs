@@ -29,8 +29,10 @@ use crate::tls::{ServerTls, TlsError, TlsSettings};
 
 /// Calico's port.
 pub const DEFAULT_PORT: u16 = 5473;
-/// Changes that are taken from the datastore in one go, at most.
+/// Changes that are gathered into one delta, at most.
 const MAX_BATCH: usize = 1000;
+/// Time between two deltas: a change after a quiet time goes out at once, a stream of them costs every client at most so many frames.
+const GATHER: Duration = Duration::from_millis(25);
 /// Time for a goodbye to reach a client that is being closed.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often the server says that it lives, and how soon it is taken for dead.
@@ -189,13 +191,19 @@ impl Server {
         let mut beat = tokio::time::interval(BEAT.0);
         let mut leave = tokio::time::interval(self.config.leave.interval);
         let mut deadline = None;
+        let mut gathered = Vec::new();
+        let mut next_delta = started;
         tokio::pin!(shutdown);
         loop {
             let stopping = deadline.is_some();
             tokio::select! {
                 event = source.recv() => match event {
                     Some(event) => {
-                        self.on_source(event, &mut source);
+                        self.on_source(event, &mut source, &mut gathered);
+                        if gathered.len() >= MAX_BATCH {
+                            self.apply(&mut gathered);
+                            next_delta = Instant::now() + GATHER;
+                        }
                         if !stopping && self.shared.cache().is_in_sync() {
                             part.ready(Instant::now(), "in sync with the datastore");
                         }
@@ -205,6 +213,10 @@ impl Server {
                         return Err(ServerError::SourceEnded);
                     }
                 },
+                () = tokio::time::sleep_until(next_delta.into()), if !gathered.is_empty() => {
+                    self.apply(&mut gathered);
+                    next_delta = Instant::now() + GATHER;
+                }
                 accepted = accept(listener.as_ref()), if !stopping => match accepted {
                     Ok((stream, peer)) => self.on_accept(stream, peer, &mut clients),
                     Err(error) => {
@@ -232,15 +244,19 @@ impl Server {
         }
     }
 
-    /// Takes an event and whatever else is waiting, so that a burst becomes few deltas.
-    fn on_source(&self, event: SyncEvent, source: &mut mpsc::Receiver<SyncEvent>) {
-        let mut batch = Vec::new();
+    /// Adds an event, and whatever else is waiting, to what is gathered.
+    fn on_source(
+        &self,
+        event: SyncEvent,
+        source: &mut mpsc::Receiver<SyncEvent>,
+        gathered: &mut Vec<Update>,
+    ) {
         let mut next = Some(event);
         while let Some(event) = next {
             match event {
-                SyncEvent::Updates(updates) => batch.extend(updates),
+                SyncEvent::Updates(updates) => gathered.extend(updates),
                 SyncEvent::Status(status) => {
-                    self.apply(std::mem::take(&mut batch));
+                    self.apply(gathered);
                     tracing::info!(
                         ?status,
                         objects = self.shared.cache().len(),
@@ -248,23 +264,31 @@ impl Server {
                     );
                     if status == SyncStatus::InSync {
                         self.shared.cache().set_in_sync();
+                        self.wake_clients();
                     }
                 }
             }
-            next = if batch.len() < MAX_BATCH {
+            next = if gathered.len() < MAX_BATCH {
                 source.try_recv().ok()
             } else {
                 None
             };
         }
-        self.apply(batch);
-        self.shared.changed.send_modify(|version| *version += 1);
     }
 
-    fn apply(&self, updates: Vec<Update>) {
-        for (key, error) in self.shared.cache().apply(updates) {
+    /// Makes what is gathered one delta.
+    fn apply(&self, gathered: &mut Vec<Update>) {
+        if gathered.is_empty() {
+            return;
+        }
+        for (key, error) in self.shared.cache().apply(std::mem::take(gathered)) {
             tracing::error!(%key, %error, "object cannot be encoded, its last version stays");
         }
+        self.wake_clients();
+    }
+
+    fn wake_clients(&self) {
+        self.shared.changed.send_modify(|version| *version += 1);
     }
 
     fn on_accept(&self, stream: TcpStream, peer: SocketAddr, clients: &mut Clients) {
