@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: fuzz fuzz-coverage bench-bgp bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
+.PHONY: fuzz fuzz-coverage bench-bgp bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -60,6 +60,10 @@ fuzz-coverage: setup ## the same led by coverage (libFuzzer), SECONDS_EACH=60; s
 bench-policy: setup ## what policy costs: a change, a start, packets (root; SCENARIO=large|small|set|packets, ROUNDS=n)
 	cargo build --release -p cali-bench --bin policy
 	$(SUDO) target/release/policy $(SCENARIO) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-typha: setup ## fan-out to 1,000 clients: snapshot, changes, slow clients, reconnects
+	cargo build --release -p cali-bench --bin typha-fanout
+	target/release/typha-fanout
 
 bench-bgp: setup ## BGP daemons side by side under load, 12 minutes (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
 	scripts/peers

@@ -43,18 +43,29 @@ pub fn processes(namespace: &NetNs) -> Result<Vec<u32>> {
 pub fn look(namespace: &NetNs) -> Result<Cost> {
     let mut cost = Cost::default();
     for pid in processes(namespace)? {
-        let folder = Path::new("/proc").join(pid.to_string());
-        cost.cpu += threads(&folder);
-        let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
-        let kilobytes = |name: &str| {
-            let line = status.lines().find_map(|l| l.strip_prefix(name));
-            line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        cost.resident += kilobytes("VmRSS:") * 1024;
-        cost.peak += kilobytes("VmHWM:") * 1024;
+        let one = of_process(pid);
+        cost.cpu += one.cpu;
+        cost.resident += one.resident;
+        cost.peak += one.peak;
     }
     Ok(cost)
+}
+
+/// Looks at one process; nothing of one that has ended.
+#[must_use]
+pub fn of_process(pid: u32) -> Cost {
+    let folder = Path::new("/proc").join(pid.to_string());
+    let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
+    let kilobytes = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name));
+        line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    Cost {
+        cpu: threads(&folder),
+        resident: kilobytes("VmRSS:") * 1024,
+        peak: kilobytes("VmHWM:") * 1024,
+    }
 }
 
 /// `/proc/PID/task/TID/schedstat`: nanoseconds on a processor come first (`Documentation/scheduler/sched-stats.rst`).

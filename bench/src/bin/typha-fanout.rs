@@ -1,0 +1,237 @@
+//! What fan-out costs; see `docs/benchmarks.md`, section "Fan-out".
+//!
+//! `typha-fanout` measures; `typha-fanout serve PODS NODES POLICIES` is the server's process, which it starts itself.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use cali_bench::bgp::cost::{machine, machine_busy, own_cpu};
+use cali_bench::typha::{Cluster, Fleet, Process, real_client, serve};
+use clap::{Parser, Subcommand};
+use typha::client::Held;
+
+/// What fan-out to many nodes costs
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Role>,
+    /// Simulated clients
+    #[arg(long, default_value_t = 1000)]
+    clients: usize,
+    /// Pods of the cluster
+    #[arg(long, default_value_t = 100_000)]
+    pods: u32,
+    /// Nodes of the cluster
+    #[arg(long, default_value_t = 5_000)]
+    nodes: u32,
+    /// Policies of the cluster
+    #[arg(long, default_value_t = 5_000)]
+    policies: u32,
+    /// Seconds of steady changes, a thousand in each
+    #[arg(long, default_value_t = 20)]
+    seconds: u32,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// The server's process
+    #[command(hide = true)]
+    Serve {
+        pods: u32,
+        nodes: u32,
+        policies: u32,
+    },
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(Role::Serve {
+        pods,
+        nodes,
+        policies,
+    }) = arguments.command
+    {
+        return serve(Cluster {
+            pods,
+            nodes,
+            policies,
+        })
+        .await;
+    }
+    measure(&arguments).await
+}
+
+fn row(what: &str, seen: impl std::fmt::Display) {
+    println!("| {what} | {seen} |");
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+/// Processor time of the server, of this program and of everybody, within a time.
+struct Load {
+    since: Instant,
+    server: Duration,
+    own: Duration,
+    machine: Duration,
+}
+
+impl Load {
+    fn start(server: &Process) -> Result<Self> {
+        Ok(Self {
+            since: Instant::now(),
+            server: server.cost().cpu,
+            own: own_cpu(),
+            machine: machine_busy()?,
+        })
+    }
+
+    fn end(&self, server: &Process) -> Result<String> {
+        let time = self.since.elapsed().as_secs_f64();
+        let of = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64();
+        let (mine, clients) = (of(server.cost().cpu, self.server), of(own_cpu(), self.own));
+        let others = (of(machine_busy()?, self.machine) - mine - clients).max(0.0);
+        Ok(format!(
+            "{time:.2} s; server {mine:.2} s of processor ({:.2} cores), clients {clients:.2} s, other processes {:.2} cores",
+            mine / time,
+            others / time
+        ))
+    }
+}
+
+async fn measure(arguments: &Arguments) -> Result<()> {
+    let cluster = Cluster {
+        pods: arguments.pods,
+        nodes: arguments.nodes,
+        policies: arguments.policies,
+    };
+    let clients = arguments.clients;
+    println!("{}\n\n{cluster:?}, {clients} clients\n", machine());
+    println!("| what | seen |\n|---|---|");
+    let start = Instant::now();
+    let mut server = Process::start(cluster)?;
+    row(
+        "server has all objects",
+        format!("{:.2} s", start.elapsed().as_secs_f64()),
+    );
+    row("its resident memory", megabytes(server.cost().resident));
+
+    let mut held = Held::default();
+    let snapshot = real_client(server.port, &mut held).await?;
+    row(
+        "snapshot of one client",
+        format!("{} objects, {}", held.len(), megabytes(snapshot)),
+    );
+    let load = Load::start(&server)?;
+    let mut fleet = Fleet::connect(server.port, clients, &Held::default())?;
+    fleet.synced(clients).await?;
+    row(
+        &format!("snapshot to {clients} clients at once"),
+        load.end(&server)?,
+    );
+    row("bytes of these snapshots", megabytes(fleet.bytes()));
+    row(
+        "resident memory, and its peak",
+        format!(
+            "{}, {}",
+            megabytes(server.cost().resident),
+            megabytes(server.cost().peak)
+        ),
+    );
+
+    let mut medians = Vec::new();
+    let mut lasts = Vec::new();
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        server.change(1, 1)?;
+        let latency = fleet.latency(clients).await?;
+        server.done()?;
+        medians.push(latency.quantile(0.5));
+        lasts.push(latency.quantile(1.0));
+    }
+    medians.sort_unstable();
+    lasts.sort_unstable();
+    row(
+        "one change, median of 20: at the median client, at the last",
+        format!("{:.1?}, {:.1?}", medians[10], lasts[10]),
+    );
+
+    steady(&mut server, &mut fleet, arguments, "1,000 changes/s").await?;
+    let before = server.cost().resident;
+    fleet.add_crawlers(server.port, 10)?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    steady(
+        &mut server,
+        &mut fleet,
+        arguments,
+        "the same beside 10 clients that read 1 byte/s",
+    )
+    .await?;
+    row(
+        "growth of resident memory by them",
+        megabytes(server.cost().resident.saturating_sub(before)),
+    );
+
+    // What the clients hold is as old as the first snapshot: everything since then has been missed.
+    let catch_up = real_client(server.port, &mut held).await?;
+    row(
+        &format!(
+            "reconnect after {} missed changes",
+            20 + 2 * arguments.seconds * 1000
+        ),
+        megabytes(catch_up),
+    );
+    drop(fleet);
+    server.change(20, 100)?;
+    server.done()?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let load = Load::start(&server)?;
+    let mut fleet = Fleet::connect(server.port, clients, &held)?;
+    fleet.synced(clients).await?;
+    row(
+        &format!("{clients} reconnects after 20 missed changes"),
+        load.end(&server)?,
+    );
+    let part = fleet.bytes() as f64 / (snapshot as f64 * clients as f64) * 100.0;
+    row(
+        "bytes of these reconnects",
+        format!("{}, {part:.3} % of the snapshots", megabytes(fleet.bytes())),
+    );
+    row(
+        "resident memory, and its peak",
+        format!(
+            "{}, {}",
+            megabytes(server.cost().resident),
+            megabytes(server.cost().peak)
+        ),
+    );
+    Ok(())
+}
+
+async fn steady(
+    server: &mut Process,
+    fleet: &mut Fleet,
+    arguments: &Arguments,
+    what: &str,
+) -> Result<()> {
+    ensure!(arguments.seconds > 0, "at least one second of changes");
+    let load = Load::start(server)?;
+    server.change(arguments.seconds * 1000, 1000)?;
+    // Each delta is seen once by each client; as many as there surely are.
+    let latency = fleet
+        .latency(arguments.clients * arguments.seconds as usize * 10)
+        .await?;
+    server.done()?;
+    row(what, load.end(server)?);
+    let part = |q| latency.quantile(q);
+    row(
+        "oldest change of a delta: median, 99 %, last",
+        format!("{:.1?}, {:.1?}, {:.1?}", part(0.5), part(0.99), part(1.0)),
+    );
+    // What is still on its way belongs to nobody.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    fleet.forget();
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Simulated clients: each a task with a socket.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use typha::client::{Conn, Held, Identity, Output};
+use typha::wire::{Body, Decoder, Pong, frame};
+
+use super::{KINDS, changed_at};
+
+/// Frames up to this size are unpacked.
+const SMALL: usize = 32 * 1024;
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Latencies of one change, or of many, over all clients.
+#[derive(Debug, Default)]
+pub struct Latency(Vec<Duration>);
+
+impl Latency {
+    /// The value below which this part of them lies.
+    #[must_use]
+    pub fn quantile(&self, part: f64) -> Duration {
+        let at = ((self.0.len().saturating_sub(1)) as f64 * part).round() as usize;
+        self.0.get(at).copied().unwrap_or_default()
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    synced: AtomicUsize,
+    bytes: AtomicU64,
+}
+
+/// Clients that are connected. Dropping it disconnects them.
+#[derive(Debug)]
+pub struct Fleet {
+    counts: Arc<Counts>,
+    seen: mpsc::UnboundedReceiver<Duration>,
+    tasks: JoinSet<Result<()>>,
+}
+
+fn identity(name: String) -> Identity {
+    Identity {
+        hostname: name,
+        info: "bench".into(),
+        kinds: KINDS.to_vec(),
+    }
+}
+
+fn hello(conn: &mut Conn) -> Result<Bytes> {
+    match conn.poll_output() {
+        Some(Output::Send(hello)) => Ok(hello),
+        other => bail!("{other:?} instead of a hello"),
+    }
+}
+
+/// One real client, until it has everything: what it holds, and how many bytes it took.
+///
+/// # Errors
+/// The connection breaks.
+pub async fn real_client(port: u16, held: &mut Held) -> Result<u64> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+    let mut conn = Conn::new(Instant::now(), &identity("real".into()), held);
+    let mut input = BytesMut::with_capacity(256 * 1024);
+    let mut bytes = 0;
+    loop {
+        while let Some(output) = conn.poll_output() {
+            if let Output::Send(frame) = output {
+                stream.write_all(&frame).await?;
+            }
+        }
+        if conn.is_complete() {
+            return Ok(bytes);
+        }
+        let read = timeout(LIMIT, stream.read_buf(&mut input)).await??;
+        if read == 0 {
+            bail!("closed by the server");
+        }
+        bytes += read as u64;
+        conn.on_bytes(Instant::now(), &input, held)?;
+        input.clear();
+    }
+}
+
+impl Fleet {
+    /// Connects them all at once; each offers what is held.
+    ///
+    /// # Errors
+    /// None can be made.
+    pub fn connect(port: u16, count: usize, held: &Held) -> Result<Self> {
+        let hello = hello(&mut Conn::new(
+            Instant::now(),
+            &identity("node0".into()),
+            held,
+        ))?;
+        let counts = Arc::new(Counts::default());
+        let (sender, seen) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        for _ in 0..count {
+            tasks.spawn(one(
+                port,
+                hello.clone(),
+                Arc::clone(&counts),
+                sender.clone(),
+            ));
+        }
+        Ok(Self {
+            counts,
+            seen,
+            tasks,
+        })
+    }
+
+    /// Clients that read one byte a second, beside the others.
+    ///
+    /// # Errors
+    /// None can be made.
+    pub fn add_crawlers(&mut self, port: u16, count: usize) -> Result<()> {
+        let hello = hello(&mut Conn::new(
+            Instant::now(),
+            &identity("crawler".into()),
+            &Held::default(),
+        ))?;
+        for _ in 0..count {
+            self.tasks.spawn(crawl(port, hello.clone()));
+        }
+        Ok(())
+    }
+
+    /// Waits until so many clients have everything.
+    ///
+    /// # Errors
+    /// One of them broke off, or it takes too long.
+    pub async fn synced(&mut self, count: usize) -> Result<()> {
+        let until = Instant::now() + LIMIT;
+        while self.counts.synced.load(Ordering::Relaxed) < count {
+            if let Some(ended) = self.tasks.try_join_next() {
+                ended?.context("a client broke off")?;
+            }
+            if Instant::now() > until {
+                bail!(
+                    "{} of {count} clients have everything",
+                    self.counts.synced.load(Ordering::Relaxed)
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+
+    /// Bytes that were received so far.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.counts.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Drops what was seen and not asked for.
+    pub fn forget(&mut self) {
+        while self.seen.try_recv().is_ok() {}
+    }
+
+    /// Waits until changes were seen so many times, by all clients together.
+    ///
+    /// # Errors
+    /// It takes too long.
+    pub async fn latency(&mut self, count: usize) -> Result<Latency> {
+        let mut all = Vec::with_capacity(count);
+        while all.len() < count {
+            let one = timeout(LIMIT, self.seen.recv()).await;
+            all.push(
+                one.with_context(|| format!("{} of {count} seen", all.len()))?
+                    .context("no client")?,
+            );
+        }
+        all.sort_unstable();
+        Ok(Latency(all))
+    }
+}
+
+async fn one(
+    port: u16,
+    hello: Bytes,
+    counts: Arc<Counts>,
+    seen: mpsc::UnboundedSender<Duration>,
+) -> Result<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+    stream.set_nodelay(true)?;
+    stream.write_all(&hello).await?;
+    let mut input = BytesMut::with_capacity(64 * 1024);
+    let mut skip = 0usize;
+    loop {
+        let read = stream.read_buf(&mut input).await?;
+        if read == 0 {
+            bail!("closed by the server");
+        }
+        counts.bytes.fetch_add(read as u64, Ordering::Relaxed);
+        loop {
+            let now = skip.min(input.len());
+            let _ = input.split_to(now);
+            skip -= now;
+            if skip > 0 || input.len() < 4 {
+                break;
+            }
+            let length = 4 + u32::from_be_bytes([input[0], input[1], input[2], input[3]]) as usize;
+            if length > SMALL {
+                skip = length;
+                continue;
+            }
+            if input.len() < length {
+                break;
+            }
+            let mut decoder = Decoder::from_servers();
+            decoder.push(&input.split_to(length));
+            match decoder.next_message()? {
+                Some(Body::SyncDone(_)) => drop(counts.synced.fetch_add(1, Ordering::Relaxed)),
+                Some(Body::Ping(ping)) => {
+                    let pong = frame(Body::Pong(Pong { id: ping.id }), false);
+                    stream.write_all(&pong).await?;
+                }
+                // The last of a delta is the youngest and the first the oldest: it waited longest.
+                Some(Body::Updates(updates)) => {
+                    let first = updates.objects.first().and_then(|o| o.json.as_deref());
+                    if let Some(age) = first.and_then(changed_at) {
+                        let _ = seen.send(age);
+                    }
+                }
+                Some(Body::Goodbye(goodbye)) => bail!("closed by the server: {}", goodbye.reason),
+                _ => {}
+            }
+        }
+        input.reserve(64 * 1024);
+    }
+}
+
+async fn crawl(port: u16, hello: Bytes) -> Result<()> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4096)?;
+    let mut stream = socket.connect(([127, 0, 0, 1], port).into()).await?;
+    stream.write_all(&hello).await?;
+    let mut byte = [0];
+    loop {
+        stream.read_exact(&mut byte).await?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
