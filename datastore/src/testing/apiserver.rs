@@ -277,6 +277,8 @@ fn launch(programs: &Path, folder: &Path, port: u16, etcd: &str) -> Process {
         .args([
             "--authorization-mode=RBAC",
             "--disable-admission-plugins=ServiceAccount",
+            // As every distribution has it: node agents are privileged.
+            "--allow-privileged=true",
         ])
         .arg("-v=0");
     Process::start(&mut command, &folder.join("apiserver.log"))
