@@ -8,6 +8,7 @@ mod arrows;
 pub mod bgp;
 pub mod kernel;
 pub mod lab;
+mod observability;
 pub mod table;
 pub mod traffic;
 pub mod wire;
