@@ -30,6 +30,10 @@ pub const PROTOCOL: u8 = 186;
 const AUDIT: Duration = Duration::from_secs(1);
 /// Looking takes at most this part of the time, however many routes there are.
 const AUDIT_SHARE: u32 = 20;
+/// While routes change at shorter intervals than this, the look is put off: what is written is what the table says.
+const CALM: Duration = Duration::from_millis(200);
+/// It is put off so long at most.
+const AUDIT_PATIENCE: Duration = Duration::from_secs(2);
 /// Metric of our routes: behind those that an administrator adds without one.
 const METRIC: u32 = 1024;
 
@@ -150,6 +154,14 @@ struct Writer {
     /// What an earlier process left, as it was found.
     left: Option<BTreeMap<Key, route::Route>>,
     audit_at: Instant,
+    /// When the table last said something.
+    changed_at: Option<Instant>,
+}
+
+/// Whether it is time to look at the kernel.
+fn is_audit_due(now: Instant, audit_at: Instant, changed_at: Option<Instant>) -> bool {
+    let calm = changed_at.is_none_or(|changed| now.saturating_duration_since(changed) >= CALM);
+    now >= audit_at && (calm || now >= audit_at + AUDIT_PATIENCE)
 }
 
 impl Writer {
@@ -183,6 +195,7 @@ impl Writer {
             synced,
             left: None,
             audit_at: Instant::now(),
+            changed_at: None,
         }
     }
 
@@ -190,7 +203,9 @@ impl Writer {
         loop {
             self.take_results();
             let now = Instant::now();
-            if now >= self.audit_at && self.ahead == 0 {
+            // The first look comes first: nothing is planned before it.
+            let due = is_audit_due(now, self.audit_at, self.changed_at) || !self.routes.is_synced();
+            if due && self.ahead == 0 {
                 self.audit(now);
             }
             if self.take_over() {
@@ -207,7 +222,10 @@ impl Writer {
             }
             // What is with the sender wakes this thread when it is done.
             let wait = match self.ahead {
-                0 => self.audit_at.saturating_duration_since(Instant::now()),
+                0 => self
+                    .audit_at
+                    .saturating_duration_since(Instant::now())
+                    .max(CALM),
                 _ => AUDIT,
             };
             if woken.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected) {
@@ -254,6 +272,9 @@ impl Writer {
             };
             (std::mem::take(&mut w.changed), synced, w.ended)
         });
+        if !changed.is_empty() {
+            self.changed_at = Some(Instant::now());
+        }
         if self.waiting.is_empty() {
             self.waiting = changed;
         } else {
@@ -388,5 +409,21 @@ fn change(op: &Operation) -> Change<route::Route> {
     match op {
         Op::Set { value, .. } => Change::Replace(value.clone()),
         Op::Delete { old, .. } => Change::Delete(old.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_is_put_off_while_routes_change_but_not_for_ever() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        assert!(!is_audit_due(at(999), at(1000), None));
+        assert!(is_audit_due(at(1000), at(1000), None));
+        assert!(!is_audit_due(at(1000), at(1000), Some(at(900))));
+        assert!(is_audit_due(at(1100), at(1000), Some(at(900))));
+        assert!(is_audit_due(at(3000), at(1000), Some(at(2999))));
     }
 }
