@@ -160,6 +160,13 @@ fn policy(name: &str, schema: &mut Value) -> &'static [Rule] {
         "" => schema["maxItems"] = json!(1024),
         "[]" => return &[PORTS_NEED_PROTOCOL, ICMP_NEEDS_PROTOCOL, HTTP_NEEDS_ALLOW],
         "[].ipVersion" => schema["enum"] = json!([4, 6]),
+        // One of two fields, which serde reads as an enumeration with a value.
+        "[].http.paths[]" => {
+            *schema = json!({
+                "type": "object", "minProperties": 1, "maxProperties": 1,
+                "properties": {"exact": {"type": "string"}, "prefix": {"type": "string"}},
+            });
+        }
         _ => {}
     }
     match rest.rsplit('.').next() {
