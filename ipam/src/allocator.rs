@@ -82,9 +82,17 @@ pub(crate) struct Situation {
     pub(crate) pools: Vec<Pool>,
     pub(crate) reservations: Vec<Net>,
     pub(crate) node_labels: BTreeMap<String, String>,
+    pub(crate) locked: bool,
 }
 
 impl Situation {
+    pub(crate) fn ensure_unlocked(&self) -> Result<(), Error> {
+        if self.locked {
+            return Err(Error::Locked);
+        }
+        Ok(())
+    }
+
     pub(crate) fn is_reserved(&self, address: IpAddr) -> bool {
         self.reservations
             .iter()
@@ -131,19 +139,26 @@ impl Allocator {
         }
     }
 
+    /// Whether the datastore is locked (`datastoreReady: false`).
+    pub async fn is_locked(&self) -> Result<bool, Error> {
+        self.objects.is_locked().await
+    }
+
     pub(crate) async fn situation(&self) -> Result<Situation, Error> {
         Ok(Situation {
             configuration: self.objects.configuration().await?,
             pools: self.objects.pools().await?,
             reservations: self.objects.reservations().await?,
             node_labels: self.objects.node_labels(&self.node).await?,
+            locked: self.objects.is_locked().await?,
         })
     }
 
     /// Gives out addresses: from the node's blocks, then from newly claimed ones, then borrowed ones. All or nothing,
-    /// unless the request is partial.
+    /// unless the request is partial. A locked datastore gives out nothing; taking back goes on ([`Allocator::release`]).
     pub async fn assign(&self, request: &Request) -> Result<Vec<Assigned>, Error> {
         let situation = self.situation().await?;
+        situation.ensure_unlocked()?;
         let mut assigned: Vec<Assigned> = Vec::new();
         for (v4, count) in [(true, request.v4), (false, request.v6)] {
             if count == 0 {
@@ -315,6 +330,7 @@ impl Allocator {
     /// Gives one certain address to an owner; its block is claimed if it belongs to nobody.
     pub async fn assign_exact(&self, address: IpAddr, owner: &Owner) -> Result<Assigned, Error> {
         let situation = self.situation().await?;
+        situation.ensure_unlocked()?;
         let not_in_pool = Error::NotInPool { address };
         let Some((pool, cidr)) = situation
             .pools

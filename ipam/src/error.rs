@@ -73,6 +73,11 @@ pub enum Error {
         /// The block's owner.
         owner: String,
     },
+    /// Somebody has locked the datastore, to move or to mend it.
+    #[error(
+        "the datastore is locked (ClusterInformation default, datastoreReady: false), no addresses are given out until it is unlocked: calictl datastore unlock"
+    )]
+    Locked,
     /// The configuration contradicts itself.
     #[error("IPAMConfiguration(default): {0}")]
     Configuration(&'static str),
@@ -104,7 +109,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Datastore { source, .. } => source.is_transient(),
-            Self::Contention { .. } | Self::Closed => true,
+            Self::Contention { .. } | Self::Closed | Self::Locked => true,
             _ => false,
         }
     }

@@ -36,6 +36,11 @@ pub fn configuration() -> Key {
     Key::cluster(Kind::IPAMConfiguration, "default")
 }
 
+/// The one object that says whether the datastore is locked.
+pub fn cluster_information() -> Key {
+    Key::cluster(Kind::ClusterInformation, "default")
+}
+
 /// The handle of the addresses that a node holds ready.
 pub fn reserve_handle(node: &str) -> String {
     sanitized_handle(&format!("cali-reserve-{node}"))

@@ -97,6 +97,14 @@ impl Objects {
         )
     }
 
+    /// Whether the datastore is locked: then nothing may be given out.
+    pub(crate) async fn is_locked(&self) -> Result<bool, Error> {
+        let found = self.read(&names::cluster_information()).await?;
+        Ok(found.is_some_and(|found| {
+            matches!(&*found.object, AnyResource::ClusterInformation(information) if information.spec.datastore_ready == Some(false))
+        }))
+    }
+
     pub(crate) async fn configuration(&self) -> Result<IPAMConfigurationSpec, Error> {
         let spec = match self.read(&names::configuration()).await? {
             Some(found) => match found.object.as_ref() {
@@ -113,7 +121,7 @@ impl Objects {
         Ok(spec)
     }
 
-    /// Tells every change of what decides about pools.
+    /// Tells every change of what decides about pools, and of the lock.
     pub(crate) async fn watch_settings(&self) -> Result<WatchStream, Error> {
         let from = self
             .store
@@ -121,7 +129,12 @@ impl Objects {
             .await
             .map_err(Error::datastore("list ippools"))?
             .revision;
-        let kinds = [Kind::IPPool, Kind::IPAMConfiguration, Kind::IPReservation];
+        let kinds = [
+            Kind::IPPool,
+            Kind::IPAMConfiguration,
+            Kind::IPReservation,
+            Kind::ClusterInformation,
+        ];
         self.store
             .watch(&kinds, &from)
             .await

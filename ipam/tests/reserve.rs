@@ -264,6 +264,58 @@ async fn pods_get_addresses_of_the_pool_they_ask_for() {
     assert!(!unknown.is_transient());
 }
 
+fn information(ready: bool) -> AnyResource {
+    AnyResource::from_json(serde_json::json!({
+        "apiVersion": "projectcalico.org/v3", "kind": "ClusterInformation", "metadata": {"name": "default"},
+        "spec": {"datastoreReady": ready},
+    }))
+    .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_store_is_left_as_it_is_until_it_is_unlocked() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Switched::new(folder.path());
+    store
+        .create(pool("one", "10.0.0.0/24", |_| {}))
+        .await
+        .unwrap();
+    let keeper = keeper(&store, folder.path(), "n1").await;
+    let held = keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
+    soon("the refill", keeper.settled()).await.unwrap();
+    store.apply(information(false)).await.unwrap();
+    let mut number = 0;
+    let refused = soon("the lock", async {
+        loop {
+            number += 1;
+            let handle = format!("net.{number}");
+            match keeper.acquire(&ask(&handle, "n1", &[])).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(error) => break error,
+            }
+        }
+    })
+    .await;
+    assert!(matches!(refused, cali_ipam::Error::Locked), "{refused}");
+    assert!(refused.is_transient());
+    // Who has an address is told it again, and a pod that goes is not held up: the store is told afterwards.
+    let again = keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
+    assert_eq!(again, held);
+    let before = stored(&store).await;
+    keeper.release("net.a").await.unwrap();
+    assert!(keeper.acquire(&ask("net.late", "n1", &[])).await.is_err());
+    assert_eq!(stored(&store).await, before);
+    store.apply(information(true)).await.unwrap();
+    soon("the catching up", keeper.settled()).await.unwrap();
+    assert!(
+        !stored(&store)
+            .await
+            .values()
+            .any(|handle| handle == "net.a")
+    );
+    keeper.acquire(&ask("net.late", "n1", &[])).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_journal_is_rebuilt_from_the_store() {
     let folder = tempfile::tempdir().unwrap();

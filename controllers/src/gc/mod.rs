@@ -34,7 +34,7 @@ pub async fn read(
     Ok((inventory, facts))
 }
 
-/// One pass. With `dry_run` nothing is written.
+/// One pass. With `dry_run`, and while the datastore is locked, nothing is written.
 pub async fn pass(
     store: &Arc<dyn Datastore>,
     allocator: &Allocator,
@@ -45,7 +45,14 @@ pub async fn pass(
     let (inventory, facts) = read(store, allocator).await?;
     let plan = collector.plan(&inventory, &facts, now);
     let report = Report::new(&inventory, &facts, &plan);
-    let done = if dry_run {
+    let locked = allocator
+        .is_locked()
+        .await
+        .map_err(Error::ipam("see whether the datastore is locked"))?;
+    let done = if dry_run || locked {
+        if locked {
+            tracing::info!("the datastore is locked: nothing is collected");
+        }
         Done::default()
     } else {
         apply(store, allocator, &plan).await

@@ -287,6 +287,8 @@ impl Inner {
         let situation = self.situation();
         let handle = ask.owner.handle().unwrap_or_default().to_owned();
         let wants = match &situation {
+            // Nothing new; what the owner has already it may be told again.
+            Some(situation) if situation.locked => None,
             Some(situation) => wants(ask, situation)?,
             None => wants_unseen(ask),
         };

@@ -55,6 +55,11 @@ pub(super) async fn run(keeper: Weak<Inner>) {
                     sleep(&inner, &mut settings).await;
                 }
             }
+            Err(Error::Locked) => {
+                tracing::info!("{}", Error::Locked);
+                inner.settled.send_replace(false);
+                sleep(&inner, &mut settings).await;
+            }
             Err(error) => {
                 tracing::warn!(error = %error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "the datastore does not show the node's addresses yet");
                 drop(inner);
@@ -86,6 +91,8 @@ async fn sleep(inner: &Inner, settings: &mut Option<WatchStream>) {
 async fn once(inner: &Arc<Inner>, audit: bool) -> Result<(), Error> {
     let _writing = inner.writing.lock().await;
     let situation = inner.refresh().await?;
+    // What the journal holds is told when the lock is gone: somebody may be copying the datastore.
+    situation.ensure_unlocked()?;
     if audit {
         self::audit(inner).await?;
         for cidr in inner.allocator.give_up_unselected().await? {
