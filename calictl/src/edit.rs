@@ -1,10 +1,10 @@
 //! `calictl label` and `calictl patch`: small changes of one stored resource.
 
-use crate::output;
-use crate::resources::{ATTEMPTS, key, parse_kind};
-use anyhow::{Context, Result, anyhow, bail};
-use cali_api::{AnyResource, Key};
-use cali_datastore::{Datastore, Error};
+use crate::change::change_stored;
+use crate::resources::{key, parse_kind};
+use crate::{connection, output};
+use anyhow::{Context, Result, bail};
+use cali_api::AnyResource;
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
@@ -65,11 +65,12 @@ pub(crate) async fn label(label: &Label) -> Result<()> {
     if name.is_empty() {
         bail!("{:?} has no key", label.label);
     }
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let mut done = "";
     let object = format!("{} {}", key.kind, key.name);
-    change(store.as_ref(), &key, |stored| {
-        let labels = &mut stored.metadata_mut().labels;
+    change_stored(store.as_ref(), &key, |stored| {
+        let mut labelled = stored.clone();
+        let labels = &mut labelled.metadata_mut().labels;
         match value {
             None => {
                 labels
@@ -86,7 +87,7 @@ pub(crate) async fn label(label: &Label) -> Result<()> {
                 ),
             },
         }
-        Ok(())
+        Ok(labelled)
     })
     .await?;
     let on = if done == "removed" { "from" } else { "on" };
@@ -102,16 +103,15 @@ pub(crate) async fn patch(patch: &Patch) -> Result<()> {
     );
     let value: Value =
         serde_saphyr::from_str(&patch.patch).context("the patch is neither JSON nor YAML")?;
-    let store = cali_datastore::open_from_env()?;
-    change(store.as_ref(), &key, |stored| {
+    let store = connection::open().await?;
+    change_stored(store.as_ref(), &key, |stored| {
         let mut object = stored.to_json();
         apply(&mut object, &value, patch.kind_of_patch)?;
         let patched = AnyResource::from_json(object).context("the patched resource is not one")?;
         if patched.key() != key {
             bail!("a patch cannot make {key} to {}", patched.key());
         }
-        *stored = patched;
-        Ok(())
+        Ok(patched)
     })
     .await
     .with_context(|| format!("Failed to patch '{}' resource", key.kind))?;
@@ -131,25 +131,6 @@ fn apply(object: &mut Value, patch: &Value, how: PatchType) -> Result<()> {
             let steps: json_patch::Patch = serde_json::from_value(patch.clone())
                 .context("a JSON patch is a list of operations (RFC 6902)")?;
             json_patch::patch(object, &steps).context("the patch does not fit")?;
-        }
-    }
-    Ok(())
-}
-
-/// Reads, changes and writes; again where another writer was faster.
-async fn change(
-    store: &dyn Datastore,
-    key: &Key,
-    mut edit: impl FnMut(&mut AnyResource) -> Result<()>,
-) -> Result<()> {
-    for attempt in 1.. {
-        let found = store.get(key).await?;
-        let mut object = (*found.object).clone();
-        edit(&mut object)?;
-        object.metadata_mut().resource_version = Some(found.revision.clone());
-        match store.update(object).await {
-            Err(Error::Conflict { .. }) if attempt < ATTEMPTS => {}
-            other => return other.map(drop).map_err(|error| anyhow!(error)),
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 use crate::format::{Format, Table};
 use crate::programmed::Programmed;
 use crate::resources::{key, parse_kind};
-use crate::{columns, converted, manifests, output};
+use crate::{columns, connection, converted, datastore, manifests, output};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::selector::Selector;
 use cali_api::update::{SyncEvent, SyncStatus};
@@ -93,7 +93,7 @@ fn labels(text: &str) -> Result<Selector> {
 }
 
 pub(crate) async fn run(get: &Get) -> Result<()> {
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let Some(kind) = &get.kind else {
         return of_files(store.as_ref(), get).await;
     };
@@ -256,11 +256,12 @@ fn document(kind: Kind, mut objects: Vec<Value>, get: &Get) -> Value {
 }
 
 fn shown(object: &AnyResource, export: bool) -> Value {
-    let mut value = object.to_json();
-    if export && let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-        for field in ["uid", "resourceVersion", "creationTimestamp", "namespace"] {
-            metadata.remove(field);
-        }
+    if !export {
+        return object.to_json();
+    }
+    let mut value = datastore::portable(object);
+    if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("namespace");
     }
     value
 }

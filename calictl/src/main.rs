@@ -1,14 +1,17 @@
 //! `calictl`: the command line of Cali.
 
 use anyhow::{Context, Result};
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::process::ExitCode;
 
 mod bgp;
 mod bgp_table;
+mod change;
 mod columns;
 mod conformance;
+mod connection;
 mod converted;
+mod datastore;
 mod edit;
 mod explain;
 mod flow;
@@ -31,6 +34,8 @@ use resources::Verb;
 #[derive(Debug, Parser)]
 #[command(name = "calictl", version, propagate_version = true)]
 struct Arguments {
+    #[command(flatten)]
+    connection: connection::Flags,
     #[command(subcommand)]
     command: Command,
 }
@@ -70,6 +75,9 @@ enum Command {
     /// Look at addresses and who holds them
     #[command(subcommand)]
     Ipam(ipam::Command),
+    /// Lock the datastore, and move what it holds to another one
+    #[command(subcommand)]
+    Datastore(datastore::Command),
     /// Run policy cases with real packets, in network namespaces of their own
     Conformance(conformance::Conformance),
     /// Run a containerlab topology in network namespaces on this machine
@@ -84,13 +92,41 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
+    match parse().and_then(run) {
         Ok(code) => code,
         Err(error) => {
             output::error(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command line; called by `kubectl`, the program goes by the name that was typed.
+fn parse() -> Result<Command> {
+    let mut command = Arguments::command();
+    if connection::is_plugin() {
+        command = command.bin_name("kubectl calico");
+    }
+    let matches = command.get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    log(&arguments.connection.log_level)?;
+    connection::settle(arguments.connection);
+    Ok(arguments.command)
+}
+
+/// What the libraries log, on standard error. Calico's levels without a counterpart mean that nothing is logged.
+fn log(level: &str) -> Result<()> {
+    if matches!(level, "panic" | "fatal") {
+        return Ok(());
+    }
+    let level: tracing_subscriber::filter::LevelFilter = level.parse().with_context(|| {
+        format!("--log-level {level:?} is none of panic, error, warn, info, debug, trace")
+    })?;
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
 }
 
 fn run(command: Command) -> Result<ExitCode> {
@@ -128,6 +164,7 @@ fn in_runtime(command: Command) -> Result<ExitCode> {
             Command::Node(command) => return node::run(&command).await,
             Command::Bgp(command) => bgp::run(&command).await?,
             Command::Ipam(command) => ipam::run(&command).await?,
+            Command::Datastore(command) => datastore::run(&command).await?,
             Command::Label(arguments) => edit::label(&arguments).await?,
             Command::Patch(arguments) => edit::patch(&arguments).await?,
             Command::Version(version) => version::run(&version).await?,
@@ -139,4 +176,14 @@ fn in_runtime(command: Command) -> Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_command_gives_one_flag_two_meanings() {
+        Arguments::command().debug_assert();
+    }
 }

@@ -16,14 +16,21 @@ pub(crate) fn read(
     recursive: bool,
     namespace: Option<&str>,
 ) -> Result<Vec<Document>> {
+    let mut all = Vec::new();
+    for file in files {
+        all.extend(texts(file, recursive)?);
+    }
+    parse(&all, namespace)
+}
+
+/// As [`read`], of texts and the names they go by.
+pub(crate) fn parse(texts: &[(String, String)], namespace: Option<&str>) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     let mut mistakes = Vec::new();
-    for file in files {
-        for (name, text) in texts(file, recursive)? {
-            match manifest::parse(&name, &text) {
-                Ok(parsed) => documents.extend(parsed),
-                Err(errors) => mistakes.extend(errors),
-            }
+    for (name, text) in texts {
+        match manifest::parse(name, text) {
+            Ok(parsed) => documents.extend(parsed),
+            Err(errors) => mistakes.extend(errors),
         }
     }
     for document in &mut documents {
@@ -73,7 +80,7 @@ fn refuse(mistakes: &[manifest::ManifestError]) -> Result<()> {
 }
 
 /// Name and text of a file, of standard input, or of the manifests of a folder in the order of their names.
-fn texts(file: &Path, recursive: bool) -> Result<Vec<(String, String)>> {
+pub(crate) fn texts(file: &Path, recursive: bool) -> Result<Vec<(String, String)>> {
     if file == Path::new("-") {
         let mut text = String::new();
         std::io::stdin()

@@ -29,12 +29,19 @@ pub(crate) fn error(error: &anyhow::Error) {
     let _ = writeln!(io::stderr(), "{} {text}", Style::ERROR.paint("error:"));
 }
 
+/// Says on standard error what the person should know, and goes on.
+pub(crate) fn warning(text: impl Display) {
+    // Nothing can be done about a closed standard error.
+    let _ = writeln!(io::stderr(), "{} {text}", Style::WARNING.paint("warning:"));
+}
+
 /// A colour, used only where standard error or output is a terminal and `NO_COLOR` is not set.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Style(&'static str);
 
 impl Style {
     pub(crate) const ERROR: Self = Self("1;31");
+    pub(crate) const WARNING: Self = Self("1;33");
     pub(crate) const GOOD: Self = Self("32");
     pub(crate) const BAD: Self = Self("31");
     pub(crate) const TITLE: Self = Self("1");

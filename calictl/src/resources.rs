@@ -1,15 +1,13 @@
 //! `apply`, `create`, `replace`, `validate`, `delete`: resources of files into the datastore, and out of it.
 
+use crate::change::change_stored;
 use crate::manifests::{self, Document};
-use crate::output;
+use crate::{connection, output};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error};
 use clap::Args;
 use std::path::PathBuf;
-
-/// Attempts of an update that meets another writer.
-pub(crate) const ATTEMPTS: usize = 5;
 
 #[derive(Debug, Args)]
 pub(crate) struct Files {
@@ -95,7 +93,7 @@ pub(crate) async fn write(verb: Verb, files: &Files) -> Result<()> {
     if matches!(verb, Verb::Validate) {
         kinds.extend(documents.iter().map(|document| document.value.kind()));
     } else {
-        let store = cali_datastore::open_from_env()?;
+        let store = connection::open().await?;
         manifests::check(store.as_ref(), &documents).await?;
         if files.dry_run {
             return rehearse(store.as_ref(), verb, &documents).await;
@@ -173,21 +171,9 @@ async fn write_one(store: &dyn Datastore, verb: Verb, object: AnyResource) -> Re
             Err(Error::AlreadyExists { .. }) if skip_exists => Ok(false),
             other => other.map(|_| true),
         },
-        Verb::Replace => {
-            let key = object.key();
-            for attempt in 1.. {
-                let found = store.get(&key).await?;
-                let mut object = object.clone();
-                if object.metadata().resource_version.is_none() {
-                    object.metadata_mut().resource_version = Some(found.revision.clone());
-                }
-                match store.update(object).await {
-                    Err(Error::Conflict { .. }) if attempt < ATTEMPTS => {}
-                    other => return other.map(|_| true),
-                }
-            }
-            Ok(false)
-        }
+        Verb::Replace => change_stored(store, &object.key(), |_| Ok(object.clone()))
+            .await
+            .map(|()| true),
     }
 }
 
@@ -223,7 +209,7 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
                 .collect()
         }
     };
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let mut deleted = Vec::new();
     // What others refer to goes last: files list it first.
     for key in keys.iter().rev() {

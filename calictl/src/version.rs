@@ -1,6 +1,6 @@
 //! `calictl version`: of this program, and of what runs in the cluster.
 
-use crate::output;
+use crate::{connection, output};
 use anyhow::{Context, Result};
 use cali_api::{AnyResource, Key, Kind};
 use clap::Args;
@@ -16,13 +16,13 @@ pub(crate) struct Version {
     poll: Option<u64>,
 }
 
-/// The two lines that need no datastore; nothing is started for them.
+/// What needs no datastore; nothing is started for it. The commit is that of `CALI_COMMIT` at build time, if any.
 pub(crate) fn client() -> String {
-    format!(
-        "Client Version:    v{}\nGit commit:        {}\n",
-        env!("CARGO_PKG_VERSION"),
-        option_env!("CALI_COMMIT").unwrap_or("unknown")
-    )
+    let mut text = format!("Client Version:    v{}\n", env!("CARGO_PKG_VERSION"));
+    if let Some(commit) = option_env!("CALI_COMMIT").filter(|commit| !commit.is_empty()) {
+        text.push_str(&format!("Git commit:        {commit}\n"));
+    }
+    text
 }
 
 impl Version {
@@ -43,7 +43,7 @@ pub(crate) async fn run(version: &Version) -> Result<()> {
 }
 
 async fn cluster() -> Result<String> {
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let key = Key::cluster(Kind::ClusterInformation, "default");
     let found = store
         .get(&key)

@@ -1,10 +1,13 @@
 //! The built program as a person uses it: what is typed, what is printed, how it ends; compared as a whole.
 
-use std::fmt::Write as _;
+mod terminal;
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+
+use terminal::{Terminal, kinds};
 
 const MANIFEST: &str = "\
 apiVersion: projectcalico.org/v3
@@ -28,91 +31,15 @@ metadata: {name: deny-db}
 spec: {selector: tier == 'db', types: [Ingress], ingress: [{action: Deny}]}
 ";
 
-/// A datastore of its own, and what was typed and printed so far.
-struct Terminal {
-    folder: tempfile::TempDir,
-    transcript: String,
-}
-
-impl Terminal {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().expect("make a folder");
-        std::fs::write(folder.path().join("all.yaml"), MANIFEST).expect("write the manifest");
-        Self {
-            folder,
-            transcript: String::new(),
-        }
-    }
-
-    fn file(&self, name: &str, text: &str) {
-        std::fs::write(self.folder.path().join(name), text).expect("write a file");
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_calictl"));
-        command
-            .args(args)
-            .current_dir(self.folder.path())
-            .env_clear()
-            .env("DATASTORE_TYPE", "sqlite")
-            .env("CALI_SQLITE_PATH", self.folder.path().join("cali.db"));
-        command
-    }
-
-    /// Types a line; words are separated by blanks, quotes keep them together.
-    fn types(&mut self, line: &str) -> &mut Self {
-        let words = words(line);
-        let args: Vec<&str> = words.iter().map(String::as_str).collect();
-        let output = self.command(&args).output().expect("start calictl");
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
-        let _ = write!(self.transcript, "$ calictl {line}\n{said}");
-        if let Some(code) = output.status.code().filter(|code| *code != 0) {
-            let _ = writeln!(self.transcript, "[exit code {code}]");
-        }
-        self
-    }
-
-    /// The transcript without what differs from run to run.
-    fn transcript(&self) -> String {
-        let folder = self.folder.path().display().to_string();
-        let lines = self.transcript.replace(&folder, "FOLDER");
-        let changing = [
-            "uid:",
-            "resourceVersion:",
-            "creationTimestamp:",
-            "\"uid\":",
-            "\"resourceVersion\":",
-            "\"creationTimestamp\":",
-        ];
-        lines
-            .lines()
-            .filter(|line| {
-                !changing
-                    .iter()
-                    .any(|word| line.trim_start().starts_with(word))
-            })
-            .map(|line| format!("{line}\n"))
-            .collect()
-    }
-}
-
-fn words(line: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
-    let mut quoted = false;
-    for letter in line.chars() {
-        match letter {
-            '\'' => quoted = !quoted,
-            ' ' if !quoted => words.push(String::new()),
-            _ => words.last_mut().expect("there is a word").push(letter),
-        }
-    }
-    words
+fn fresh() -> Terminal {
+    let terminal = Terminal::new();
+    terminal.file("all.yaml", MANIFEST);
+    terminal
 }
 
 #[test]
 fn resources_are_written_shown_changed_and_deleted() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal
         .types("apply -f all.yaml --dry-run")
         .types("create -f all.yaml")
@@ -137,7 +64,7 @@ fn resources_are_written_shown_changed_and_deleted() {
 
 #[test]
 fn get_prints_every_format_and_filters() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal.types("apply -f all.yaml");
     terminal.transcript.clear();
     terminal
@@ -162,7 +89,7 @@ fn get_prints_every_format_and_filters() {
 
 #[test]
 fn bad_input_is_refused_with_its_place_and_nothing_is_done() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal.file(
         "syntax.yaml",
         "apiVersion: projectcalico.org/v3\nkind: [IPPool\n",
@@ -198,7 +125,7 @@ fn bad_input_is_refused_with_its_place_and_nothing_is_done() {
 
 #[test]
 fn fields_are_explained_from_the_schema() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal
         .types("explain ippool")
         .types("explain ippool.spec")
@@ -210,7 +137,7 @@ fn fields_are_explained_from_the_schema() {
 
 #[test]
 fn addresses_are_configured_and_pools_split() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal.types("apply -f all.yaml");
     terminal.transcript.clear();
     terminal
@@ -226,8 +153,72 @@ fn addresses_are_configured_and_pools_split() {
 }
 
 #[test]
+fn a_locked_datastore_gives_out_nothing_and_is_moved() {
+    let mut terminal = fresh();
+    terminal.types("apply -f all.yaml");
+    terminal.gives_address("n1", "web");
+    terminal
+        .types("datastore export")
+        .types("datastore lock")
+        .types("get clusterinformation");
+    let refused = terminal::gives_address(&terminal.path("cali.db"), "n1", "late");
+    assert!(
+        matches!(refused, Err(cali_ipam::Error::Locked)),
+        "{refused:?}"
+    );
+    terminal
+        .types("datastore migrate export > all.txt")
+        .types("CALI_SQLITE_PATH=other.db datastore import -f all.yaml")
+        .types("datastore import -f all.txt")
+        .types("CALI_SQLITE_PATH=used.db apply -f all.yaml")
+        .types("CALI_SQLITE_PATH=used.db delete ippool v4")
+        .types("CALI_SQLITE_PATH=used.db datastore migrate import -f all.txt")
+        .types("CALI_SQLITE_PATH=used.db get ippool -o name")
+        .types("CALI_SQLITE_PATH=other.db datastore import -f all.txt")
+        .types("CALI_SQLITE_PATH=other.db datastore import -f all.txt")
+        .types("CALI_SQLITE_PATH=other.db datastore export > again.txt")
+        .types("CALI_SQLITE_PATH=other.db datastore migrate unlock")
+        .types("CALI_SQLITE_PATH=other.db datastore import -f all.txt")
+        .types("CALI_SQLITE_PATH=other.db ipam show --show-blocks");
+    let read = |name: &str| std::fs::read_to_string(terminal.path(name)).expect("a file");
+    assert_eq!(read("all.txt"), read("again.txt"));
+    assert!(read("all.txt").contains("k8s-pod-network.web"));
+    let unlocked = read("all.txt").replace("\"datastoreReady\": false", "\"datastoreReady\": true");
+    terminal.file("unlocked.txt", &unlocked);
+    terminal.types("CALI_SQLITE_PATH=new.db datastore import -f unlocked.txt");
+    insta::assert_snapshot!(terminal.transcript());
+    let other = terminal.path("other.db");
+    terminal::gives_address(&other, "n1", "next").expect("addresses again");
+}
+
+#[test]
+fn every_field_of_every_kind_comes_back() {
+    kinds::come_back(&Terminal::new(), &[]);
+    kinds::are_complete();
+}
+
+#[test]
+fn a_pool_is_split_and_keeps_its_addresses() {
+    let mut terminal = fresh();
+    terminal.types("apply -f all.yaml");
+    terminal.gives_address("n1", "web");
+    terminal.transcript.clear();
+    terminal
+        .types("ipam split 4 --name v4")
+        .types("datastore lock")
+        .types("ipam split 3 --name v4")
+        .types("ipam split 4 --cidr 10.30.0.0/16")
+        .types("datastore unlock")
+        .types("get ippools -o wide")
+        .types("ipam show --show-blocks")
+        .types("ipam check --show-problem-ips");
+    insta::assert_snapshot!(terminal.transcript());
+    terminal.gives_address("n1", "api");
+}
+
+#[test]
 fn a_watch_shows_what_is_there_and_each_change() {
-    let mut terminal = Terminal::new();
+    let mut terminal = fresh();
     terminal.types("apply -f all.yaml");
     let mut watch = terminal
         .command(&["get", "ippool", "--watch", "-o", "custom-columns=NAME,NAT"])
@@ -250,7 +241,7 @@ fn a_watch_shows_what_is_there_and_each_change() {
 
 #[test]
 fn shells_and_man_know_every_command() {
-    let terminal = Terminal::new();
+    let terminal = fresh();
     for shell in ["bash", "zsh", "fish"] {
         let output = terminal
             .command(&["completion", shell])
@@ -271,7 +262,7 @@ fn shells_and_man_know_every_command() {
 
 #[test]
 fn the_version_of_the_client_needs_nothing_and_no_time() {
-    let terminal = Terminal::new();
+    let terminal = fresh();
     let fastest = (0..5)
         .map(|_| {
             let start = Instant::now();

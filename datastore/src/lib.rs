@@ -46,21 +46,32 @@ pub const DEFAULT_SQLITE_PATH: &str = "/var/lib/calico/cali.db";
 ///
 /// etcd and the API server are reached at the first call, not here. Must be called inside a Tokio runtime.
 pub fn open_from_env() -> Result<Arc<dyn Datastore>, Error> {
-    open(&std::env::var("DATASTORE_TYPE").unwrap_or_else(|_| "sqlite".to_owned()))
+    open_with(|name| std::env::var(name).ok())
 }
 
 /// As [`open_from_env`], of a type that is given.
 pub fn open(kind: &str) -> Result<Arc<dyn Datastore>, Error> {
-    match kind {
+    open_with(|name| match name {
+        "DATASTORE_TYPE" => Some(kind.to_owned()),
+        _ => std::env::var(name).ok(),
+    })
+}
+
+/// As [`open_from_env`], from any source of variables.
+pub fn open_with(variable: impl Fn(&str) -> Option<String>) -> Result<Arc<dyn Datastore>, Error> {
+    let kind = variable("DATASTORE_TYPE").unwrap_or_else(|| "sqlite".to_owned());
+    match kind.as_str() {
         "sqlite" => {
-            let path = std::env::var_os("CALI_SQLITE_PATH")
+            let path = variable("CALI_SQLITE_PATH")
                 .map_or_else(|| PathBuf::from(DEFAULT_SQLITE_PATH), PathBuf::from);
             Ok(Arc::new(sqlite::Sqlite::open(&path)?))
         }
         "kubernetes" => Ok(Arc::new(kubernetes::Kubernetes::new(
-            kubernetes::Settings::from_env()?,
+            kubernetes::Settings::from_variables(variable)?,
         ))),
-        "etcdv3" => Ok(Arc::new(etcd::Etcd::new(etcd::Settings::from_env()?))),
+        "etcdv3" => Ok(Arc::new(etcd::Etcd::new(etcd::Settings::from_variables(
+            variable,
+        )?))),
         other => Err(Error::Configuration {
             variable: "DATASTORE_TYPE",
             reason: format!("{other:?} is none of sqlite, kubernetes, etcdv3"),

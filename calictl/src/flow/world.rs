@@ -13,6 +13,7 @@ use felix::verdict::Model;
 use tokio::sync::mpsc;
 
 use super::query::End;
+use crate::connection;
 
 /// How long the datastore may take to say everything.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -32,7 +33,7 @@ pub(crate) struct Live {
 impl Live {
     /// Reads everything, and follows what comes.
     pub(crate) async fn start() -> Result<Self> {
-        let stream = cali_datastore::sync::start(cali_datastore::open_from_env()?, &kinds());
+        let stream = cali_datastore::sync::start(connection::open().await?, &kinds());
         let mut live = Self {
             world: World::default(),
             stream,

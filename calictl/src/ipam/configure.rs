@@ -1,13 +1,13 @@
 //! `ipam configure`: the settings of address management, each by a flag of its own.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use cali_api::v3::{IPAMConfiguration, IPAMConfigurationSpec, Toggle};
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error};
+use cali_datastore::Error;
 use clap::Args;
 
-use crate::output;
-use crate::resources::ATTEMPTS;
+use crate::change::change;
+use crate::{connection, output};
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
@@ -27,43 +27,22 @@ pub(crate) struct Configure {
 }
 
 pub(super) async fn run(configure: &Configure) -> Result<()> {
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let key = Key::cluster(Kind::IPAMConfiguration, "default");
-    for attempt in 1.. {
-        let written = write(store.as_ref(), &key, configure).await;
-        match written {
-            Err(Error::Conflict { .. } | Error::AlreadyExists { .. }) if attempt < ATTEMPTS => {}
-            Err(error) => return Err(anyhow!(error)).context("the settings were not changed"),
-            Ok(()) => break,
-        }
-    }
+    change(store.as_ref(), &key, |stored| {
+        let mut config = match stored {
+            Some(AnyResource::IPAMConfiguration(config)) => (**config).clone(),
+            _ => IPAMConfiguration::named("default", IPAMConfigurationSpec::default()),
+        };
+        configure.change(&mut config.spec);
+        Ok::<_, Error>(config.into())
+    })
+    .await
+    .context("the settings were not changed")?;
     for (name, value) in configure.set() {
         output::line(format!("Successfully set {name} to: {value}"));
     }
     Ok(())
-}
-
-async fn write(store: &dyn Datastore, key: &Key, configure: &Configure) -> Result<(), Error> {
-    let found = match store.get(key).await {
-        Ok(found) => Some(found),
-        Err(Error::NotFound { .. }) => None,
-        Err(error) => return Err(error),
-    };
-    match found {
-        None => {
-            let mut new = IPAMConfiguration::named("default", IPAMConfigurationSpec::default());
-            configure.change(&mut new.spec);
-            store.create(new.into()).await.map(drop)
-        }
-        Some(found) => {
-            let mut object = (*found.object).clone();
-            if let AnyResource::IPAMConfiguration(config) = &mut object {
-                configure.change(&mut config.spec);
-            }
-            object.metadata_mut().resource_version = Some(found.revision);
-            store.update(object).await.map(drop)
-        }
-    }
 }
 
 impl Configure {

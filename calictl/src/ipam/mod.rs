@@ -19,6 +19,8 @@ use cali_ipam::Allocator;
 use cali_ipam::collect::Inventory;
 use clap::Subcommand;
 
+use crate::connection;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show how much of the pools is in use, or who holds an address
@@ -76,7 +78,7 @@ struct Cluster {
 
 impl Cluster {
     async fn read() -> Result<Self> {
-        let store = cali_datastore::open_from_env()?;
+        let store = connection::open().await?;
         let allocator = Allocator::with_system_time(Arc::clone(&store), "");
         let (inventory, facts) = gc::read(&store, &allocator)
             .await

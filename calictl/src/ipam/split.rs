@@ -7,7 +7,8 @@ use cali_datastore::Datastore;
 use clap::Args;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::output;
+use crate::datastore::is_locked;
+use crate::{connection, output};
 
 #[derive(Debug, Args)]
 pub(crate) struct Split {
@@ -22,8 +23,11 @@ pub(crate) struct Split {
 }
 
 pub(super) async fn run(split: &Split) -> Result<()> {
-    let store = cali_datastore::open_from_env()?;
-    ensure_locked(store.as_ref()).await?;
+    let store = connection::open().await?;
+    ensure!(
+        is_locked(store.as_ref()).await?,
+        "the datastore is not locked, so nodes would work while their pool changes: lock it first: calictl datastore lock"
+    );
     let pool = find(store.as_ref(), split).await?;
     let parts = parts(&pool, split.number)?;
     // Pools may not overlap, so the whole goes before its parts come. Nodes do not look while the datastore is locked.
@@ -54,23 +58,10 @@ pub(super) async fn run(split: &Split) -> Result<()> {
         output::line(format!("{}  {}", part.metadata.name, part.spec.cidr));
     }
     output::line(format!(
-        "Successfully split pool {} into {} pools; unlock the datastore to go on: calictl datastore migrate unlock",
+        "Successfully split pool {} into {} pools; unlock the datastore to go on: calictl datastore unlock",
         pool.metadata.name,
         parts.len()
     ));
-    Ok(())
-}
-
-async fn ensure_locked(store: &dyn Datastore) -> Result<()> {
-    let found = store
-        .get(&Key::cluster(Kind::ClusterInformation, "default"))
-        .await
-        .context("cannot see whether the datastore is locked")?;
-    let locked = matches!(&*found.object, AnyResource::ClusterInformation(info) if info.spec.datastore_ready == Some(false));
-    ensure!(
-        locked,
-        "the datastore is not locked, so nodes would work while their pool changes: lock it first: calictl datastore migrate lock"
-    );
     Ok(())
 }
 

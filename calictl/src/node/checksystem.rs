@@ -2,6 +2,7 @@
 //! the other nodes carry what the links promise.
 
 use super::path::{self, Path};
+use crate::connection;
 use crate::output::{self, Style};
 use anyhow::{Context, Result};
 use cali_api::v3::EncapMode;
@@ -93,7 +94,7 @@ fn kernel() -> String {
 }
 
 async fn wishes() -> Result<Wishes> {
-    let store = cali_datastore::open_from_env()?;
+    let store = connection::open().await?;
     let mut wishes = Wishes::default();
     for kind in [Kind::IPPool, Kind::FelixConfiguration, Kind::Node] {
         let list = store

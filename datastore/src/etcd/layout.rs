@@ -281,9 +281,8 @@ pub(super) fn decode(located: &Located, value: Value) -> Value {
             {
                 fields.insert("node".to_owned(), json!(node));
                 fields.insert("cidr".to_owned(), json!(cidr.to_string()));
-                if *is_virtual {
-                    fields.insert("type".to_owned(), json!("virtual"));
-                }
+                let owner = if *is_virtual { "virtual" } else { "host" };
+                fields.insert("type".to_owned(), json!(owner));
             }
             spec
         }

@@ -12,6 +12,7 @@
 mod connect;
 mod follow;
 mod layout;
+pub mod portable;
 
 use std::future::Future;
 use std::time::{Duration, SystemTime};

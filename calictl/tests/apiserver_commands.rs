@@ -1,0 +1,142 @@
+//! What a person does with a real Kubernetes cluster as the datastore.
+
+mod terminal;
+
+use std::io::Write as _;
+use std::process::Stdio;
+
+use cali_api::schema::{Group, defined, definition};
+use cali_datastore::testing::{ApiServer, Etcd};
+use terminal::{Terminal, kinds};
+
+/// What `kubectl` is told is done, or this fails with its words.
+fn kubectl(server: &ApiServer, manifest: &str) {
+    let mut child = server
+        .kubectl(&["apply", "-f", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("start kubectl");
+    let mut input = child.stdin.take().expect("its input");
+    input
+        .write_all(manifest.as_bytes())
+        .expect("write to kubectl");
+    drop(input);
+    assert!(child.wait().expect("its end").success());
+}
+
+/// A cluster with a namespace and a node, and a terminal that has it as its datastore.
+async fn cluster(group: Group) -> (ApiServer, Terminal) {
+    let server = ApiServer::start().await;
+    let definitions: Vec<_> = defined().map(|kind| definition(kind, group)).collect();
+    server.define(&definitions).await;
+    server.namespace("shop").await;
+    kubectl(
+        &server,
+        "{apiVersion: v1, kind: Node, metadata: {name: node1}}",
+    );
+    let mut terminal = Terminal::new();
+    into_cluster(&mut terminal, &server);
+    (server, terminal)
+}
+
+fn into_cluster(terminal: &mut Terminal, server: &ApiServer) {
+    let kubeconfig = server.kubeconfig().display().to_string();
+    terminal.uses(&[
+        ("DATASTORE_TYPE", "kubernetes"),
+        ("KUBECONFIG", &kubeconfig),
+    ]);
+}
+
+/// The parts of an export without the kinds of which Kubernetes only has views.
+fn without_views(export: &str) -> String {
+    let views = ["NodeList", "ProfileList", "WorkloadEndpointList"];
+    let is_view = |document: &&str| {
+        views
+            .iter()
+            .any(|kind| document.contains(&format!("kind: {kind}\n")))
+    };
+    let documents: Vec<&str> = export
+        .split("---\n")
+        .filter(|document| !is_view(document))
+        .collect();
+    documents.join("---\n")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_moves_into_kubernetes_and_out_again() {
+    let (server, mut terminal) = cluster(Group::V1).await;
+    tokio::task::block_in_place(|| moves(&server, &mut terminal));
+}
+
+fn moves(server: &ApiServer, terminal: &mut Terminal) {
+    let path = terminal.path("cali.db").display().to_string();
+    terminal.uses(&[("DATASTORE_TYPE", "sqlite"), ("CALI_SQLITE_PATH", &path)]);
+    terminal.fills("node1", "web");
+    terminal.prints("datastore lock");
+    let before = terminal.prints("datastore export > before.txt");
+    into_cluster(terminal, server);
+    let said = terminal.prints("datastore import -f before.txt");
+    assert!(
+        said.contains("1 profiles are the Kubernetes cluster's own"),
+        "{said}"
+    );
+    let between = terminal.prints("datastore export > between.txt");
+    assert_eq!(without_views(&between), without_views(&before));
+    // A node's settings have become annotations of Kubernetes' node, and are read from there.
+    let node = terminal.prints("get node node1 -o jsonpath={.spec.bgp.ipv4Address}");
+    assert_eq!(node.trim(), "192.0.2.1/24");
+    let etcd = Etcd::start();
+    terminal.uses(&[
+        ("DATASTORE_TYPE", "etcdv3"),
+        ("ETCD_ENDPOINTS", &etcd.endpoint()),
+    ]);
+    terminal.prints("datastore import -f between.txt");
+    assert_eq!(terminal.prints("datastore export"), between);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_field_of_every_kind_comes_back_from_the_api_server() {
+    for group in [Group::V1, Group::V3] {
+        let (_server, terminal) = cluster(group).await;
+        // What Kubernetes has only as views of its own objects is written there, not here.
+        tokio::task::block_in_place(|| {
+            kinds::come_back(&terminal, &["Node", "Profile", "WorkloadEndpoint"]);
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn contexts_and_the_name_of_a_plugin_choose_the_cluster() {
+    let (server, mut terminal) = cluster(Group::V1).await;
+    tokio::task::block_in_place(|| {
+        let kubeconfig = server.kubeconfig().display().to_string();
+        terminal.uses(&[]);
+        let wanted = "nodes/node1\n";
+        let line = format!("get nodes -o name --kubeconfig {kubeconfig}");
+        assert_eq!(terminal.prints(&line), wanted);
+        assert_eq!(terminal.prints(&format!("{line} --context test")), wanted);
+        let refused = terminal.output(&format!("{line} --context other"));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            !refused.status.success() && said.contains("other"),
+            "{said}"
+        );
+        // As `kubectl calico`: kubectl runs the program of this name.
+        let plugins = terminal.path("plugins");
+        std::fs::create_dir(&plugins).expect("a folder");
+        std::os::unix::fs::symlink(
+            env!("CARGO_BIN_EXE_calictl"),
+            plugins.join("kubectl-calico"),
+        )
+        .expect("a link");
+        let output = std::process::Command::new(server.kubectl(&[]).get_program())
+            .args(["calico", "get", "nodes", "-o", "name"])
+            .env_clear()
+            .env("KUBECONFIG", &kubeconfig)
+            .env("PATH", &plugins)
+            .output()
+            .expect("run kubectl");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), wanted, "{said}");
+    });
+}

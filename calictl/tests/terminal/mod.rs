@@ -1,0 +1,210 @@
+//! The built program in a folder and with a datastore of its own, and what was typed and printed so far.
+
+// Each test binary uses a part of it.
+#![allow(dead_code)]
+
+pub(crate) mod kinds;
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use cali_datastore::Datastore;
+use cali_datastore::sqlite::Sqlite;
+use cali_ipam::{Allocator, Owner, Request};
+
+pub(crate) struct Terminal {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) transcript: String,
+    environment: Vec<(String, String)>,
+}
+
+impl Terminal {
+    /// With an embedded store in the folder, `cali.db`.
+    pub(crate) fn new() -> Self {
+        let mut terminal = Self {
+            folder: tempfile::tempdir().expect("make a folder"),
+            transcript: String::new(),
+            environment: Vec::new(),
+        };
+        let store = terminal.path("cali.db").display().to_string();
+        terminal.environment = vec![
+            ("DATASTORE_TYPE".to_owned(), "sqlite".to_owned()),
+            ("CALI_SQLITE_PATH".to_owned(), store),
+        ];
+        terminal
+    }
+
+    /// From now on, another datastore.
+    pub(crate) fn uses(&mut self, environment: &[(&str, &str)]) -> &mut Self {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.environment = environment.iter().map(owned).collect();
+        self
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn file(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).expect("write a file");
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_calictl"));
+        command
+            .args(args)
+            .current_dir(self.folder.path())
+            .env_clear()
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// What a line does, without writing it down.
+    pub(crate) fn output(&self, line: &str) -> Output {
+        let (variables, args, file) = parts(line);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let output = self
+            .command(&args)
+            .envs(variables)
+            .output()
+            .expect("start calictl");
+        if let Some(file) = file {
+            std::fs::write(self.path(&file), &output.stdout).expect("write a file");
+        }
+        output
+    }
+
+    /// What a line prints; it must succeed.
+    pub(crate) fn prints(&self, line: &str) -> String {
+        let output = self.output(line);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "calictl {line}\n{said}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Types a line; words are separated by blanks, quotes keep them together. Variables come before it, `> FILE` at its end.
+    pub(crate) fn types(&mut self, line: &str) -> &mut Self {
+        let output = self.output(line);
+        let said = if line.contains(" > ") {
+            output.stderr
+        } else {
+            [output.stdout, output.stderr].concat()
+        };
+        let said = String::from_utf8_lossy(&said);
+        let (variables, rest) = match parts(line).0.len() {
+            0 => (String::new(), line),
+            count => {
+                let at = line
+                    .match_indices(' ')
+                    .nth(count - 1)
+                    .map_or(0, |(at, _)| at + 1);
+                (line[..at].to_owned(), &line[at..])
+            }
+        };
+        let _ = write!(self.transcript, "$ {variables}calictl {rest}\n{said}");
+        if let Some(code) = output.status.code().filter(|code| *code != 0) {
+            let _ = writeln!(self.transcript, "[exit code {code}]");
+        }
+        self
+    }
+
+    /// The transcript without what differs from run to run.
+    pub(crate) fn transcript(&self) -> String {
+        let folder = self.folder.path().display().to_string();
+        let lines = self.transcript.replace(&folder, "FOLDER");
+        let changing = [
+            "uid:",
+            "resourceVersion:",
+            "creationTimestamp:",
+            "\"uid\":",
+            "\"resourceVersion\":",
+            "\"creationTimestamp\":",
+        ];
+        lines
+            .lines()
+            .filter(|line| {
+                !changing
+                    .iter()
+                    .any(|word| line.trim_start().starts_with(word))
+            })
+            .map(|line| format!("{line}\n"))
+            .collect()
+    }
+
+    /// Every kind of Calico, and a pod's address, in the embedded store of the folder.
+    pub(crate) fn fills(&self, node: &str, pod: &str) {
+        self.prints(&format!("apply -f {}", kinds::FOLDER));
+        self.file(
+            "pool.yaml",
+            "{apiVersion: projectcalico.org/v3, kind: IPPool, metadata: {name: plain}, spec: {cidr: 10.40.0.0/16}}",
+        );
+        self.prints("apply -f pool.yaml");
+        self.gives_address(node, pod);
+    }
+
+    /// A pod's address of this node, in the embedded store of the folder.
+    pub(crate) fn gives_address(&self, node: &str, pod: &str) {
+        gives_address(&self.path("cali.db"), node, pod).expect("an address");
+    }
+}
+
+pub(crate) fn gives_address(store: &Path, node: &str, pod: &str) -> Result<(), cali_ipam::Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let store: Arc<dyn Datastore> = Arc::new(Sqlite::open(store).expect("open"));
+        let allocator = Allocator::with_system_time(store, node);
+        let owner = Owner::new(&format!("k8s-pod-network.{pod}"))
+            .with("node", node)
+            .with("namespace", "default")
+            .with("pod", pod)
+            .with("timestamp", "2026-01-01T00:00:00Z");
+        allocator
+            .assign(&Request::workload(owner, 1, 0))
+            .await
+            .map(drop)
+    })
+}
+
+/// Variables before a command, its words, and the file that its output goes to.
+fn parts(line: &str) -> (Vec<(String, String)>, Vec<String>, Option<String>) {
+    let mut words = words(line);
+    let file = match words.iter().position(|word| word == ">") {
+        Some(at) => {
+            let file = words.pop();
+            words.truncate(at);
+            file
+        }
+        None => None,
+    };
+    let is_name = |name: &str| {
+        name.chars()
+            .all(|letter| letter.is_ascii_uppercase() || letter.is_ascii_digit() || letter == '_')
+    };
+    let mut variables = Vec::new();
+    while let Some((name, value)) = words.first().and_then(|word| word.split_once('=')) {
+        if !is_name(name) {
+            break;
+        }
+        variables.push((name.to_owned(), value.to_owned()));
+        words.remove(0);
+    }
+    (variables, words, file)
+}
+
+fn words(line: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut quoted = false;
+    for letter in line.chars() {
+        match letter {
+            '\'' => quoted = !quoted,
+            ' ' if !quoted => words.push(String::new()),
+            _ => words.last_mut().expect("there is a word").push(letter),
+        }
+    }
+    words
+}
