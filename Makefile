@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: fuzz fuzz-coverage bench-bgp bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm
+.PHONY: fuzz fuzz-coverage bench-bgp bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -23,7 +23,7 @@ lab: build ## bring up three nodes on this machine and show what runs there
 lab-down: ## take the lab away again
 	$(SUDO) $(BIN)/calictl lab down $(LAB)
 
-test: setup lint test-unit test-netns test-lab test-interop test-apiserver ## every test of the repository
+test: setup lint test-unit test-netns test-lab test-interop test-apiserver test-vm-short ## every test of the repository but those of test-vm
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check
@@ -46,6 +46,10 @@ test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real
 	scripts/kubernetes
 	scripts/test-as-root 'etcd_*'
 	scripts/test-as-root 'apiserver_*'
+
+test-vm-short: build ## what every host has to have, and what is said where it is missing, in a virtual machine: two minutes
+	@scripts/setup vm
+	scripts/vm/test encapsulation-devices late-modules without-nf_tables
 
 test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm
