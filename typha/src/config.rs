@@ -5,8 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::server::{DEFAULT_PORT, ServerConfig};
+use crate::server::{DEFAULT_PORT, Rebalancing, ServerConfig};
 use crate::tls::{PeerName, TlsSettings};
+
+/// Calico's namespace where nothing else is said.
+const NAMESPACE: &str = "kube-system";
 
 /// A setting that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -175,6 +178,8 @@ pub fn server(env: &Env) -> Result<ServerConfig, ConfigError> {
     config.patience.ping = env.seconds("TYPHA_SERVERPINGINTERVALSECS", config.patience.ping)?;
     config.patience.progress =
         env.seconds("TYPHA_SERVERPONGTIMEOUTSECS", config.patience.progress)?;
+    config.rebalancing = rebalancing(env)?;
+    config.drop_interval = env.seconds("TYPHA_CONNECTIONDROPINTERVALSECS", config.drop_interval)?;
     config.leave.limit = env.seconds("TYPHA_SHUTDOWNTIMEOUTSECS", config.leave.limit)?;
     config.leave.interval = env.seconds(
         "TYPHA_SHUTDOWNCONNECTIONDROPINTERVALMAXSECS",
@@ -243,6 +248,42 @@ pub fn client_tls(env: &Env) -> Result<Option<TlsSettings>, ConfigError> {
         "FELIX_TYPHACN",
         "FELIX_TYPHAURISAN",
     ])
+}
+
+/// The service behind which the servers are: namespace and name.
+pub fn server_service(env: &Env) -> Option<(String, String)> {
+    let name = env.get("FELIX_TYPHAK8SSERVICENAME")?;
+    let namespace = env.get("FELIX_TYPHAK8SNAMESPACE").unwrap_or(NAMESPACE);
+    Some((namespace.to_owned(), name.to_owned()))
+}
+
+/// `address:port`, with brackets where they are needed.
+pub(crate) fn socket_address(address: &str, port: u16) -> String {
+    match address.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{address}:{port}"),
+    }
+}
+
+/// Calico's `ConnectionRebalancingMode`: `none`, or `kubernetes` with the service of this server.
+fn rebalancing(env: &Env) -> Result<Option<Rebalancing>, ConfigError> {
+    const MODE: &str = "TYPHA_CONNECTIONREBALANCINGMODE";
+    match env.get(MODE).map(str::to_lowercase).as_deref() {
+        None | Some("none") => Ok(None),
+        Some("kubernetes") => Ok(Some(Rebalancing {
+            namespace: env.get("TYPHA_K8SNAMESPACE").unwrap_or(NAMESPACE).into(),
+            service: env
+                .get("TYPHA_K8SSERVICENAME")
+                .unwrap_or("calico-typha")
+                .into(),
+            lower: env.parse("TYPHA_MAXCONNECTIONSLOWERLIMIT", 400)?,
+        })),
+        Some(other) => Err(ConfigError {
+            variable: MODE,
+            value: other.to_owned(),
+            reason: "must be none or kubernetes".to_owned(),
+        }),
+    }
 }
 
 fn with_port(address: &str) -> Option<String> {

@@ -4,7 +4,8 @@ use cali_api::Kind;
 use cali_api::update::SyncEvent;
 use tokio::sync::mpsc;
 
-use crate::client::{self, ClientConfig};
+use crate::client::discovery::Service;
+use crate::client::{self, ClientConfig, Servers};
 use crate::config::{self, ConfigError, Env};
 use crate::tls::{ClientTls, TlsError};
 
@@ -33,24 +34,34 @@ pub fn all_kinds() -> Vec<Kind> {
         .collect()
 }
 
-/// Starts the source: a client of the servers in `FELIX_TYPHAADDR`, or `cali_datastore::sync` in this process
+/// Starts the source: a client of the servers in `FELIX_TYPHAADDR` or behind the service `FELIX_TYPHAK8SSERVICENAME`, or `cali_datastore::sync` in this process
 /// (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
 pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
     let env = Env::of_process();
     let addresses = config::server_addresses(&env)?;
-    if addresses.is_empty() {
+    let servers = match config::server_service(&env) {
+        _ if !addresses.is_empty() => Some(Servers::Fixed(addresses)),
+        Some((namespace, name)) => Some(Servers::Service(Service {
+            store: cali_datastore::open_from_env()?,
+            namespace,
+            name,
+            node: hostname.to_owned(),
+        })),
+        None => None,
+    };
+    let Some(servers) = servers else {
         tracing::info!("reading the datastore directly");
         return Ok(cali_datastore::sync::start(
             cali_datastore::open_from_env()?,
             kinds,
         ));
-    }
+    };
     let tls = config::client_tls(&env)?
         .map(ClientTls::client)
         .transpose()?;
-    tracing::info!(servers = addresses.join(","), "reading from typha");
+    tracing::info!(?servers, "reading from typha");
     Ok(client::start(ClientConfig {
-        addresses,
+        servers,
         hostname: hostname.to_owned(),
         info: concat!("cali ", env!("CARGO_PKG_VERSION")).to_owned(),
         kinds: kinds.to_vec(),

@@ -17,7 +17,7 @@ use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use typha::client::{self, ClientConfig};
+use typha::client::{self, ClientConfig, Servers};
 
 struct Typha(Child);
 
@@ -114,7 +114,7 @@ async fn client_equals_the_store_though_typha_is_killed_again_and_again() {
         .port();
     let mut typha = Typha::start(&database, port);
     let mut events = client::start(ClientConfig {
-        addresses: vec![format!("127.0.0.1:{port}")],
+        servers: Servers::Fixed(vec![format!("127.0.0.1:{port}")]),
         hostname: "node1".into(),
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],

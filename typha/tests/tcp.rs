@@ -8,12 +8,17 @@ mod running;
 
 use std::collections::BTreeMap;
 
-use cali_api::Kind;
-use running::{PATIENCE, View, connect_to, serve};
+use std::sync::Arc;
+
+use cali_api::{AnyResource, Kind};
+use cali_datastore::Datastore;
+use cali_datastore::sqlite::Sqlite;
+use running::{PATIENCE, Running, View, connect_to, serve};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use typha::client;
+use typha::client::discovery::Service;
+use typha::client::{self, ClientConfig, Servers};
 
 #[tokio::test]
 async fn client_equals_the_datastore_after_the_server_is_killed_during_changes() {
@@ -131,4 +136,53 @@ async fn dropped_receiver_ends_the_client() {
         }
     };
     timeout(PATIENCE, ended).await.unwrap();
+}
+
+/// The service's endpoints: server and node.
+fn slice(servers: &[(&Running, &str)]) -> Vec<AnyResource> {
+    let one = |(server, node): &(&Running, &str)| {
+        let json = serde_json::json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": format!("typha-{node}"), "namespace": "kube-system",
+                "labels": {"kubernetes.io/service-name": "calico-typha"}},
+            "addressType": "IPv4", "endpoints": [{"addresses": ["127.0.0.1"], "nodeName": node}],
+            "ports": [{"name": "calico-typha", "port": server.port}],
+        });
+        AnyResource::from_json(json).unwrap()
+    };
+    servers.iter().map(one).collect()
+}
+
+#[tokio::test]
+async fn the_server_of_the_own_node_is_found_and_when_it_goes_the_other_takes_over() {
+    let mut content: BTreeMap<u32, u32> = (0..20).map(|n| (n, 0)).collect();
+    let near = serve(0, &content).await;
+    let far = serve(0, &content).await;
+    let folder = tempfile::tempdir().unwrap();
+    let store = Arc::new(Sqlite::open(&folder.path().join("cali.db")).unwrap());
+    for slice in slice(&[(&near, "here"), (&far, "there")]) {
+        store.create(slice).await.unwrap();
+    }
+    let mut events = client::start(ClientConfig {
+        servers: Servers::Service(Service {
+            store,
+            namespace: "kube-system".into(),
+            name: "calico-typha".into(),
+            node: "here".into(),
+        }),
+        hostname: "here".into(),
+        info: "test".into(),
+        kinds: vec![Kind::GlobalNetworkSet],
+        tls: None,
+    });
+    let mut view = View::default();
+    view.until(&mut events, &content).await;
+    let connected =
+        |server: &Running| running::metric(&server.registry, "typha_connections_accepted");
+    assert_eq!((connected(&near), connected(&far)), (1.0, 0.0));
+    near.kill().await;
+    far.put(5, 1).await;
+    content.insert(5, 1);
+    view.until(&mut events, &content).await;
+    assert_eq!((connected(&far), view.deletions), (1.0, 0));
 }

@@ -18,7 +18,7 @@ use rcgen::{
 };
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use typha::client::{self, ClientConfig};
+use typha::client::{self, ClientConfig, Servers};
 use typha::server::{Patience, Server, ServerConfig};
 use typha::tls::{ClientTls, PeerName, TlsError, TlsSettings};
 
@@ -163,7 +163,7 @@ async fn serve(authority: &Authority) -> (SocketAddr, mpsc::Sender<SyncEvent>) {
 
 fn connect(address: SocketAddr, tls: Option<TlsSettings>) -> mpsc::Receiver<SyncEvent> {
     client::start(ClientConfig {
-        addresses: vec![address.to_string()],
+        servers: Servers::Fixed(vec![address.to_string()]),
         hostname: "node1".into(),
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
@@ -303,7 +303,7 @@ async fn changed_files_count_from_the_next_connection_on_and_broken_ones_do_not(
         client
     };
     let mut other = client::start(ClientConfig {
-        addresses: vec![address.to_string()],
+        servers: Servers::Fixed(vec![address.to_string()]),
         hostname: "node2".into(),
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],

@@ -6,7 +6,8 @@ pub use k8s_openapi::api::core::v1::{
     NamespaceSpec, NamespaceStatus, NodeSpec, NodeStatus, PodSpec, PodStatus, ServiceSpec,
     ServiceStatus,
 };
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort};
+pub use k8s_openapi::api::discovery::v1::Endpoint;
+use k8s_openapi::api::discovery::v1::EndpointPort;
 pub use k8s_openapi::api::networking::v1::NetworkPolicySpec;
 use serde::{Deserialize, Serialize};
 

@@ -5,6 +5,7 @@
 
 pub mod backoff;
 pub mod conn;
+pub mod discovery;
 
 use std::convert::Infallible;
 use std::hash::{BuildHasher, RandomState};
@@ -23,6 +24,7 @@ use crate::Chain;
 use crate::tls::{ClientTls, TlsError};
 use backoff::Backoff;
 pub use conn::{ClientError, Conn, Held, Identity, Output};
+pub use discovery::Servers;
 
 /// Events that may wait for the consumer; beyond them the socket is not read, and the server coalesces.
 const QUEUE: usize = 64;
@@ -32,8 +34,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Where to connect and what to ask for.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
-    /// `host:port` of each server. One is picked at random and kept while it works.
-    pub addresses: Vec<String>,
+    /// Where the servers are. One is picked and kept while it works.
+    pub servers: Servers,
     /// Node name.
     pub hostname: String,
     /// Program and version, for the server's log.
@@ -83,17 +85,22 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     // Seeded from the system's randomness; spreads clients over servers.
     let random = RandomState::new();
-    let mut attempt = random.hash_one("start") as usize;
-    if events
-        .send(SyncEvent::Status(SyncStatus::WaitForDatastore))
-        .await
-        .is_err()
-        || config.addresses.is_empty()
-    {
+    let mut servers = Vec::new();
+    let mut attempt = 0_usize;
+    let mut failures = 0_u64;
+    let waiting = SyncEvent::Status(SyncStatus::WaitForDatastore);
+    if events.send(waiting).await.is_err() {
         return;
     }
     loop {
-        let address = &config.addresses[attempt % config.addresses.len()];
+        config.servers.refresh(&mut servers, &random).await;
+        failures += 1;
+        let Some(address) = servers.get(attempt % servers.len().max(1)) else {
+            let wait = backoff.next_wait(random.hash_one(failures));
+            tracing::warn!(servers = ?config.servers, retry_in = ?wait, "no server is known; the last state stays");
+            tokio::time::sleep(wait).await;
+            continue;
+        };
         let mut complete = false;
         let lost = async {
             let stream = connect(address).await?;
@@ -120,10 +127,13 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
                 ..
             })
         );
-        if !complete || sent_away {
-            attempt = attempt.wrapping_add(1);
-        }
-        let wait = backoff.next_wait(random.hash_one(attempt));
+        // After a good connection the first choice is tried again, unless it was left on request.
+        attempt = if complete && !sent_away {
+            0
+        } else {
+            attempt.wrapping_add(1)
+        };
+        let wait = backoff.next_wait(random.hash_one(failures));
         tracing::warn!(server = %address, reason = %Chain(&lost), retry_in = ?wait, objects = held.len(), "no server; the last state stays");
         tokio::time::sleep(wait).await;
     }

@@ -2,6 +2,7 @@
 //!
 //! This module only moves bytes. What is sent to whom is decided in [`conn`] and [`crate::cache`].
 
+mod balance;
 mod clients;
 pub mod conn;
 mod metrics;
@@ -20,6 +21,8 @@ use cali_telemetry::{Expectation, Health, Registry};
 use clients::{Clients, HangUp};
 use metrics::{CacheMetrics, Counted, Metrics};
 
+use balance::Balance;
+pub use balance::Rebalancing;
 pub use clients::Leave;
 pub use conn::{CloseReason, Conn, Patience};
 
@@ -53,6 +56,10 @@ pub struct ServerConfig {
     pub tls: Option<TlsSettings>,
     /// How clients are left when the server stops.
     pub leave: Leave,
+    /// Clients beyond this replica's share are sent to others; without, only [`Self::max_connections`] counts.
+    pub rebalancing: Option<Rebalancing>,
+    /// Time between two clients that are sent to others.
+    pub drop_interval: Duration,
 }
 
 impl Default for ServerConfig {
@@ -64,6 +71,8 @@ impl Default for ServerConfig {
             max_connections: 10_000,
             tls: None,
             leave: Leave::default(),
+            rebalancing: None,
+            drop_interval: Duration::from_secs(1),
         }
     }
 }
@@ -193,13 +202,15 @@ impl Server {
         let mut deadline = None;
         let mut gathered = Vec::new();
         let mut next_delta = started;
+        let mut balance = self.config.rebalancing.clone().map(Balance::new);
+        let mut drop_tick = tokio::time::interval(self.config.drop_interval);
         tokio::pin!(shutdown);
         loop {
             let stopping = deadline.is_some();
             tokio::select! {
                 event = source.recv() => match event {
                     Some(event) => {
-                        self.on_source(event, &mut source, &mut gathered);
+                        self.on_source(event, &mut source, &mut gathered, balance.as_mut());
                         if gathered.len() >= MAX_BATCH {
                             self.apply(&mut gathered);
                             next_delta = Instant::now() + GATHER;
@@ -235,6 +246,13 @@ impl Server {
                     leave = tokio::time::interval(pace.max(Duration::from_millis(1)));
                     deadline = Some(Instant::now() + self.config.leave.limit);
                 }
+                _ = drop_tick.tick(), if !stopping && balance.is_some() => {
+                    let limit = balance.as_ref().map_or(usize::MAX, |b| b.limit(self.config.max_connections));
+                    if clients.len() > limit {
+                        tracing::info!(clients = clients.len(), limit, "more clients than this replica's share, one is sent to another");
+                        clients.shed_one();
+                    }
+                }
                 _ = leave.tick(), if stopping => clients.shed_one(),
             }
             if deadline.is_some_and(|at| clients.len() == 0 || Instant::now() >= at) {
@@ -250,11 +268,17 @@ impl Server {
         event: SyncEvent,
         source: &mut mpsc::Receiver<SyncEvent>,
         gathered: &mut Vec<Update>,
+        mut balance: Option<&mut Balance>,
     ) {
         let mut next = Some(event);
         while let Some(event) = next {
             match event {
-                SyncEvent::Updates(updates) => gathered.extend(updates),
+                SyncEvent::Updates(updates) => {
+                    if let Some(balance) = &mut balance {
+                        updates.iter().for_each(|update| balance.on_update(update));
+                    }
+                    gathered.extend(updates);
+                }
                 SyncEvent::Status(status) => {
                     self.apply(gathered);
                     tracing::info!(

@@ -11,7 +11,7 @@ use cali_telemetry::{Health, Registry};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use typha::client::{self, ClientConfig};
+use typha::client::{self, ClientConfig, Servers};
 use typha::server::{Server, ServerConfig, ServerError};
 
 /// How long anything may take.
@@ -103,10 +103,12 @@ impl Running {
 /// A client of the servers at these ports.
 pub fn connect_to(ports: &[u16]) -> mpsc::Receiver<SyncEvent> {
     client::start(ClientConfig {
-        addresses: ports
-            .iter()
-            .map(|port| format!("127.0.0.1:{port}"))
-            .collect(),
+        servers: Servers::Fixed(
+            ports
+                .iter()
+                .map(|port| format!("127.0.0.1:{port}"))
+                .collect(),
+        ),
         hostname: "node1".into(),
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
