@@ -14,7 +14,7 @@ use cali_api::NodeName;
 use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours},
-    run,
+    patient, run,
 };
 use ipip_vxlan::{
     Encap, Endpoint, GatewaysInUse, Pool, Resolver, Scope, Tunnels, Vtep, Wish, vtep_mac,
@@ -108,7 +108,7 @@ impl Node {
     }
 
     async fn until(&self, limit: Duration, what: &str, condition: impl Fn() -> bool) {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), patient(limit));
         while !condition() {
             let seen = self.tunnel();
             assert!(

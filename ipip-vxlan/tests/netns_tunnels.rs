@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_api::NodeName;
-use cali_netlink::testing::{TestNs, run};
+use cali_netlink::testing::{TestNs, patient, run};
 use ipip_vxlan::{
     Encap, Endpoint, GatewaysInUse, Pool, Resolver, Scope, Tunnels, VXLAN_V4_DEVICE, Vtep, Wish,
     vtep_mac,
@@ -117,7 +117,7 @@ impl Node {
     }
 
     async fn until(&self, limit: Duration, what: &str, condition: impl Fn() -> bool) {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), patient(limit));
         while !condition() {
             assert!(
                 start.elapsed() < limit,

@@ -145,11 +145,22 @@ pub fn run<F: Future<Output = ()>>(test: F) {
     runtime.block_on(test);
 }
 
-/// Waits until `condition` yields a value; panics with what it last said after `limit`.
+/// A limit on a slow machine, such as an emulated one: `CALI_LAB_PATIENCE` times as long.
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    let factor = std::env::var("CALI_LAB_PATIENCE")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    limit * factor.unwrap_or(1)
+}
+
+/// Waits until `condition` yields a value; panics with what it last said after `limit`, or longer on a slow machine
+/// ([`patient`]).
 pub fn eventually<T, E: Display>(
     limit: Duration,
     mut condition: impl FnMut() -> Result<T, E>,
 ) -> T {
+    let limit = patient(limit);
     let end = Instant::now() + limit;
     let mut pause = Duration::from_millis(1);
     loop {

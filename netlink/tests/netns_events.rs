@@ -13,14 +13,14 @@ use cali_netlink::{
     conntrack::{Conntrack, Tuple},
     probe::{self, Capability},
     tcp,
-    testing::{TestNs, eventually},
+    testing::{TestNs, eventually, patient},
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
 async fn next(events: &mut EventStream) -> Event {
-    tokio::time::timeout(LIMIT, events.next())
+    tokio::time::timeout(patient(LIMIT), events.next())
         .await
         .expect("an event in time")
         .unwrap()

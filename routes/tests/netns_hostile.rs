@@ -12,7 +12,7 @@ use cali_api::{Cidr, NodeName};
 use cali_netlink::testing::{
     TestNs,
     hostile::{self, Churn, Fixture, Host, Ours, Remover, RemoverPlan},
-    run,
+    patient, run,
 };
 use cali_routes::{Candidate, Input, KernelSettings, NextHop, RouteSpec, Source, Writer};
 use ipip_vxlan::{Encap, Endpoint, Pool};
@@ -64,7 +64,7 @@ impl Node {
     }
 
     async fn until_complete(&self, limit: Duration, why: &str) {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), patient(limit));
         loop {
             let missing = self.missing();
             if missing.is_empty() {

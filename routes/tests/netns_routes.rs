@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use cali_api::{Cidr, NodeName};
 use cali_netlink::events::{Event, Group, Notice};
-use cali_netlink::testing::{TestNs, run};
+use cali_netlink::testing::{TestNs, patient, run};
 use cali_routes::{Candidate, Input, KernelSettings, NextHop, RouteSpec, Source, Writer};
 use ipip_vxlan::{Encap, Endpoint, Pool};
 
@@ -77,7 +77,7 @@ impl Node {
         limit: Duration,
         accept: impl Fn(Option<&str>) -> bool,
     ) -> Duration {
-        let start = Instant::now();
+        let (start, limit) = (Instant::now(), patient(limit));
         loop {
             let row = self.route(prefix);
             if accept(row.as_deref()) {

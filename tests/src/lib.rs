@@ -15,14 +15,7 @@ pub mod wire;
 
 use std::time::{Duration, Instant};
 
-/// A limit on a slow machine, such as an emulated one: `CALI_LAB_PATIENCE` times as long.
-#[must_use]
-pub fn patient(limit: Duration) -> Duration {
-    let factor = std::env::var("CALI_LAB_PATIENCE")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    limit * factor.unwrap_or(1)
-}
+pub use cali_netlink::testing::patient;
 
 /// Waits until the condition yields a value, looking every 10 ms. The error is what the condition said last.
 pub fn eventually<T>(

@@ -111,6 +111,16 @@ impl Ping {
         .map_err(anyhow::Error::msg)
     }
 
+    /// Sequence numbers without an answer before the last one that was answered: lost, or answered later out of order.
+    #[must_use]
+    pub fn missing(&self) -> BTreeSet<u64> {
+        let answered = self.answered.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = answered.last().copied().unwrap_or_default();
+        (1..last)
+            .filter(|number| !answered.contains(number))
+            .collect()
+    }
+
     /// Ends the ping and reads its summary.
     pub fn stop(mut self) -> Result<Count> {
         // `ip netns exec` replaces itself by the command, so the child is ping itself.
