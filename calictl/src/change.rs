@@ -113,9 +113,9 @@ mod tests {
         })
         .await
         .expect("changed");
-        assert_eq!(seen, [None, Some(json!(5.0))]);
+        assert_eq!(seen, [None, Some(json!(5))]);
         let stands = store.get(&key).await.expect("the tier");
-        assert_eq!(stands.object.to_json()["spec"]["order"], json!(6.0));
+        assert_eq!(stands.object.to_json()["spec"]["order"], json!(6));
         // What names a revision that is not the stored one any more is not written.
         let mut old = tier(9.0);
         old.metadata_mut().resource_version = Some("1".into());
