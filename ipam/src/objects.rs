@@ -101,7 +101,7 @@ impl Objects {
     pub(crate) async fn is_locked(&self) -> Result<bool, Error> {
         let found = self.read(&names::cluster_information()).await?;
         Ok(found.is_some_and(|found| {
-            matches!(&*found.object, AnyResource::ClusterInformation(information) if information.spec.datastore_ready == Some(false))
+            matches!(&*found.object, AnyResource::ClusterInformation(information) if information.spec.is_locked())
         }))
     }
 

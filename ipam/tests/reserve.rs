@@ -83,6 +83,14 @@ fn pool(name: &str, cidr: &str, edit: impl FnOnce(&mut IPPoolSpec)) -> AnyResour
     Resource::named(name, spec).into()
 }
 
+/// A store with the pool `one`, 10.0.0.0/24.
+async fn store_with_pool(folder: &Path) -> Arc<Switched> {
+    let store = Switched::new(folder);
+    let one = pool("one", "10.0.0.0/24", |_| {});
+    store.create(one).await.unwrap();
+    store
+}
+
 async fn keeper(store: &Arc<Switched>, folder: &Path, node: &str) -> Keeper {
     let allocator = Allocator::with_system_time(store.clone(), node);
     let mut settings = Settings::new(folder.join(format!("{node}.journal")));
@@ -129,11 +137,7 @@ async fn stored(store: &Switched) -> BTreeMap<IpAddr, String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
-    store
-        .create(pool("one", "10.0.0.0/24", |_| {}))
-        .await
-        .unwrap();
+    let store = store_with_pool(folder.path()).await;
     let keeper = keeper(&store, folder.path(), "n1").await;
     let first = keeper.acquire(&ask("net.first", "n1", &[])).await.unwrap();
     soon("the refill", keeper.settled()).await.unwrap();
@@ -185,11 +189,7 @@ async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_without_the_store_remembers_who_has_what() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
-    store
-        .create(pool("one", "10.0.0.0/24", |_| {}))
-        .await
-        .unwrap();
+    let store = store_with_pool(folder.path()).await;
     let before = {
         let keeper = keeper(&store, folder.path(), "n1").await;
         keeper
@@ -275,11 +275,7 @@ fn information(ready: bool) -> AnyResource {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_locked_store_is_left_as_it_is_until_it_is_unlocked() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
-    store
-        .create(pool("one", "10.0.0.0/24", |_| {}))
-        .await
-        .unwrap();
+    let store = store_with_pool(folder.path()).await;
     let keeper = keeper(&store, folder.path(), "n1").await;
     let held = keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
     soon("the refill", keeper.settled()).await.unwrap();
@@ -319,11 +315,7 @@ async fn a_locked_store_is_left_as_it_is_until_it_is_unlocked() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_journal_is_rebuilt_from_the_store() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
-    store
-        .create(pool("one", "10.0.0.0/24", |_| {}))
-        .await
-        .unwrap();
+    let store = store_with_pool(folder.path()).await;
     let before = {
         let keeper = keeper(&store, folder.path(), "n1").await;
         let held = keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
@@ -344,11 +336,7 @@ async fn a_lost_journal_is_rebuilt_from_the_store() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disabled_pool_loses_its_reserve_but_not_its_pods() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
-    store
-        .create(pool("one", "10.0.0.0/24", |_| {}))
-        .await
-        .unwrap();
+    let store = store_with_pool(folder.path()).await;
     let keeper = keeper(&store, folder.path(), "n1").await;
     keeper.acquire(&ask("net.a", "n1", &[])).await.unwrap();
     soon("the refill", keeper.settled()).await.unwrap();

@@ -14,7 +14,7 @@
 //! operations come sets first, then deletions, each in key order.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque, btree_map},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -182,10 +182,7 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
 
     /// Wants `key` to be `value`. A changed wish ends the key's quarantine.
     pub fn desire(&mut self, key: K, value: V) {
-        let entry = match self.entries.entry(key.clone()) {
-            btree_map::Entry::Vacant(free) => free.insert(Entry::default()),
-            btree_map::Entry::Occupied(there) => there.into_mut(),
-        };
+        let entry = self.entries.entry(key.clone()).or_default();
         if entry.desired.as_ref() == Some(&value) {
             return;
         }

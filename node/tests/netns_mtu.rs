@@ -21,6 +21,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// The moment between the two ends of an interface is short: one round may miss it.
 const ROUNDS: u64 = 5;
 const POD: [&str; 2] = ["10.65.0.1", "fd65::1"];
+const FAMILIES: [&str; 2] = ["4", "6"];
 
 fn pool(vxlan: &str) -> SyncEvent {
     let object = AnyResource::from_json(serde_json::json!({
@@ -176,17 +177,35 @@ fn what_is_too_large_for_a_lowered_mtu_is_refused_not_lost() {
         }
         [&world, &pod].into_iter().for_each(watch_wire);
         for round in 1..=ROUNDS {
+            let came = || FAMILIES.map(|family| counted(&pod, &format!("came{family}")));
+            let before = came();
             let pings = POD.map(|address| flood(&world, address));
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            eventually(LIMIT, || {
+                let flows = came().into_iter().zip(before).all(|(now, then)| now > then);
+                flows.then_some(()).ok_or("no packets yet")
+            });
             events.send(pool("Always")).await.unwrap();
             let lowered = tokio::time::timeout(LIMIT, pods.wait_for(reached(1450))).await;
             lowered.unwrap().unwrap();
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            let seen = |family: &str| {
+                [(&world, "asked"), (&pod, "came"), (&world, "refused")]
+                    .map(|(place, what)| counted(place, &format!("{what}{family}")))
+            };
+            let refused = |family| seen(family)[2] >= round;
+            eventually(LIMIT, || {
+                let both = FAMILIES.into_iter().all(refused);
+                both.then_some(()).ok_or("nothing is refused yet")
+            });
             drop(pings);
-            for (family, to) in ["4", "6"].into_iter().zip(POD) {
-                let [sent, came, refused] =
-                    [(&world, "asked"), (&pod, "came"), (&world, "refused")]
-                        .map(|(place, what)| counted(place, &format!("{what}{family}")));
+            for (family, to) in FAMILIES.into_iter().zip(POD) {
+                // Something may still be on its way when the pings end.
+                let [sent, came, refused] = eventually(LIMIT, || {
+                    let [sent, came, refused] = seen(family);
+                    let whole = sent == came + refused;
+                    whole
+                        .then_some([sent, came, refused])
+                        .ok_or("lost without a word")
+                });
                 println!("{round}, {to}: {sent} sent, {came} came, {refused} refused");
                 assert!(came > 0 && refused >= round, "{to}");
                 assert_eq!(sent - came, refused, "{to}: lost without a word");

@@ -208,8 +208,8 @@ impl Cache {
         self.counts
     }
 
-    /// Takes changes from the datastore, in order, as one delta (or several, of about [`CHUNK`] bytes). What does not change anything is dropped. Returns the keys
-    /// of objects that could not be encoded (their former version stays).
+    /// Takes changes from the datastore, in order, as one delta (or several, of about [`CHUNK`] bytes). What does not change
+    /// anything is dropped. Returns the keys of objects that could not be encoded (their former version stays).
     pub fn apply(&mut self, updates: Vec<Update>) -> Vec<(Key, serde_json::Error)> {
         let mut failed = Vec::new();
         let mut batch = Batch::after(self.head);

@@ -34,8 +34,8 @@ pub fn all_kinds() -> Vec<Kind> {
         .collect()
 }
 
-/// Starts the source: a client of the servers in `FELIX_TYPHAADDR` or behind the service `FELIX_TYPHAK8SSERVICENAME`, or `cali_datastore::sync` in this process
-/// (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
+/// Starts the source: a client of the servers in `FELIX_TYPHAADDR` or behind the service `FELIX_TYPHAK8SSERVICENAME`, or
+/// `cali_datastore::sync` in this process (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
 pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
     let env = Env::of_process();
     let addresses = config::server_addresses(&env)?;

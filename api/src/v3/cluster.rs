@@ -26,6 +26,14 @@ pub struct ClusterInformationSpec {
     pub variant: String,
 }
 
+impl ClusterInformationSpec {
+    /// Whether the datastore is locked.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.datastore_ready == Some(false)
+    }
+}
+
 text_enum! {
     /// What happens to traffic that a tier's policies apply to and that none of them decides.
     pub enum TierAction { Pass = "Pass", Deny = "Deny" }

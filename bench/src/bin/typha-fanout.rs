@@ -70,6 +70,12 @@ fn megabytes(bytes: u64) -> String {
     format!("{:.1} MB", bytes as f64 / 1e6)
 }
 
+fn memory(server: &Process) {
+    let cost = server.cost();
+    let seen = format!("{}, {}", megabytes(cost.resident), megabytes(cost.peak));
+    row("resident memory, and its peak", seen);
+}
+
 /// Processor time of the server, of this program and of everybody, within a time.
 struct Load {
     since: Instant,
@@ -132,14 +138,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         load.end(&server)?,
     );
     row("bytes of these snapshots", megabytes(fleet.bytes()));
-    row(
-        "resident memory, and its peak",
-        format!(
-            "{}, {}",
-            megabytes(server.cost().resident),
-            megabytes(server.cost().peak)
-        ),
-    );
+    memory(&server);
 
     let mut medians = Vec::new();
     let mut lasts = Vec::new();
@@ -199,14 +198,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         "bytes of these reconnects",
         format!("{}, {part:.3} % of the snapshots", megabytes(fleet.bytes())),
     );
-    row(
-        "resident memory, and its peak",
-        format!(
-            "{}, {}",
-            megabytes(server.cost().resident),
-            megabytes(server.cost().peak)
-        ),
-    );
+    memory(&server);
     Ok(())
 }
 

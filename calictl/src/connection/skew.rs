@@ -3,25 +3,18 @@
 
 use std::time::Duration;
 
-use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::Datastore;
+
+use crate::datastore;
 
 /// A datastore that does not answer in this time is left to the command itself, which tells why.
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// What is to be said about the cluster's version, if anything.
 pub(super) async fn of(store: &dyn Datastore) -> Option<String> {
-    let key = Key::cluster(Kind::ClusterInformation, "default");
-    let found = tokio::time::timeout(LIMIT, store.get(&key))
-        .await
-        .ok()?
-        .ok()?;
-    match &*found.object {
-        AnyResource::ClusterInformation(information) => {
-            warning(env!("CARGO_PKG_VERSION"), &information.spec.calico_version)
-        }
-        _ => None,
-    }
+    let found = tokio::time::timeout(LIMIT, datastore::information(store)).await;
+    let information = found.ok()?.ok()??;
+    warning(env!("CARGO_PKG_VERSION"), &information.calico_version)
 }
 
 /// Patch releases are alike. Calico's own versions (3 and up) say nothing about ours.

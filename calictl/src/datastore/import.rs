@@ -3,7 +3,7 @@
 //! Everything is checked before the first write. An import that broke off can be run again: what stands there already just as
 //! it is to be written counts as done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -60,7 +60,7 @@ pub(super) async fn run(store: &Arc<dyn Datastore>, file: &Path) -> Result<()> {
 
 fn ensure_locked(information: &AnyResource, file: &Path) -> Result<()> {
     if let AnyResource::ClusterInformation(information) = information
-        && information.spec.datastore_ready != Some(false)
+        && !information.spec.is_locked()
     {
         bail!(
             "{} was exported from a datastore that was not locked, so it may miss what was given out meanwhile: lock that one (calictl datastore lock) and export again",
@@ -94,12 +94,11 @@ async fn plan(store: &dyn Datastore, archive: Archive) -> Result<Plan> {
     let (resources, stays): (Vec<Document>, Vec<Document>) = resources
         .into_iter()
         .partition(|document| kinds.contains(&document.value.kind()));
-    let staying: BTreeSet<Kind> = stays.iter().map(|document| document.value.kind()).collect();
-    for kind in staying {
-        let count = stays
-            .iter()
-            .filter(|document| document.value.kind() == kind)
-            .count();
+    let mut staying: BTreeMap<Kind, usize> = BTreeMap::new();
+    for document in &stays {
+        *staying.entry(document.value.kind()).or_default() += 1;
+    }
+    for (kind, count) in staying {
         left.push(format!(
             "{count} {} are the Kubernetes cluster's own and were left to it",
             kind.plural()
@@ -161,7 +160,7 @@ async fn ensure_target(store: &dyn Datastore, information: &AnyResource) -> Resu
     let Some(found) = super::information(store).await? else {
         return Ok(());
     };
-    if found.datastore_ready != Some(false) {
+    if !found.is_locked() {
         bail!(
             "the datastore to fill is in use (ClusterInformation default says that it is ready): if nothing in it is needed, lock it first: calictl datastore lock"
         );
@@ -186,17 +185,19 @@ async fn compare(
     wanted: &[AnyResource],
     in_the_way: &mut Vec<Key>,
 ) -> Result<(Vec<AnyResource>, usize)> {
-    let mut missing: Vec<AnyResource> = wanted
+    let wanted: Vec<&AnyResource> = wanted
         .iter()
         .filter(|object| object.kind() == kind)
-        .cloned()
         .collect();
-    let mut there = 0;
+    let by_key: HashMap<Key, usize> = (0..wanted.len())
+        .rev()
+        .map(|at| (wanted[at].key(), at))
+        .collect();
+    let mut there = BTreeSet::new();
     for stored in all(store, kind).await? {
         let key = stored.key();
-        let found = missing.iter().position(|object| object.key() == key);
-        let same = found.is_some_and(|at| {
-            let mut complete = missing[at].clone();
+        let same = by_key.get(&key).filter(|at| {
+            let mut complete = wanted[**at].clone();
             cali_api::defaults(&mut complete);
             if ADDRESSES.contains(&kind) {
                 entry(&complete) == entry(&stored)
@@ -204,14 +205,14 @@ async fn compare(
                 portable(&complete) == portable(&stored)
             }
         });
-        if let (true, Some(at)) = (same, found) {
-            missing.remove(at);
-            there += 1;
-        } else {
-            in_the_way.push(key);
+        match same {
+            Some(at) => drop(there.insert(*at)),
+            None => in_the_way.push(key),
         }
     }
-    Ok((missing, there))
+    let missing = (0..wanted.len()).filter(|at| !there.contains(at));
+    let missing = missing.map(|at| wanted[at].clone()).collect();
+    Ok((missing, there.len()))
 }
 
 fn refuse(in_the_way: &[Key]) -> Result<()> {

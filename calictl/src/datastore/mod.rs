@@ -62,7 +62,7 @@ fn key() -> Key {
 }
 
 /// What the datastore says of itself; `None` in one that nobody has worked with.
-async fn information(store: &dyn Datastore) -> Result<Option<ClusterInformationSpec>> {
+pub(crate) async fn information(store: &dyn Datastore) -> Result<Option<ClusterInformationSpec>> {
     match store.get(&key()).await {
         Ok(found) => Ok(match &*found.object {
             AnyResource::ClusterInformation(information) => Some(information.spec.clone()),
@@ -76,7 +76,7 @@ async fn information(store: &dyn Datastore) -> Result<Option<ClusterInformationS
 /// Whether nodes may give out addresses.
 pub(crate) async fn is_locked(store: &dyn Datastore) -> Result<bool> {
     let information = information(store).await?;
-    Ok(information.is_some_and(|information| information.datastore_ready == Some(false)))
+    Ok(information.is_some_and(|information| information.is_locked()))
 }
 
 async fn set_ready(store: &dyn Datastore, ready: bool) -> Result<()> {

@@ -49,9 +49,9 @@ pub(super) async fn head(cluster: &Cluster) -> Result<Report> {
     };
     let found = cluster.find(Kind::ClusterInformation, "default").await?;
     if let Some((AnyResource::ClusterInformation(information), revision)) = found {
+        report.datastore_locked = information.spec.is_locked();
         report.cluster_guid = information.spec.cluster_guid;
         report.cluster_type = information.spec.cluster_type;
-        report.datastore_locked = information.spec.datastore_ready == Some(false);
         report.cluster_information_revision = revision;
     }
     Ok(report)

@@ -39,7 +39,7 @@ use super::settings::{HostAction, Settings};
 use crate::calc::{Direction, IpVersion, PoolNat, PortRange, TunnelPeers};
 
 const IPIP: u8 = 4;
-const TCP: u8 = 6;
+pub(super) const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// Multicast listener discovery and neighbour discovery, without which a workload has no IPv6

@@ -17,7 +17,7 @@ use cali_netlink::nft::{
     Set, Verdict,
 };
 
-use super::base::{POSTROUTING_MANGLE, base_chain, pool_set};
+use super::base::{POSTROUTING_MANGLE, TCP, base_chain, pool_set};
 use super::compiler::Compiler;
 use super::desired::Desired;
 use super::expr::{self, Side, cmp, counter};
@@ -27,7 +27,6 @@ use crate::calc::{Direction, IpVersion, Limits};
 
 const DSCP_MAP: &str = "cali-dscp";
 const DSCP_CHAIN: &str = "cali-egress-dscp";
-const TCP: u8 = 6;
 
 /// Who has limits, by interface.
 #[derive(Debug, Default)]
@@ -190,9 +189,12 @@ impl Compiler {
         if former == limits {
             return;
         }
+        let mut ways_changed = false;
         for direction in [Direction::Ingress, Direction::Egress] {
             let map = rate_map(direction);
-            keep_map(&mut self.desired, map, self.limited.rates(direction));
+            let wanted = self.limited.rates(direction);
+            ways_changed |= wanted != self.desired.program.sets.contains_key(map);
+            keep_map(&mut self.desired, map, wanted);
             let rate = limits.of(direction).packets;
             self.put_way(
                 map,
@@ -202,7 +204,9 @@ impl Compiler {
             );
         }
         self.put_dscp(interface, former.dscp, limits.dscp);
-        self.put_base_chains();
+        if ways_changed {
+            self.put_base_chains();
+        }
     }
 
     /// The chain of an interface and the way to it, or neither.

@@ -107,7 +107,7 @@ impl Default for Settings {
 impl From<&FelixConfigurationSpec> for Settings {
     fn from(spec: &FelixConfigurationSpec) -> Self {
         let prefixes = spec.interface_prefix.as_deref().unwrap_or("cali");
-        let wireguard = ipip_vxlan::WireguardSettings::default();
+        let wireguard = ipip_vxlan::WireguardSettings::from(spec);
         Self {
             workload_prefixes: prefixes
                 .split(',')
@@ -130,21 +130,8 @@ impl From<&FelixConfigurationSpec> for Settings {
             },
             drop_invalid: !spec.disable_conntrack_invalid_check.unwrap_or(false),
             vxlan_port: spec.vxlan_port.unwrap_or(4789),
-            wireguard_ports: [
-                (
-                    spec.wireguard_enabled,
-                    spec.wireguard_listening_port,
-                    wireguard.v4.port,
-                ),
-                (
-                    spec.wireguard_enabled_v6,
-                    spec.wireguard_listening_port_v6,
-                    wireguard.v6.port,
-                ),
-            ]
-            .map(|(enabled, port, default)| {
-                (enabled == Some(true)).then(|| port.unwrap_or(default))
-            }),
+            wireguard_ports: [wireguard.v4, wireguard.v6]
+                .map(|family| family.enabled.then_some(family.port)),
             allow_vxlan_from_workloads: spec.allow_vxlan_packets_from_workloads.unwrap_or(false),
             allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
             failsafe_inbound: spec.failsafe_inbound(),

@@ -15,6 +15,7 @@ pub(crate) mod apply;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use cali_api::v3::FelixConfigurationSpec;
 use cali_api::{Cidr, NodeName};
 use cali_netlink::{IpNetwork, WgKey, WgPeer};
 
@@ -77,6 +78,62 @@ impl Default for WireguardSettings {
             mark: 0x0020_0000,
             hosts: false,
             keepalive: 0,
+        }
+    }
+}
+
+/// The part of the settings that is about encryption.
+impl From<&FelixConfigurationSpec> for WireguardSettings {
+    fn from(spec: &FelixConfigurationSpec) -> Self {
+        let defaults = Self::default();
+        let family =
+            |default: FamilySettings, enabled: Option<bool>, device: &Option<String>, port, mtu| {
+                FamilySettings {
+                    enabled: enabled.unwrap_or(default.enabled),
+                    device: device.clone().unwrap_or(default.device),
+                    port: Option::unwrap_or(port, default.port),
+                    mtu: Option::filter(mtu, |mtu: &u32| *mtu != 0),
+                }
+            };
+        let table = spec.route_table_ranges.as_ref();
+        let table = table
+            .and_then(|ranges| ranges.first().copied())
+            .or(spec.route_table_range);
+        // The sixth bit of ours, as Calico allocates them: accept, pass, drop and two of scratch come before.
+        let mask = spec
+            .nftables_mark_mask
+            .or(spec.iptables_mark_mask)
+            .unwrap_or(0xffff_0000);
+        let sixth = (0..32).map(|bit| 1 << bit).filter(|bit| mask & bit != 0);
+        let keepalive = spec.wireguard_persistent_keep_alive;
+        Self {
+            v4: family(
+                defaults.v4,
+                spec.wireguard_enabled,
+                &spec.wireguard_interface_name,
+                spec.wireguard_listening_port,
+                spec.wireguard_mtu,
+            ),
+            v6: family(
+                defaults.v6,
+                spec.wireguard_enabled_v6,
+                &spec.wireguard_interface_name_v6,
+                spec.wireguard_listening_port_v6,
+                spec.wireguard_mtu_v6,
+            ),
+            priority: spec
+                .wireguard_routing_rule_priority
+                .unwrap_or(defaults.priority),
+            table: table.map_or(defaults.table, |range| range.min),
+            mark: sixth
+                .clone()
+                .nth(5)
+                .or_else(|| sixth.clone().next_back())
+                .unwrap_or(defaults.mark),
+            hosts: spec.wireguard_host_encryption_enabled.unwrap_or(false),
+            keepalive: keepalive.map_or(0, |keepalive| {
+                u16::try_from(keepalive.0.as_secs()).unwrap_or(u16::MAX)
+            }),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Weak;
 use cali_telemetry::Registry;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Opts};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge};
 
 use super::Shared;
 
@@ -129,25 +129,23 @@ pub(super) struct CacheMetrics {
 
 impl CacheMetrics {
     pub(super) fn new(shared: Weak<Shared>) -> Self {
-        let gauge = |(name, help): (&str, &str)| valid(IntGauge::with_opts(Opts::new(name, help)));
         Self {
             shared,
             gauges: [
-                ("typha_cache_size", "Objects in the cache"),
-                (
+                gauge("typha_cache_size", "Objects in the cache"),
+                gauge(
                     "typha_cache_bytes",
                     "Encoded size of the objects in the cache",
                 ),
-                (
+                gauge(
                     "typha_backlog_bytes",
                     "Encoded size of the changes that are kept for clients that are behind",
                 ),
-                (
+                gauge(
                     "typha_breadcrumb_seq_number",
                     "Number of the newest change since the start",
                 ),
-            ]
-            .map(gauge),
+            ],
             counters: [
                 counter("typha_updates_total", "Changes taken from the datastore"),
                 counter(

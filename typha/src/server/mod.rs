@@ -187,10 +187,7 @@ impl Server {
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServerError> {
         let mut clients = Clients::default();
-        let Some(listener) = self.listener.take() else {
-            return Ok(());
-        };
-        let mut listener = Some(listener);
+        let mut listener = self.listener.take();
         let started = Instant::now();
         let alive = Expectation {
             report_within: Some(BEAT.1),
