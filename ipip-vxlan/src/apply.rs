@@ -511,7 +511,7 @@ impl Applier {
                 || self.transition.lasts(wish.linger, now),
             ..Receives::default()
         };
-        for device in &devices {
+        for device in devices.iter().filter(|device| self.plan.receives(device)) {
             receives.add_device(device);
         }
         let state = TunnelState {

@@ -305,6 +305,14 @@ impl Plan {
         }
         self
     }
+
+    /// Whether peers may send to this device once it stands. While a device has no IPv4 address, the kernel's reverse path
+    /// filter drops what comes in through it, also a loose one (`no_addr` in `__fib_validate_source`, net/ipv4/fib_frontend.c).
+    pub(crate) fn receives(&self, device: &str) -> bool {
+        self.devices
+            .get(device)
+            .is_some_and(|device| device.address.is_some())
+    }
 }
 
 #[cfg(test)]
@@ -430,6 +438,19 @@ mod tests {
                 family: 4
             }]
         );
+    }
+
+    #[test]
+    fn a_device_without_its_address_receives_nothing_yet() {
+        let mut r = resolver(Encap::Vxlan(Scope::Always));
+        assert!(planned(&r).receives("vxlan.calico"));
+        r.set_node(Endpoint {
+            vtep_v4: None,
+            ..endpoint(1)
+        });
+        let plan = planned(&r);
+        assert!(plan.devices.contains_key("vxlan.calico"));
+        assert!(!plan.receives("vxlan.calico"));
     }
 
     #[test]
