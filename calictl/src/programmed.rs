@@ -58,17 +58,11 @@ impl Programmed {
     }
 
     fn policy(&self, key: &Key) -> String {
-        let (text, chain) = (key.to_string(), felix::compile::policy_text(key));
-        let is_its_chain = |object: &str| {
-            object.split(' ').any(|word| {
-                let prefixes = ["cali-pi-", "cali-po-"].into_iter();
-                prefixes
-                    .filter_map(|prefix| word.strip_prefix(prefix))
-                    .any(|rest| rest == chain)
-            })
-        };
+        let text = key.to_string();
         let refused = self.quarantined.iter().find(|one| {
-            one.object == text || one.caused_by.contains(&text) || is_its_chain(&one.object)
+            one.object == text
+                || one.caused_by.contains(&text)
+                || felix::compile::is_chain_of(&one.object, key)
         });
         if let Some(refused) = refused {
             return format!("no: {}", refused.reason);

@@ -120,6 +120,19 @@ pub struct Applied {
 /// The values of a secret by their names.
 pub type Secret = std::collections::BTreeMap<String, Vec<u8>>;
 
+/// Something about an object that whoever owns it should hear.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// The object.
+    pub about: Key,
+    /// Who says it: the name of the node.
+    pub node: String,
+    /// One word in CamelCase.
+    pub reason: &'static str,
+    /// For people.
+    pub note: String,
+}
+
 /// A store of resources with revisions.
 ///
 /// Every write is atomic, is validated against the rules of its kind (and, for IP pools, against the other pools) and
@@ -154,6 +167,12 @@ pub trait Datastore: Send + Sync {
     /// Reads a secret of Kubernetes; `None` if there is none, and always in stores that keep none.
     async fn secret(&self, _namespace: &str, _name: &str) -> Result<Option<Secret>, Error> {
         Ok(None)
+    }
+
+    /// Shows a warning beside an object, where the store has a place for it (Events of Kubernetes); in others nothing
+    /// happens. The same warning again is the same event, seen once more.
+    async fn warn(&self, _warning: &Warning) -> Result<(), Error> {
+        Ok(())
     }
 
     /// Creates the object or replaces what stands there, whatever its revision.

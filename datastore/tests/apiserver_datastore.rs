@@ -10,7 +10,7 @@ use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::conformance::{self, Store, View};
 use cali_datastore::kubernetes::{Kubernetes, Settings};
 use cali_datastore::testing::ApiServer;
-use cali_datastore::{Error, sync};
+use cali_datastore::{Error, Warning, sync};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
 use serde_json::{Value, json};
@@ -139,6 +139,7 @@ async fn views_secrets_and_schemas() {
     nodes_are_annotations(&server, &store).await;
     namespaces_are_profiles(&store).await;
     secrets_are_read(&server, &store).await;
+    warnings_are_events_of_the_object(&server, &store).await;
     bad_manifests_are_refused(&server);
     good_manifests_are_read(&server, &store).await;
     unreadable_objects_keep_their_last_version(&server, &store).await;
@@ -230,6 +231,42 @@ async fn secrets_are_read(server: &ApiServer, store: &Store) {
     assert_eq!(
         store.secret("kube-system", "none").await.expect("read"),
         None
+    );
+}
+
+/// As `kubectl` shows them; the second time the same Event is counted up.
+async fn warnings_are_events_of_the_object(server: &ApiServer, store: &Store) {
+    let warning = |about: Key| Warning {
+        about,
+        node: "node1".to_owned(),
+        reason: "NotUsable",
+        note: "spec.selector: unexpected end".to_owned(),
+    };
+    let web = warning(Key::namespaced(Kind::NetworkPolicy, "a", "knp.default.web"));
+    let all = warning(Key::cluster(Kind::GlobalNetworkPolicy, "all"));
+    for one in [&web, &web, &all] {
+        store.warn(one).await.expect("an event");
+    }
+    let shown = |namespace: &str| {
+        let words = [
+            "get",
+            "events",
+            "-n",
+            namespace,
+            "-o",
+            "jsonpath={range .items[*]}{.involvedObject.apiVersion} {.involvedObject.kind}/{.involvedObject.name} {.reason} \
+             {.source.component} {.source.host} {.count}: {.message}{'\\n'}{end}",
+        ];
+        let output = server.kubectl(&words).output().expect("kubectl");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert_eq!(
+        shown("a"),
+        "networking.k8s.io/v1 NetworkPolicy/web NotUsable cali-node node1 2: spec.selector: unexpected end\n"
+    );
+    assert_eq!(
+        shown("default"),
+        "projectcalico.org/v3 GlobalNetworkPolicy/all NotUsable cali-node node1 1: spec.selector: unexpected end\n"
     );
 }
 

@@ -201,6 +201,26 @@ fn pods_talk_until_a_policy_denies_it() {
 }
 
 #[test]
+fn an_object_that_cannot_be_used_is_named_while_the_rest_is_enforced() {
+    run(async {
+        let host = Host::new("dpunusable").await;
+        host.in_sync(everything()).await;
+        let bad = r#"{"apiVersion":"projectcalico.org/v3","kind":"GlobalNetworkPolicy","metadata":{"name":"bad"},
+            "spec":{"selector":"pod == '2'","order":1,"types":["Ingress"],
+                    "ingress":[{"action":"Allow","source":{"selector":"app =="}}]}}"#;
+        host.send(vec![set(bad)]).await;
+        let named = |state: &Arc<State>| state.unusable.contains_key(&resource(bad).key());
+        host.state("named", named).await;
+        // Of its rules none is left, and the tier ends.
+        host.until(PATIENCE, "denied", || !host.pings()).await;
+        host.send(vec![gone(bad)]).await;
+        host.until(PATIENCE, "allowed again", || host.pings()).await;
+        host.state("forgotten", |state| state.unusable.is_empty())
+            .await;
+    });
+}
+
+#[test]
 fn rules_changed_by_hand_are_put_right_within_a_second() {
     run(async {
         let host = Host::new("dphand").await;

@@ -56,7 +56,7 @@ pub use ipnetwork::IpNetwork;
 pub use link::{IfIndex, IpIp, Link, LinkChange, LinkKind, NewLink, NewLinkKind, VethPeer, Vxlan};
 pub use mac::MacAddr;
 pub use neighbour::{FdbEntry, Neighbour};
-pub use netlink::Netlink;
+pub use netlink::{Netlink, ReadyRoutes};
 pub use netns::NetNs;
 pub use nexthop::{Nexthop, NexthopTarget};
 pub use nft::Nft;

@@ -17,7 +17,7 @@ use crate::{
     error::{Cause, Error, Result},
     link_change::LowRate,
     rtnl::{link, neighbour, neighbour::Dump, nexthop as nh, route as rt},
-    socket::Socket,
+    socket::{Ready, Socket},
     wire::{Message, Writer},
 };
 
@@ -32,6 +32,39 @@ struct Inner {
     netns: NetNs,
     route: Mutex<Socket>,
     low_rate: LowRate,
+}
+
+/// Changes of routes as messages: making them does not have to wait until those before are sent.
+#[derive(Debug)]
+pub struct ReadyRoutes {
+    changes: Vec<Change<Route>>,
+    messages: Ready,
+}
+
+impl ReadyRoutes {
+    /// Makes the messages of these changes.
+    pub fn new(changes: Vec<Change<Route>>) -> Self {
+        let messages = Ready::new(changes.len(), |writer, index, sequence| {
+            rt::write_change(writer, &changes[index], sequence);
+            Ok(())
+        });
+        Self { changes, messages }
+    }
+}
+
+/// Results with what was to be done, and with what.
+fn named<T: Display>(
+    results: Vec<std::result::Result<(), Cause>>,
+    changes: &[Change<T>],
+) -> Vec<Result<()>> {
+    let name = |change: &Change<T>, cause| {
+        Error::new(change.operation(), change.object().to_string(), cause)
+    };
+    results
+        .into_iter()
+        .zip(changes)
+        .map(|(result, change)| result.map_err(|cause| name(change, cause)))
+        .collect()
 }
 
 impl Netlink {
@@ -92,15 +125,7 @@ impl Netlink {
                 write(writer, &changes[index], sequence);
                 Ok(())
             });
-        results
-            .into_iter()
-            .zip(changes)
-            .map(|(result, change)| {
-                result.map_err(|cause| {
-                    Error::new(change.operation(), change.object().to_string(), cause)
-                })
-            })
-            .collect()
+        named(results, changes)
     }
 
     /// All devices.
@@ -190,6 +215,12 @@ impl Netlink {
     /// Changes routes in order; one result each.
     pub fn apply_routes(&self, changes: &[Change<Route>]) -> Vec<Result<()>> {
         self.apply(changes, rt::write_change)
+    }
+
+    /// The same with what another thread has made ready meanwhile.
+    pub fn apply_ready_routes(&self, ready: ReadyRoutes) -> Vec<Result<()>> {
+        let results = self.socket().send_ready(ready.messages);
+        named(results, &ready.changes)
     }
 
     /// The kernel's decision for a destination.

@@ -68,6 +68,81 @@ pub(crate) struct Ack {
     pub(crate) offset: Option<u32>,
 }
 
+/// The messages of one send, which have no sequence numbers yet.
+#[derive(Debug)]
+struct Send {
+    writer: Writer,
+    /// Where each message begins, and the index of its result.
+    messages: Vec<(usize, usize)>,
+}
+
+impl Send {
+    /// Takes as many of the messages from `next` on as one send may have.
+    fn fill(
+        mut writer: Writer,
+        count: usize,
+        next: &mut usize,
+        mut write: impl FnMut(&mut Writer, usize) -> Result<(), Cause>,
+        results: &mut [Option<Result<(), Cause>>],
+    ) -> Self {
+        writer.clear();
+        let mut messages: Vec<(usize, usize)> = Vec::with_capacity(BATCH_MESSAGES);
+        while *next < count && messages.len() < BATCH_MESSAGES && writer.len() < BATCH_BYTES - 4096
+        {
+            let at = writer.len();
+            match write(&mut writer, *next) {
+                Ok(()) => {
+                    if let Some((before, _)) = messages.last() {
+                        writer.clear_flag(*before, NLM_F_ACK);
+                    }
+                    messages.push((at, *next));
+                }
+                Err(cause) => results[*next] = Some(Err(cause)),
+            }
+            *next += 1;
+        }
+        Self { writer, messages }
+    }
+}
+
+/// Messages in the form in which they are sent. They can be made by one thread while another one sends those before.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    sends: Vec<Send>,
+    results: Vec<Option<Result<(), Cause>>>,
+}
+
+impl Ready {
+    /// Makes `count` messages as [`Socket::batch`] does.
+    pub(crate) fn new(
+        count: usize,
+        mut write: impl FnMut(&mut Writer, usize, u32) -> Result<(), Cause>,
+    ) -> Self {
+        let mut ready = Self {
+            sends: Vec::new(),
+            results: vec![None; count],
+        };
+        let mut next = 0;
+        while next < count {
+            ready.sends.push(Send::fill(
+                Writer::default(),
+                count,
+                &mut next,
+                |writer, index| write(writer, index, 0),
+                &mut ready.results,
+            ));
+        }
+        ready
+    }
+}
+
+fn whole(results: Vec<Option<Result<(), Cause>>>) -> Vec<Result<(), Cause>> {
+    results
+        .into_iter()
+        .map(|result| result.unwrap_or(Err(Cause::NoAnswer)))
+        .collect()
+}
+
 impl Socket {
     /// Opens a socket in the calling thread's namespace.
     pub(crate) fn open(protocol: SockProtocol) -> Result<Self> {
@@ -182,46 +257,49 @@ impl Socket {
         let mut results: Vec<Option<Result<(), Cause>>> = vec![None; count];
         let mut next = 0;
         while next < count {
-            let mut writer = std::mem::take(&mut self.send);
-            writer.clear();
-            let mut sent = Vec::with_capacity(BATCH_MESSAGES);
-            let mut last: Option<usize> = None;
-            while next < count && sent.len() < BATCH_MESSAGES && writer.len() < BATCH_BYTES - 4096 {
-                let sequence = self.next_sequence();
-                let at = writer.len();
-                match write(&mut writer, next, sequence) {
-                    Ok(()) => {
-                        if let Some(before) = last.replace(at) {
-                            writer.clear_flag(before, NLM_F_ACK);
-                        }
-                        sent.push((sequence, next));
-                    }
-                    Err(cause) => results[next] = Some(Err(cause)),
-                }
-                next += 1;
-            }
-            let outcome = if sent.is_empty() {
-                Ok(())
-            } else {
-                self.transmit(writer.as_slice())
-            };
-            self.send = writer;
-            match outcome {
-                Ok(()) => self.collect(&sent, &mut results),
-                Err(errno) => {
-                    for (_, index) in sent {
-                        results[index] = Some(Err(Cause::Kernel {
-                            errno,
-                            message: None,
-                        }));
-                    }
+            let mut send = Send::fill(
+                std::mem::take(&mut self.send),
+                count,
+                &mut next,
+                |writer, index| write(writer, index, 0),
+                &mut results,
+            );
+            self.deliver(&mut send, &mut results);
+            self.send = send.writer;
+        }
+        whole(results)
+    }
+
+    /// Sends what was made ready before.
+    pub(crate) fn send_ready(&mut self, ready: Ready) -> Vec<Result<(), Cause>> {
+        let Ready { sends, mut results } = ready;
+        for mut send in sends {
+            self.deliver(&mut send, &mut results);
+        }
+        whole(results)
+    }
+
+    fn deliver(&mut self, send: &mut Send, results: &mut [Option<Result<(), Cause>>]) {
+        if send.messages.is_empty() {
+            return;
+        }
+        let mut sent = Vec::with_capacity(send.messages.len());
+        for (at, index) in &send.messages {
+            let sequence = self.next_sequence();
+            send.writer.set_sequence(*at, sequence);
+            sent.push((sequence, *index));
+        }
+        match self.transmit(send.writer.as_slice()) {
+            Ok(()) => self.collect(&sent, results),
+            Err(errno) => {
+                for (_, index) in sent {
+                    results[index] = Some(Err(Cause::Kernel {
+                        errno,
+                        message: None,
+                    }));
                 }
             }
         }
-        results
-            .into_iter()
-            .map(|result| result.unwrap_or(Err(Cause::NoAnswer)))
-            .collect()
     }
 
     /// Receives answers until the last message of `sent` (ascending sequence numbers) has one. Those before it that have

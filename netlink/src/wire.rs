@@ -82,6 +82,11 @@ impl Writer {
         self.buffer[self.message..self.message + 4].copy_from_slice(&len.to_ne_bytes());
     }
 
+    /// Numbers the message that begins at `at`.
+    pub(crate) fn set_sequence(&mut self, at: usize, sequence: u32) {
+        self.buffer[at + 8..at + 12].copy_from_slice(&sequence.to_ne_bytes());
+    }
+
     /// Takes a flag off the message that starts at `at`.
     pub(crate) fn clear_flag(&mut self, at: usize, flag: u16) {
         let flags = u16::from_ne_bytes([self.buffer[at + 6], self.buffer[at + 7]]) & !flag;

@@ -8,6 +8,7 @@
 //! | tunnel addresses | pools, own node | IPAM, Node resource |
 //! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
 //! | word | tunnels, MTU | what this node receives, in the Node resource |
+//! | warnings | what cannot be enforced | Events beside the objects (Kubernetes) |
 //! | sockets | | status; best paths of `bgpd` |
 //! | CNI install | whether the dataplane is ready | plugin and configuration where the runtime looks for them |
 //! | health | what the parts say | liveness, readiness, metrics, a page |
@@ -48,6 +49,7 @@ use crate::startup::{self, StartError};
 use crate::status_socket::{self, Identity, NodeAddresses, Sources};
 use crate::supervisor::{Program, Supervisor};
 use crate::tunnel_addresses::TunnelAddresses;
+use crate::warnings;
 use crate::word::Teller;
 
 /// Why the daemon could not start, or had to end.
@@ -225,6 +227,13 @@ async fn start(
         pods,
     };
     parts.run("word", teller.run());
+
+    let warnings = warnings::run(
+        datastore.clone(),
+        settings.node_name.clone(),
+        handle.state(),
+    );
+    parts.run("warnings", warnings);
 
     let keeper = KeeperSettings::new(paths::state_dir().join("ipam.journal"));
     let keeper = Keeper::open(allocator, keeper)

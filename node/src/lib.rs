@@ -18,4 +18,5 @@ pub mod startup;
 pub mod status_socket;
 pub mod supervisor;
 pub mod tunnel_addresses;
+pub mod warnings;
 pub mod word;

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cali_netlink::reconcile::{Op, Reconciler};
-use cali_netlink::{Change, Netlink, route};
+use cali_netlink::{Change, Netlink, ReadyRoutes, route};
 use ipnetwork::IpNetwork;
 use tracing::{info, warn};
 
@@ -30,7 +30,8 @@ pub const PROTOCOL: u8 = 186;
 const AUDIT: Duration = Duration::from_secs(1);
 /// Looking takes at most this part of the time, however many routes there are.
 const AUDIT_SHARE: u32 = 20;
-/// While routes change at shorter intervals than this, the look is put off: what is written is what the table says.
+/// While routes change at shorter intervals than this, or are being written, the look is put off: what is written is what the
+/// table says.
 const CALM: Duration = Duration::from_millis(200);
 /// It is put off so long at most.
 const AUDIT_PATIENCE: Duration = Duration::from_secs(2);
@@ -44,6 +45,8 @@ const AHEAD: usize = 2;
 
 type Key = route::RouteKey;
 type Operation = Op<Key, route::Route>;
+/// What is to be done, also as the messages that do it.
+type Order = (Vec<Operation>, ReadyRoutes);
 type Results = Vec<cali_netlink::Result<()>>;
 
 /// What the table said since the writer last looked.
@@ -98,13 +101,12 @@ fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()
 /// Brings portions into the kernel, one after the other.
 fn send(
     netlink: &Netlink,
-    orders: &Receiver<Vec<Operation>>,
+    orders: &Receiver<Order>,
     done: &Sender<(Vec<Operation>, Results)>,
     wake: &SyncSender<()>,
 ) {
-    for ops in orders {
-        let changes: Vec<Change<route::Route>> = ops.iter().map(change).collect();
-        let results = netlink.apply_routes(&changes);
+    for (ops, ready) in orders {
+        let results = netlink.apply_ready_routes(ready);
         if done.send((ops, results)).is_err() {
             return;
         }
@@ -146,7 +148,7 @@ struct Writer {
     waiting: BTreeMap<Prefix, Option<Path>>,
     paths: BTreeMap<Prefix, Path>,
     routes: Reconciler<Key, route::Route>,
-    orders: Sender<Vec<Operation>>,
+    orders: Sender<Order>,
     finished: Receiver<(Vec<Operation>, Results)>,
     /// Portions with the sender.
     ahead: usize,
@@ -154,13 +156,13 @@ struct Writer {
     /// What an earlier process left, as it was found.
     left: Option<BTreeMap<Key, route::Route>>,
     audit_at: Instant,
-    /// When the table last said something.
-    changed_at: Option<Instant>,
+    /// When the table last said something, or something was on its way to the kernel.
+    busy_at: Option<Instant>,
 }
 
 /// Whether it is time to look at the kernel.
-fn is_audit_due(now: Instant, audit_at: Instant, changed_at: Option<Instant>) -> bool {
-    let calm = changed_at.is_none_or(|changed| now.saturating_duration_since(changed) >= CALM);
+fn is_audit_due(now: Instant, audit_at: Instant, busy_at: Option<Instant>) -> bool {
+    let calm = busy_at.is_none_or(|busy| now.saturating_duration_since(busy) >= CALM);
     now >= audit_at && (calm || now >= audit_at + AUDIT_PATIENCE)
 }
 
@@ -168,7 +170,7 @@ impl Writer {
     fn new(
         netlink: Netlink,
         wanted: Arc<Mutex<Wanted>>,
-        orders: Sender<Vec<Operation>>,
+        orders: Sender<Order>,
         finished: Receiver<(Vec<Operation>, Results)>,
     ) -> Self {
         let synced = Arc::new(Mutex::new(Synced::default()));
@@ -195,7 +197,7 @@ impl Writer {
             synced,
             left: None,
             audit_at: Instant::now(),
-            changed_at: None,
+            busy_at: None,
         }
     }
 
@@ -203,8 +205,11 @@ impl Writer {
         loop {
             self.take_results();
             let now = Instant::now();
+            if self.ahead > 0 || !self.waiting.is_empty() {
+                self.busy_at = Some(now);
+            }
             // The first look comes first: nothing is planned before it.
-            let due = is_audit_due(now, self.audit_at, self.changed_at) || !self.routes.is_synced();
+            let due = is_audit_due(now, self.audit_at, self.busy_at) || !self.routes.is_synced();
             if due && self.ahead == 0 {
                 self.audit(now);
             }
@@ -273,7 +278,7 @@ impl Writer {
             (std::mem::take(&mut w.changed), synced, w.ended)
         });
         if !changed.is_empty() {
-            self.changed_at = Some(Instant::now());
+            self.busy_at = Some(Instant::now());
         }
         if self.waiting.is_empty() {
             self.waiting = changed;
@@ -318,7 +323,8 @@ impl Writer {
         while !ops.is_empty() {
             let rest = ops.split_off(ops.len().min(PORTION));
             self.ahead += 1;
-            if self.orders.send(ops).is_err() {
+            let ready = ReadyRoutes::new(ops.iter().map(change).collect());
+            if self.orders.send((ops, ready)).is_err() {
                 tracing::error!("the thread that sends routes has ended");
                 return false;
             }

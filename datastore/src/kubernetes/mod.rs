@@ -16,6 +16,7 @@
 //! What this module does not do: wait or retry (that is [`crate::sync`]'s), or install the resource definitions.
 
 mod connect;
+mod event;
 mod failure;
 mod follow;
 mod node;
@@ -24,7 +25,7 @@ mod wire;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
@@ -42,7 +43,7 @@ use self::failure::{conflict, failure, is_missing};
 use self::places::{Group, Place, place, viewed};
 use crate::admission;
 use crate::error::Error;
-use crate::store::{Datastore, List, Secret, Undecodable, Versioned, WatchStream};
+use crate::store::{Datastore, List, Secret, Undecodable, Versioned, Warning, WatchStream};
 use crate::stored;
 
 /// One answer of the API server takes at most this long.
@@ -689,6 +690,28 @@ impl Datastore for Kubernetes {
         drop(sender);
         let task = tokio::spawn(async move { while tasks.join_next().await.is_some() {} });
         Ok(WatchStream::new(receiver, task))
+    }
+
+    async fn warn(&self, warning: &Warning) -> Result<(), Error> {
+        let cluster = self.cluster().await?;
+        let what = || format!("write an Event about {}", warning.about);
+        let now = SystemTime::now();
+        let (namespace, name, event) = event::event(warning, cluster.group(), now);
+        let events = || Request::new(format!("/api/v1/namespaces/{namespace}/events"));
+        let request = events().create(&PostParams::default(), body(&event));
+        match cluster.send(request).await {
+            Ok(_) => return Ok(()),
+            Err(Failed::Api(status)) if status.code == 409 => {}
+            Err(error) => return Err(error.unavailable(what())),
+        }
+        let stands = cluster.send(events().get(&name, &GetParams::default()));
+        let stands = stands.await.map_err(|error| error.unavailable(what()))?;
+        let patch = Patch::Merge(event::again(&stands, now));
+        let request = events().patch(&name, &PatchParams::default(), &patch);
+        match cluster.send(request).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.unavailable(what())),
+        }
     }
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Option<Secret>, Error> {

@@ -43,7 +43,7 @@ pub use compiler::Compiler;
 pub use evaluate::Suspects;
 pub use held::{HELD_LIMIT, HOLD, can_be_held, held_elements, held_flow, held_set, held_tuple};
 pub use host_policy::KeptOpen;
-pub use names::policy_text;
+pub use names::{is_chain_of, policy_text};
 pub use plan::{Plan, PlanOutcome, plan_touched, plan_transaction};
 pub use program::{ChainProgram, InstalledRule, Program, SetProgram, Touched};
 pub(crate) use rule::{merge_ports, outermost};

@@ -47,6 +47,17 @@ pub fn policy_text(id: &Key) -> String {
     }
 }
 
+/// Whether `object`, what a refusal of the kernel names, is a chain of this policy.
+pub fn is_chain_of(object: &str, policy: &Key) -> bool {
+    let text = policy_text(policy);
+    object.split(' ').any(|word| {
+        let prefixes = ["cali-pi-", "cali-po-"].into_iter();
+        prefixes
+            .filter_map(|prefix| word.strip_prefix(prefix))
+            .any(|rest| rest == text)
+    })
+}
+
 pub(super) fn policy_chain(id: &Key, direction: Direction) -> Arc<str> {
     let prefix = match direction {
         Direction::Ingress => "cali-pi-",
