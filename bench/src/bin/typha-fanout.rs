@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use cali_bench::bgp::cost::{machine, machine_busy, own_cpu};
-use cali_bench::typha::{Cluster, Fleet, Process, real_client, serve};
+use cali_bench::typha::{Cluster, Fleet, Process, SAMPLE, real_client, serve};
 use clap::{Parser, Subcommand};
 use typha::client::Held;
 
@@ -140,6 +140,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
     row("bytes of these snapshots", megabytes(fleet.bytes()));
     memory(&server);
 
+    fleet.unpack_all(true);
     let mut medians = Vec::new();
     let mut lasts = Vec::new();
     for _ in 0..20 {
@@ -157,6 +158,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         format!("{:.1?}, {:.1?}", medians[10], lasts[10]),
     );
 
+    fleet.unpack_all(false);
     steady(&mut server, &mut fleet, arguments, "1,000 changes/s").await?;
     let before = server.cost().resident;
     fleet.add_crawlers(server.port, 10)?;
@@ -211,9 +213,9 @@ async fn steady(
     ensure!(arguments.seconds > 0, "at least one second of changes");
     let load = Load::start(server)?;
     server.change(arguments.seconds * 1000, 1000)?;
-    // Each delta is seen once by each client; as many as there surely are.
+    // Each delta is seen once by each client that unpacks it; as many as there surely are.
     let latency = fleet
-        .latency(arguments.clients * arguments.seconds as usize * 10)
+        .latency(arguments.clients.div_ceil(SAMPLE) * arguments.seconds as usize * 10)
         .await?;
     server.done()?;
     row(what, load.end(server)?);

@@ -1,7 +1,10 @@
 //! Simulated clients: each a task with a socket.
+//!
+//! They share the machine with the server, which in a cluster each has for itself. So they unpack nothing of the snapshot, and of
+//! a stream of changes only every twentieth of them does.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -18,6 +21,10 @@ use super::{KINDS, changed_at};
 
 /// Frames up to this size are unpacked.
 const SMALL: usize = 32 * 1024;
+/// One in so many clients unpacks a stream of changes.
+pub const SAMPLE: usize = 20;
+/// Flag of a frame that is compressed (`typha::wire`).
+const PACKED: u8 = 1;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Latencies of one change, or of many, over all clients.
@@ -49,6 +56,8 @@ impl Latency {
 struct Counts {
     synced: AtomicUsize,
     bytes: AtomicU64,
+    /// Every client unpacks changes.
+    all_unpack: AtomicBool,
 }
 
 /// Clients that are connected. Dropping it disconnects them.
@@ -116,9 +125,10 @@ impl Fleet {
         let counts = Arc::new(Counts::default());
         let (sender, seen) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
-        for _ in 0..count {
+        for number in 0..count {
             tasks.spawn(one(
                 port,
+                number % SAMPLE == 0,
                 hello.clone(),
                 Arc::clone(&counts),
                 sender.clone(),
@@ -174,6 +184,11 @@ impl Fleet {
         self.counts.bytes.load(Ordering::Relaxed)
     }
 
+    /// Whether all clients unpack changes, or one in [`SAMPLE`].
+    pub fn unpack_all(&self, all: bool) {
+        self.counts.all_unpack.store(all, Ordering::Relaxed);
+    }
+
     /// Drops what was seen and not asked for.
     pub fn forget(&mut self) {
         while self.seen.try_recv().is_ok() {}
@@ -199,6 +214,7 @@ impl Fleet {
 
 async fn one(
     port: u16,
+    samples: bool,
     hello: Bytes,
     counts: Arc<Counts>,
     seen: mpsc::UnboundedSender<Duration>,
@@ -208,6 +224,7 @@ async fn one(
     stream.write_all(&hello).await?;
     let mut input = BytesMut::with_capacity(64 * 1024);
     let mut skip = 0usize;
+    let mut synced = false;
     loop {
         let read = stream.read_buf(&mut input).await?;
         if read == 0 {
@@ -218,11 +235,12 @@ async fn one(
             let now = skip.min(input.len());
             let _ = input.split_to(now);
             skip -= now;
-            if skip > 0 || input.len() < 4 {
+            if skip > 0 || input.len() < 5 {
                 break;
             }
             let length = 4 + u32::from_be_bytes([input[0], input[1], input[2], input[3]]) as usize;
-            if length > SMALL {
+            let unpacks = synced && (samples || counts.all_unpack.load(Ordering::Relaxed));
+            if length > SMALL || (input[4] & PACKED != 0 && !unpacks) {
                 skip = length;
                 continue;
             }
@@ -232,7 +250,10 @@ async fn one(
             let mut decoder = Decoder::from_servers();
             decoder.push(&input.split_to(length));
             match decoder.next_message()? {
-                Some(Body::SyncDone(_)) => drop(counts.synced.fetch_add(1, Ordering::Relaxed)),
+                Some(Body::SyncDone(_)) => {
+                    synced = true;
+                    counts.synced.fetch_add(1, Ordering::Relaxed);
+                }
                 Some(Body::Ping(ping)) => {
                     let pong = frame(Body::Pong(Pong { id: ping.id }), false);
                     stream.write_all(&pong).await?;

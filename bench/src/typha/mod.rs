@@ -7,6 +7,6 @@ mod clients;
 mod cluster;
 mod server;
 
-pub use clients::{Fleet, Latency, real_client};
+pub use clients::{Fleet, Latency, SAMPLE, real_client};
 pub use cluster::{Cluster, KINDS, changed_at};
 pub use server::{Process, serve};
