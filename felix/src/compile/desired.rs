@@ -52,9 +52,9 @@ impl Desired {
         let Some(program) = self.program.sets.get_mut(set) else {
             return;
         };
-        if program.elements.get(&elem.key) != Some(&elem) {
-            self.touched.element(&program.set.name, &elem.key);
-            program.elements.insert(elem.key.clone(), elem);
+        let key = elem.key.clone();
+        if program.elements.insert(elem) {
+            self.touched.element(&program.set.name, &key);
         }
     }
 
@@ -62,7 +62,7 @@ impl Desired {
         let Some(program) = self.program.sets.get_mut(set) else {
             return;
         };
-        if program.elements.remove(key).is_some() {
+        if program.elements.remove(key) {
             self.touched.element(&program.set.name, key);
         }
     }

@@ -227,8 +227,8 @@ impl Compiler {
         }
         // Ranges do not overlap: only the last that begins at or before the address can hold it.
         sets.get(&names::wide_set(id, version))
-            .and_then(|set| set.elements.range(..=key.clone()).next_back())
-            .is_some_and(|(first, elem)| *elem.end.as_ref().unwrap_or(first) >= key)
+            .and_then(|set| set.elements.last_until(&key))
+            .is_some_and(|elem| *elem.end.as_ref().unwrap_or(&elem.key) >= key)
     }
 
     /// Some addresses of a set.

@@ -85,8 +85,8 @@ struct Planner {
 /// Changes of one set's elements.
 struct ElementChanges<'a> {
     set: &'a Set,
-    gone: Vec<&'a Elem>,
-    new: Vec<&'a Elem>,
+    gone: Vec<Elem>,
+    new: Vec<Elem>,
 }
 
 impl Planner {
@@ -123,7 +123,7 @@ impl Planner {
         let changes = element_changes(current, desired, touched);
         for change in changes.iter().filter(|change| !change.gone.is_empty()) {
             self.transaction
-                .delete_elements(change.set, change.gone.iter().copied());
+                .delete_elements(change.set, change.gone.iter());
         }
         // Values before rules, verdicts after them: a way into a chain comes last.
         self.add_elements(&changes, |set| set.data.is_none());
@@ -162,8 +162,7 @@ impl Planner {
             .iter()
             .filter(|change| which(change.set) && !change.new.is_empty())
         {
-            self.transaction
-                .add_elements(change.set, change.new.iter().copied());
+            self.transaction.add_elements(change.set, change.new.iter());
         }
     }
 
@@ -248,7 +247,7 @@ fn changes_of<'a>(
             current.and_then(|set| set.elements.get(key)),
             desired.elements.get(key),
         ) {
-            (Some(old), Some(new)) if same_element(old, new) => {}
+            (Some(old), Some(new)) if same_element(&old, &new) => {}
             (old, new) => {
                 changes.gone.extend(old);
                 changes.new.extend(new);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+use super::elements::Elements;
 use super::plan::PlanOutcome;
 use cali_netlink::nft::{Chain, Elem, Family, Key, ListedChain, ListedRule, Rule, Set, TableName};
 
@@ -49,8 +50,8 @@ impl ChainProgram {
 pub struct SetProgram {
     /// The set.
     pub set: Set,
-    /// Elements by key (the first value of a range).
-    pub elements: BTreeMap<Key, Elem>,
+    /// Its elements.
+    pub elements: Elements,
 }
 
 impl SetProgram {
@@ -58,15 +59,14 @@ impl SetProgram {
     pub fn new(set: Set) -> Self {
         Self {
             set,
-            elements: BTreeMap::new(),
+            elements: Elements::default(),
         }
     }
 
     /// The same set with elements.
     #[must_use]
     pub fn with(mut self, elements: impl IntoIterator<Item = Elem>) -> Self {
-        self.elements
-            .extend(elements.into_iter().map(|elem| (elem.key.clone(), elem)));
+        self.elements.extend(elements);
         self
     }
 }
@@ -199,7 +199,7 @@ impl Program {
             };
             for key in keys {
                 match wanted.elements.get(key) {
-                    Some(elem) => set.elements.insert(key.clone(), elem.clone()),
+                    Some(elem) => set.elements.insert(elem),
                     None => set.elements.remove(key),
                 };
             }

@@ -66,7 +66,7 @@ fn dangling(program: &Program) -> BTreeSet<Arc<str>> {
             chain(verdict);
         }
     }
-    for elem in program.sets.values().flat_map(|set| set.elements.values()) {
+    for elem in program.sets.values().flat_map(|set| set.elements.iter()) {
         if let Some(Data::Verdict(verdict)) = &elem.data {
             chain(verdict);
         }
@@ -104,7 +104,7 @@ fn unused(program: &Program) -> BTreeSet<Arc<str>> {
             _ => {}
         }
     }
-    for elem in program.sets.values().flat_map(|set| set.elements.values()) {
+    for elem in program.sets.values().flat_map(|set| set.elements.iter()) {
         if let Some(Data::Verdict(Verdict::Jump(name) | Verdict::Goto(name))) = &elem.data {
             used.insert(name.clone());
         }

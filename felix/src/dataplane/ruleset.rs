@@ -553,7 +553,7 @@ fn differences(believed: &Program, seen: &Program) -> Vec<String> {
             None => found.push(format!("set {name} is gone")),
             Some(other) => {
                 let same = |key| match (set.elements.get(key), other.elements.get(key)) {
-                    (Some(a), Some(b)) => a.data == b.data && last(a) == last(b),
+                    (Some(a), Some(b)) => a.data == b.data && last(&a) == last(&b),
                     _ => false,
                 };
                 let keys: BTreeSet<_> = set.elements.keys().chain(other.elements.keys()).collect();
