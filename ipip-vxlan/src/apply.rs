@@ -9,6 +9,7 @@ use cali_netlink::{Error, Link, Netlink, WgKey};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::addressless::Addressless;
 use crate::devices::{apply_device, retire_device};
 use crate::entries::{Entries, Indices};
 use crate::plan::{Plan, Settings, Underlay, plan};
@@ -76,7 +77,9 @@ pub struct TunnelState {
     pub mtus: BTreeMap<String, u32>,
     /// What this node can receive: its word for others, once its pods' MTU fits.
     pub receives: Receives,
-    /// Public keys of the WireGuard devices that encrypt, for IPv4 and IPv6.
+    /// WireGuard devices for IPv4 and IPv6 that are to encrypt stand, and want an address.
+    pub encrypts: [bool; 2],
+    /// Their public keys, once they receive.
     pub keys: [Option<WgKey>; 2],
     /// Remote endpoints whose entries are in the kernel.
     pub endpoints: usize,
@@ -128,6 +131,7 @@ impl Tunnels {
             },
             retry_at: None,
             crypts: [Crypt::new(true), Crypt::new(false)],
+            addressless: Addressless::default(),
             reverse_path: ReversePath::default(),
             transition: Transition::default(),
             state: state_out,
@@ -165,6 +169,7 @@ struct Applier {
     retry_at: Option<Instant>,
     /// WireGuard over IPv4 and over IPv6.
     crypts: [Crypt; 2],
+    addressless: Addressless,
     reverse_path: ReversePath,
     transition: Transition,
     state: watch::Sender<TunnelState>,
@@ -184,6 +189,7 @@ impl Applier {
                 self.transition.end(self.wish.borrow().linger, now),
                 self.crypts[0].next_due(),
                 self.crypts[1].next_due(),
+                self.addressless.next_due(now),
                 Some(next_audit),
             ];
             let due = due.into_iter().flatten().min().unwrap_or(next_audit);
@@ -493,7 +499,7 @@ impl Applier {
         })
     }
 
-    fn publish(&self, wish: &Wish, now: Instant, problems: Vec<String>) {
+    fn publish(&mut self, wish: &Wish, now: Instant, problems: Vec<String>) {
         let devices: BTreeSet<&'static str> = self
             .indices
             .keys()
@@ -511,13 +517,30 @@ impl Applier {
                 || self.transition.lasts(wish.linger, now),
             ..Receives::default()
         };
-        for device in devices.iter().filter(|device| self.plan.receives(device)) {
-            receives.add_device(device);
+        let tunnels = devices
+            .iter()
+            .map(|name| ((*name).to_owned(), self.plan.has_address(name)));
+        let encrypting = crypts
+            .iter()
+            .filter_map(|crypt| Some((crypt.device.as_ref()?.0.clone(), crypt.has_address)));
+        self.addressless.see(tunnels.chain(encrypting), now);
+        for device in &devices {
+            if self.addressless.receives(device, now) {
+                receives.add_device(device);
+            }
         }
+        let encrypts = [0, 1].map(|at| crypts[at].key.is_some());
+        let keys = crypts.map(|crypt| {
+            let (device, _) = crypt.device?;
+            crypt
+                .key
+                .filter(|_| self.addressless.receives(&device, now))
+        });
         let state = TunnelState {
             mtus,
             receives,
-            keys: crypts.map(|crypt| crypt.key),
+            encrypts,
+            keys,
             devices,
             endpoints: self.entries.fdb.all_observed().count(),
             problems,

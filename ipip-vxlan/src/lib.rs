@@ -15,6 +15,7 @@
 //! - A way is used towards a node only after both ends have said that they receive it ([`Receives`]).
 //! - A device of our name but of another kind belongs to somebody else. It is reported, never changed.
 
+mod addressless;
 mod apply;
 mod devices;
 mod encap;

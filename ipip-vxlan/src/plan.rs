@@ -298,17 +298,18 @@ impl Plan {
         for ((device, gateway), entry) in &former.vteps {
             let needed = self.devices.contains_key(device)
                 && used.contains(&((*device).to_owned(), *gateway));
-            let mac_is_free = !self.vteps.values().any(|other| other.mac == entry.mac);
-            if needed && mac_is_free {
+            // A node that changes its overlay address keeps its MAC: both neighbours stand until no route uses the former.
+            let mac_is_free =
+                |other: &VtepEntry| other.mac != entry.mac || other.node == entry.node;
+            if needed && self.vteps.values().all(mac_is_free) {
                 self.vteps.entry((device, *gateway)).or_insert(*entry);
             }
         }
         self
     }
 
-    /// Whether peers may send to this device once it stands. While a device has no IPv4 address, the kernel's reverse path
-    /// filter drops what comes in through it, also a loose one (`no_addr` in `__fib_validate_source`, net/ipv4/fib_frontend.c).
-    pub(crate) fn receives(&self, device: &str) -> bool {
+    /// Whether this device is planned with its address.
+    pub(crate) fn has_address(&self, device: &str) -> bool {
         self.devices
             .get(device)
             .is_some_and(|device| device.address.is_some())
@@ -441,16 +442,30 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_its_address_receives_nothing_yet() {
+    fn a_former_overlay_address_outlives_the_change_to_another_pool() {
+        let used = BTreeSet::from([("vxlan.calico".to_owned(), IpAddr::from([192, 168, 2, 1]))]);
         let mut r = resolver(Encap::Vxlan(Scope::Always));
-        assert!(planned(&r).receives("vxlan.calico"));
-        r.set_node(Endpoint {
-            vtep_v4: None,
-            ..endpoint(1)
-        });
-        let plan = planned(&r);
-        assert!(plan.devices.contains_key("vxlan.calico"));
-        assert!(!plan.receives("vxlan.calico"));
+        let former = planned(&r);
+        let mut moved = endpoint(2);
+        let mac = moved.vtep_v4.unwrap().mac;
+        let addr = [192, 169, 2, 1].into();
+        moved.vtep_v4 = Some(Vtep { addr, mac });
+        r.set_node(moved.clone());
+        let gateways = |plan: &Plan| -> Vec<String> {
+            let gateways = plan.vteps.keys().map(|(_, gateway)| gateway.to_string());
+            gateways
+                .filter(|gateway| !gateway.starts_with("192.168.3"))
+                .collect()
+        };
+        let kept = planned(&r).keeping(&former, &used);
+        assert_eq!(gateways(&kept), ["192.168.2.1", "192.169.2.1"]);
+        // At another node as well, the MAC can lead to one of them only.
+        moved.v4 = Some("10.1.0.22/24".parse().unwrap());
+        r.set_node(moved);
+        assert_eq!(
+            gateways(&planned(&r).keeping(&former, &used)),
+            ["192.169.2.1"]
+        );
     }
 
     #[test]

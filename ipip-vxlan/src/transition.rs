@@ -1,35 +1,34 @@
-//! Whether nodes may still send in the former way, because a pool's encapsulation was edited a moment ago or a node has
-//! not followed yet. Pure.
+//! Whether nodes may still send in the former way, because a pool's encapsulation or a node's subnet was edited a moment ago,
+//! or a node has not followed yet. Pure.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use cali_api::Cidr;
+use cali_api::{Cidr, NodeName};
+use cali_netlink::IpNetwork;
 
 use crate::{Encap, Receives, Resolver, Scope, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE};
 
-/// Remembers the pools' encapsulations and when they last changed.
+/// Remembers what decides the way to a node (pools' encapsulations, nodes' own addresses and subnets) and when it last changed.
 #[derive(Debug, Default)]
 pub(crate) struct Transition {
-    seen: BTreeMap<Cidr, Encap>,
+    pools: BTreeMap<Cidr, Encap>,
+    nodes: BTreeMap<NodeName, [Option<IpNetwork>; 2]>,
     edited: Option<Instant>,
 }
 
 impl Transition {
-    /// Takes the pools in.
+    /// Takes pools and nodes in.
     pub(crate) fn see(&mut self, resolver: &Resolver, now: Instant) {
-        let seen: BTreeMap<Cidr, Encap> = resolver
-            .pools()
-            .map(|pool| (pool.cidr, pool.encap))
-            .collect();
-        let edited = self
-            .seen
-            .iter()
-            .any(|(cidr, encap)| seen.get(cidr) != Some(encap));
-        if edited {
+        let pools = resolver.pools().map(|pool| (pool.cidr, pool.encap));
+        let nodes = resolver.local().into_iter().chain(resolver.remotes());
+        let nodes = nodes.map(|node| (node.name.clone(), [node.v4, node.v6]));
+        let pools_edited = replace(&mut self.pools, pools.collect(), |_| true);
+        // A node that has gone sends nothing.
+        let nodes_edited = replace(&mut self.nodes, nodes.collect(), |now| now.is_some());
+        if pools_edited || nodes_edited {
             self.edited = Some(now);
         }
-        self.seen = seen;
     }
 
     /// An edit is younger than `linger`.
@@ -64,6 +63,19 @@ impl Transition {
     }
 }
 
+/// Puts `new` in the place of what was seen; true when something that was known is another now, and that `counts`.
+fn replace<K: Ord, V: PartialEq>(
+    seen: &mut BTreeMap<K, V>,
+    new: BTreeMap<K, V>,
+    counts: impl Fn(Option<&V>) -> bool,
+) -> bool {
+    let former = std::mem::replace(seen, new);
+    former.iter().any(|(key, value)| {
+        let now = seen.get(key);
+        now != Some(value) && counts(now)
+    })
+}
+
 /// Everything that the pools ask for.
 fn asked(resolver: &Resolver) -> Receives {
     let mut asked = Receives::default();
@@ -86,7 +98,6 @@ fn asked(resolver: &Resolver) -> Receives {
 mod tests {
     use super::*;
     use crate::{Endpoint, Pool};
-    use cali_api::NodeName;
 
     fn resolver(encap: Encap, word: Option<&str>) -> Resolver {
         let mut resolver = Resolver::new(NodeName::from("a"));
@@ -116,6 +127,33 @@ mod tests {
         let later = start + linger;
         transition.see(&resolver(Encap::Ipip(Scope::Always), None), later);
         assert!(!transition.lasts(linger, later));
+    }
+
+    #[test]
+    fn another_subnet_of_a_node_is_an_edit_and_its_coming_or_going_is_none() {
+        let (mut transition, now, linger) = (
+            Transition::default(),
+            Instant::now(),
+            Duration::from_secs(60),
+        );
+        let mut resolver = resolver(Encap::Vxlan(Scope::CrossSubnet), None);
+        let mut see = |resolver: &Resolver| {
+            transition.see(resolver, now);
+            transition.lasts(linger, now)
+        };
+        let node = |v4: &str| Endpoint {
+            v4: Some(v4.parse().unwrap()),
+            ..Endpoint::named(NodeName::from("c"))
+        };
+        assert!(!see(&resolver));
+        resolver.set_node(node("10.0.0.3/24"));
+        assert!(!see(&resolver));
+        resolver.remove_node(&NodeName::from("c"));
+        assert!(!see(&resolver));
+        resolver.set_node(node("10.0.0.3/24"));
+        assert!(!see(&resolver));
+        resolver.set_node(node("10.0.0.3/32"));
+        assert!(see(&resolver));
     }
 
     #[test]

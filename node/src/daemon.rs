@@ -5,7 +5,8 @@
 //! | fan-out | typha or the datastore | the streams of the parts |
 //! | dataplane (`felix`) | everything, `bgpd`'s best paths, pods from the CNI server | kernel: rules, routes, tunnels, interfaces |
 //! | CNI server | calls of the plugin, pods | interfaces of pods, their addresses |
-//! | tunnel addresses | pools, own node | IPAM, Node resource |
+//! | tunnel addresses | pools, own node, WireGuard's devices | IPAM, Node resource |
+//! | own addresses | the host's interfaces | Node resource |
 //! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
 //! | word | tunnels, MTU | what this node receives, in the Node resource |
 //! | warnings | what cannot be enforced | Events beside the objects (Kubernetes) |
@@ -204,8 +205,16 @@ async fn start(
     let addresses = TunnelAddresses {
         datastore: datastore.clone(),
         allocator: allocator.clone(),
+        dataplane: handle.state(),
     };
     parts.run_forever("tunnel addresses", addresses.run(events));
+
+    let events = netlink
+        .events(startup::follow::GROUPS)
+        .map_err(kernel("addresses"))?;
+    let following =
+        startup::follow::follow(settings.clone(), datastore.clone(), netlink.clone(), events);
+    parts.run("own addresses", following);
 
     let events = fan_out.part("MTU", mtu::KINDS);
     let links = netlink.events(&[Group::Link]).map_err(kernel("devices"))?;

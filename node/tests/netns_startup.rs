@@ -6,12 +6,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cali_api::v3::Node;
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
-use cali_netlink::testing::TestNs;
+use cali_netlink::testing::{TestNs, patient};
+use cali_node::startup::follow::{GROUPS, follow};
 use cali_node::startup::settings::{HostNames, Settings};
 use cali_node::startup::{self, StartError};
 use typha::config::Env;
@@ -87,6 +89,48 @@ async fn start_registers_the_node_and_a_second_start_changes_nothing() {
             "revisions included"
         );
     }
+}
+
+#[tokio::test]
+async fn a_detected_address_is_followed_and_kept_while_there_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let datastore = open(folder.path());
+    let host = host("follow", "10.9.0.1/24");
+    let settings = settings(folder.path(), &[("NODENAME", "n1"), ("IP", "autodetect")]);
+    startup::prepare(&settings, &datastore, host.netlink())
+        .await
+        .unwrap();
+    let events = host.netlink().events(GROUPS).unwrap();
+    let following = follow(settings, datastore.clone(), host.netlink().clone(), events);
+    let task = tokio::spawn(following);
+    let becomes = async |address: &str| {
+        let start = Instant::now();
+        loop {
+            let key = Key::cluster(Kind::Node, "n1");
+            let AnyResource::Node(node) = stored(&*datastore, key).await else {
+                panic!("not a node")
+            };
+            let now = node.spec.ipv4().unwrap().to_string();
+            if now == address {
+                return;
+            }
+            assert!(
+                start.elapsed() < patient(Duration::from_secs(20)),
+                "{now} instead of {address}"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    host.ip("addr del 10.9.0.1/24 dev eth0");
+    host.ip("addr add 10.9.7.7/24 dev eth0");
+    becomes("10.9.7.7/24").await;
+    host.ip("addr del 10.9.7.7/24 dev eth0");
+    // Time enough to notice that there is none.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    becomes("10.9.7.7/24").await;
+    host.ip("addr add 10.9.7.7/20 dev eth0");
+    becomes("10.9.7.7/20").await;
+    task.abort();
 }
 
 #[tokio::test]

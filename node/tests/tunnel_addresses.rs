@@ -13,6 +13,7 @@ use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
 use cali_ipam::Allocator;
 use cali_node::tunnel_addresses::TunnelAddresses;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 fn pool(mode: EncapMode) -> AnyResource {
@@ -56,6 +57,7 @@ async fn pool_that_becomes_vxlan_gives_the_node_an_address_that_a_restart_keeps(
         .await
         .unwrap();
     datastore.create(pool(EncapMode::Never)).await.unwrap();
+    let (_dataplane, state) = watch::channel(Arc::default());
     let start = || {
         let events = cali_datastore::sync::start(datastore.clone(), &[Kind::Node, Kind::IPPool]);
         let allocator = Allocator::with_system_time(datastore.clone(), "n1");
@@ -63,6 +65,7 @@ async fn pool_that_becomes_vxlan_gives_the_node_an_address_that_a_restart_keeps(
             TunnelAddresses {
                 datastore: datastore.clone(),
                 allocator,
+                dataplane: state.clone(),
             }
             .run(events),
         )

@@ -37,6 +37,7 @@ pub(crate) struct Crypt {
     handshakes: BTreeMap<WgKey, i64>,
     waiting: usize,
     mtu: u32,
+    has_address: bool,
     next_look: Option<Instant>,
 }
 
@@ -47,6 +48,8 @@ pub(crate) struct CryptState {
     pub(crate) key: Option<WgKey>,
     /// The device and its MTU.
     pub(crate) device: Option<(String, u32)>,
+    /// The device has the node's address for it.
+    pub(crate) has_address: bool,
 }
 
 impl Crypt {
@@ -61,6 +64,7 @@ impl Crypt {
             handshakes: BTreeMap::new(),
             waiting: 0,
             mtu: 0,
+            has_address: false,
             next_look: None,
         }
     }
@@ -78,6 +82,7 @@ impl Crypt {
                 .made
                 .as_ref()
                 .map(|made| (made.family(self.v4).device.clone(), self.mtu)),
+            has_address: self.has_address,
         }
     }
 
@@ -185,6 +190,7 @@ impl Crypt {
         };
         let index = device(netlink, family, plan).await?;
         self.mtu = plan.mtu;
+        self.has_address = plan.address.is_some();
         let control = match &self.control {
             Some(control) => control.clone(),
             None => self

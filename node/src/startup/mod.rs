@@ -1,10 +1,12 @@
 //! Start-up of a node: who it is, which address it has, and the objects that must exist before anything runs.
 //!
-//! [`settings`], [`detect`], [`node_resource`], [`pools`] and [`defaults`] decide and are pure; this file and [`host`] read and write.
+//! [`settings`], [`detect`], [`node_resource`], [`pools`] and [`defaults`] decide and are pure; this file, [`host`] and [`follow`] read
+//! and write.
 //! Everything here can be repeated at any time: a second start finds its own results and changes nothing.
 
 pub mod defaults;
 pub mod detect;
+pub mod follow;
 pub mod host;
 pub mod node_resource;
 pub mod pools;

@@ -16,7 +16,8 @@ use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error as DatastoreError};
 use cali_ipam::tunnel::Tunnel;
 use cali_ipam::{Allocator, Owner, Request};
-use tokio::sync::mpsc;
+use felix::dataplane::State;
+use tokio::sync::{mpsc, watch};
 
 use self::plan::{Action, Planner, TUNNELS, publish, published};
 
@@ -42,11 +43,13 @@ pub struct TunnelAddresses {
     pub datastore: Arc<dyn Datastore>,
     /// For the addresses.
     pub allocator: Allocator,
+    /// Whether WireGuard's devices stand.
+    pub dataplane: watch::Receiver<Arc<State>>,
 }
 
 impl TunnelAddresses {
-    /// Runs until the stream ends. Reads pools and the own node from it; everything else in it is ignored.
-    pub async fn run(self, mut events: mpsc::Receiver<SyncEvent>) {
+    /// Runs until the stream or the dataplane ends. Reads pools and the own node from it; everything else in it is ignored.
+    pub async fn run(mut self, mut events: mpsc::Receiver<SyncEvent>) {
         let mut pools = BTreeMap::new();
         let mut planner = Planner::default();
         let mut in_sync = false;
@@ -58,6 +61,13 @@ impl TunnelAddresses {
                     Some(event) => self.on_event(event, &mut pools, &mut in_sync),
                     None => return,
                 },
+                changed = self.dataplane.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let encrypts = self.dataplane.borrow_and_update().tunnels.encrypts;
+                    std::mem::replace(&mut planner.encrypts, encrypts) != encrypts
+                }
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => true,
             };
             if changed && in_sync {

@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use cali_api::selector::Selector;
-use cali_api::v3::{AllowedUse, EncapMode, IPPool, Node, NodeStatus};
+use cali_api::v3::{AllowedUse, EncapMode, IPPool, Node};
 use cali_ipam::tunnel::Tunnel;
 
 /// How long an address is kept after the last pool that asked for it stopped doing so. Longer than devices and routes outlive it (peers
 /// see an edit of a pool later than this node), so that the address is not given to a pod while a tunnel still has it.
 pub const LINGER: Duration = Duration::from_secs(120);
 
-/// All tunnels, in Calico's order. Pools ask for most of them; WireGuard is asked for by the node's public key.
+/// All tunnels, in Calico's order. Pools ask for most of them; WireGuard is asked for by its device.
 pub const TUNNELS: [Tunnel; 5] = [
     Tunnel::Wireguard,
     Tunnel::WireguardV6,
@@ -67,17 +67,12 @@ pub fn publish(tunnel: Tunnel, node: &mut Node, address: Option<IpAddr>) {
     }
 }
 
-fn wanted_by(tunnel: Tunnel, pool: &IPPool, node: &Node) -> bool {
-    let key = |key: fn(&NodeStatus) -> &String| {
-        node.status
-            .as_ref()
-            .is_some_and(|status| !key(status).is_empty())
-    };
+fn wanted_by(tunnel: Tunnel, pool: &IPPool, encrypts: [bool; 2]) -> bool {
     let wanted = match tunnel {
         Tunnel::Ipip => pool.spec.ipip() != EncapMode::Never,
         Tunnel::Vxlan | Tunnel::VxlanV6 => pool.spec.vxlan() != EncapMode::Never,
-        Tunnel::Wireguard => key(|status| &status.wireguard_public_key),
-        Tunnel::WireguardV6 => key(|status| &status.wireguard_public_key_v6),
+        Tunnel::Wireguard => encrypts[0],
+        Tunnel::WireguardV6 => encrypts[1],
     };
     wanted && pool.spec.cidr.is_v4() == tunnel.is_v4()
 }
@@ -102,9 +97,12 @@ pub enum Action {
     Wait(Instant),
 }
 
-/// Remembers since when a tunnel has not been wanted.
+/// Decides, and remembers since when a tunnel has not been wanted.
 #[derive(Debug, Default)]
 pub struct Planner {
+    /// The WireGuard devices for IPv4 and IPv6 stand and are to encrypt. Their public keys are told only once they have their
+    /// addresses, so those cannot be waited for here.
+    pub encrypts: [bool; 2],
     unwanted_since: BTreeMap<Tunnel, Instant>,
 }
 
@@ -120,7 +118,7 @@ impl Planner {
     ) -> Action {
         let eligible: Vec<&IPPool> = pools
             .iter()
-            .filter(|pool| is_eligible(tunnel, pool, node))
+            .filter(|pool| is_eligible(tunnel, pool, node, self.encrypts))
             .collect();
         let current = published(tunnel, node);
         if eligible.is_empty() {
@@ -163,12 +161,12 @@ impl Planner {
     }
 }
 
-fn is_eligible(tunnel: Tunnel, pool: &IPPool, node: &Node) -> bool {
+fn is_eligible(tunnel: Tunnel, pool: &IPPool, node: &Node, encrypts: [bool; 2]) -> bool {
     let selects = |selector: &str| {
         selector.is_empty()
             || Selector::parse(selector).is_ok_and(|s| s.matches(&node.metadata.labels))
     };
-    wanted_by(tunnel, pool, node)
+    wanted_by(tunnel, pool, encrypts)
         && !pool.spec.disabled
         && pool.metadata.deletion_timestamp.is_none()
         && pool.spec.allows(AllowedUse::Tunnel)
@@ -235,18 +233,15 @@ mod tests {
     }
 
     #[test]
-    fn wireguard_gets_an_address_of_any_pool_once_its_key_is_published() {
+    fn wireguard_gets_an_address_of_any_pool_once_its_device_stands() {
         let pools = [pool("a", "10.1.0.0/16", EncapMode::Never)];
-        let mut node = node(None);
-        let plan = |node: &Node| {
-            Planner::default().plan(Tunnel::Wireguard, &pools, node, &[], Instant::now())
+        let (mut planner, node) = (Planner::default(), node(None));
+        let mut plan = |encrypts| {
+            planner.encrypts = encrypts;
+            planner.plan(Tunnel::Wireguard, &pools, &node, &[], Instant::now())
         };
-        assert_eq!(plan(&node), Action::Nothing);
-        node.status = Some(NodeStatus {
-            wireguard_public_key: "key".into(),
-            ..NodeStatus::default()
-        });
-        assert!(matches!(plan(&node), Action::Assign { .. }));
+        assert_eq!(plan([false, true]), Action::Nothing);
+        assert!(matches!(plan([true, false]), Action::Assign { .. }));
     }
 
     #[test]
