@@ -31,9 +31,10 @@ pub(crate) fn all(lab: &Lab) -> Result<()> {
     let devices = [
         device(VXLAN, "vxlan.calico", true),
         device(VXLAN, "vxlan-v6.calico", false),
-        device(IPIP, "tunl0", true),
         device(NONE.encrypted(), "wireguard.cali", true),
         device(NONE.encrypted(), "wg-v6.cali", false),
+        // Not next to the other whose routes are in the main table.
+        device(IPIP, "tunl0", true),
     ];
     for device in devices {
         if !kernel_has(device.mode) {
@@ -129,10 +130,12 @@ impl Device {
                 format!("wg set {name} peer {peer} remove"),
             ]);
         } else {
-            removals.extend([
-                format!("{ip} route del {prefix}"),
-                "ip nexthop flush".to_owned(),
-            ]);
+            removals.push(format!("{ip} route del {prefix}"));
+            // It takes those of both families. Whoever removes one thing five times in a minute is taken for a rival, and
+            // waited for.
+            if self.v4 {
+                removals.push("ip nexthop flush".to_owned());
+            }
         }
         if self.mode == VXLAN {
             let node = if self.v4 { NODES[1].1 } else { NODES[1].2 };
