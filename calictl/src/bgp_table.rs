@@ -1,12 +1,27 @@
 //! The table of BGP peers, in the form that `calicoctl node status` made familiar.
 
-use cali_control::status::{BgpStatus, PeerStatus, SessionState};
+use crate::bgp::age;
+use cali_api::v3::{BGPSessionState, NodeBGPStatus, NodePeer, NodePeerType};
+use cali_control::status::{BgpStatus, PeerKind, PeerStatus, SessionState};
 use std::net::IpAddr;
 
 const HEADER: [&str; 5] = ["PEER ADDRESS", "PEER TYPE", "STATE", "SINCE", "INFO"];
+const WIDE: [&str; 11] = [
+    "PEER ADDRESS",
+    "PEER TYPE",
+    "STATE",
+    "SINCE",
+    "NAME",
+    "AS",
+    "UPTIME",
+    "BFD",
+    "RECEIVED / ACCEPTED",
+    "ADVERTISED",
+    "INFO",
+];
 
 /// Both families, each as a table or the words that there is no peer.
-pub(crate) fn render(status: &BgpStatus, now: u64) -> String {
+pub(crate) fn render(status: &BgpStatus, now: u64, wide: bool) -> String {
     let mut text = String::new();
     for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
         text.push_str(&format!("{family} BGP status\n"));
@@ -20,7 +35,16 @@ pub(crate) fn render(status: &BgpStatus, now: u64) -> String {
             text.push_str(&format!("No {family} peers found.\n\n"));
         } else {
             let rows: Vec<[String; 5]> = peers.iter().map(|peer| row(peer, now)).collect();
-            text.push_str(&table(&HEADER, &rows));
+            text.push_str(&if wide {
+                let rows: Vec<[String; 11]> = peers
+                    .iter()
+                    .zip(rows)
+                    .map(|(peer, row)| wide_row(peer, row, now))
+                    .collect();
+                table(&WIDE, &rows)
+            } else {
+                table(&HEADER, &rows)
+            });
             text.push('\n');
         }
     }
@@ -44,6 +68,72 @@ fn row(peer: &PeerStatus, now: u64) -> [String; 5] {
         peer.kind.as_str().to_owned(),
         state.to_owned(),
         since(peer.since, now),
+        info,
+    ]
+}
+
+/// The same of a CalicoNodeStatus, which says less.
+pub(crate) fn render_reported(status: &NodeBGPStatus) -> String {
+    let mut text = String::new();
+    for (family, peers) in [("IPv4", &status.peers_v4), ("IPv6", &status.peers_v6)] {
+        text.push_str(&format!("{family} BGP status\n"));
+        let rows: Vec<[String; 5]> = peers.iter().map(reported_row).collect();
+        text.push_str(&if rows.is_empty() {
+            format!("No {family} peers found.\n")
+        } else {
+            table(&HEADER, &rows)
+        });
+        text.push('\n');
+    }
+    text
+}
+
+fn reported_row(peer: &NodePeer) -> [String; 5] {
+    let kind = match peer.type_ {
+        Some(NodePeerType::NodeMesh) => PeerKind::Mesh.as_str(),
+        Some(NodePeerType::NodePeer) => PeerKind::NodeSpecific.as_str(),
+        Some(NodePeerType::GlobalPeer) => PeerKind::Global.as_str(),
+        None => "-",
+    };
+    let state = match peer.state {
+        Some(BGPSessionState::Established) => "up",
+        Some(BGPSessionState::Idle | BGPSessionState::Close) => "down",
+        _ => "start",
+    };
+    [
+        peer.peer_ip.clone(),
+        kind.to_owned(),
+        state.to_owned(),
+        peer.since.clone(),
+        peer.state
+            .map_or_else(String::new, |state| state.to_string()),
+    ]
+}
+
+/// The familiar columns, and before the last of them how the session fares.
+fn wide_row(peer: &PeerStatus, narrow: [String; 5], now: u64) -> [String; 11] {
+    let [address, kind, state, at, info] = narrow;
+    let established = peer.state == SessionState::Established;
+    let dash = || "-".to_owned();
+    let bfd = peer.bfd.as_ref().map(|bfd| match &bfd.reason {
+        Some(reason) if bfd.state != "Up" => format!("{} ({reason})", bfd.state),
+        _ => bfd.state.clone(),
+    });
+    [
+        address,
+        kind,
+        state,
+        at,
+        peer.name.clone().unwrap_or_else(dash),
+        peer.remote_as.to_string(),
+        if established {
+            age(peer.since, now)
+        } else {
+            dash()
+        },
+        bfd.unwrap_or_else(dash),
+        format!("{} / {}", peer.received, peer.accepted),
+        peer.advertised.to_string(),
         info,
     ]
 }
@@ -127,7 +217,6 @@ pub(crate) fn table_of_used<const N: usize>(header: &[&str; N], rows: &[[String;
 mod tests {
     use super::*;
     use cali_api::Asn;
-    use cali_control::status::PeerKind;
 
     fn peer(address: &str, kind: PeerKind, state: SessionState, info: Option<&str>) -> PeerStatus {
         PeerStatus {
@@ -189,7 +278,24 @@ IPv6 BGP status
 No IPv6 peers found.
 
 ";
-        assert_eq!(render(&status, 40_000), expected);
+        assert_eq!(render(&status, 40_000, false), expected);
+    }
+
+    #[test]
+    fn more_columns_say_how_each_session_fares() {
+        let status = BgpStatus {
+            peers: vec![
+                crate::bgp::sample::peer(),
+                peer(
+                    "10.9.9.9",
+                    PeerKind::Global,
+                    SessionState::Active,
+                    Some("connection refused"),
+                ),
+            ],
+            ..crate::bgp::sample::status()
+        };
+        insta::assert_snapshot!(render(&status, 40_000, true));
     }
 
     #[test]

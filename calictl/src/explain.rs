@@ -1,6 +1,7 @@
 //! `calictl explain KIND[.field...]`: the fields of a kind with their types, values and rules, from the schema that the API
 //! server checks with.
 
+use crate::columns;
 use crate::output::{self, Style};
 use crate::resources::parse_kind;
 use anyhow::{Context, Result, bail};
@@ -11,16 +12,36 @@ use serde_json::Value;
 
 #[derive(Debug, Args)]
 pub(crate) struct Explain {
-    /// Kind, or a field of it: `ippool`, `bgppeer.spec.password`
+    /// Kind, or a field of it: `ippool`, `bgppeer.spec.password`; without it, the kinds there are
     #[arg(value_name = "KIND[.FIELD]")]
-    path: String,
+    path: Option<String>,
     /// All fields below, not only the next ones
     #[arg(long)]
     recursive: bool,
 }
 
+/// Every kind of Calico's.
+fn kinds() -> String {
+    let rows: Vec<Vec<String>> = Kind::ALL
+        .iter()
+        .filter(|kind| !kind.is_native())
+        .map(|kind| {
+            vec![
+                kind.plural().to_owned(),
+                kind.to_string(),
+                kind.is_namespaced().to_string(),
+            ]
+        })
+        .collect();
+    columns::render(&["NAME", "KIND", "NAMESPACED"], &rows)
+}
+
 pub(crate) fn run(explain: &Explain) -> Result<()> {
-    let mut words = explain.path.split('.');
+    let Some(path) = &explain.path else {
+        output::write(kinds());
+        return Ok(());
+    };
+    let mut words = path.split('.');
     let kind = parse_kind(words.next().unwrap_or_default())?;
     let whole = schema(kind)?;
     let mut at = &whole;
@@ -139,7 +160,7 @@ fn shape(schema: &Value) -> String {
 fn limits(schema: &Value) -> Vec<String> {
     let mut limits = Vec::new();
     if let Some(values) = schema["enum"].as_array() {
-        let values: Vec<String> = values.iter().map(crate::columns::text).collect();
+        let values: Vec<String> = values.iter().map(columns::text).collect();
         limits.push(format!("one of {}", values.join(", ")));
     }
     for (key, word) in [
@@ -150,7 +171,7 @@ fn limits(schema: &Value) -> Vec<String> {
         ("default", "default"),
     ] {
         if !schema[key].is_null() {
-            limits.push(format!("{word} {}", crate::columns::text(&schema[key])));
+            limits.push(format!("{word} {}", columns::text(&schema[key])));
         }
     }
     limits
@@ -164,7 +185,7 @@ fn rules(schema: &Value) -> Vec<String> {
         } else {
             &rule["rule"]
         };
-        crate::columns::text(text)
+        columns::text(text)
     };
     rules.into_iter().flatten().map(said).collect()
 }

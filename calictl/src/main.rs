@@ -12,6 +12,7 @@ mod conformance;
 mod connection;
 mod converted;
 mod datastore;
+mod diags;
 mod edit;
 mod explain;
 mod flow;
@@ -24,8 +25,10 @@ mod node;
 mod output;
 mod programmed;
 mod resources;
+mod routes;
 mod shell;
 mod sockets;
+mod top;
 mod version;
 
 use resources::Verb;
@@ -66,9 +69,16 @@ enum Command {
     Diff(flow::Diff),
     /// Follow the flows of this node's pods: allowed or denied, and why
     Flows(flow::Flows),
+    /// Every route of this node that is Cali's: where it leads, who owns it, from which resource it comes
+    Routes(routes::Routes),
     /// Look at this node
     #[command(subcommand)]
     Node(node::Command),
+    /// Look at the whole cluster
+    #[command(subcommand)]
+    Cluster(diags::cluster::Command),
+    /// The nodes on one screen: sessions, denied packets, how long a change of policy takes
+    Top(top::Top),
     /// Look at the BGP speaker of this node
     #[command(subcommand)]
     Bgp(bgp::Command),
@@ -161,7 +171,10 @@ fn in_runtime(command: Command) -> Result<ExitCode> {
             Command::Trace(arguments) => return flow::trace(&arguments).await,
             Command::Diff(arguments) => return flow::diff(&arguments).await,
             Command::Flows(arguments) => return flow::flows(&arguments).await,
+            Command::Routes(arguments) => routes::run(&arguments).await?,
             Command::Node(command) => return node::run(&command).await,
+            Command::Top(arguments) => return top::run(&arguments).await,
+            Command::Cluster(command) => diags::cluster::run(&command).await?,
             Command::Bgp(command) => bgp::run(&command).await?,
             Command::Ipam(command) => ipam::run(&command).await?,
             Command::Datastore(command) => datastore::run(&command).await?,

@@ -3,6 +3,18 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
+/// How much of something is shown, and to whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Form {
+    /// For people.
+    #[value(alias = "ps")]
+    Table,
+    /// With more columns.
+    Wide,
+    /// Everything, for programs.
+    Json,
+}
+
 /// Writes to standard output. A reader that has closed the pipe (`| head`) ends the program quietly.
 pub(crate) fn write(text: impl Display) {
     if let Err(error) = write!(io::stdout(), "{text}").and_then(|()| io::stdout().flush()) {

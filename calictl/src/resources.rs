@@ -239,7 +239,7 @@ pub(crate) fn parse_kind(text: &str) -> Result<Kind> {
             .filter(|plural| plural.starts_with(&lower[..lower.len().min(3)]));
         let near: Vec<&str> = near.collect();
         let hint = if near.is_empty() {
-            String::new()
+            "; `calictl explain` names them".to_owned()
         } else {
             format!("; did you mean {}?", near.join(" or "))
         };

@@ -37,3 +37,13 @@ async fn ask<Q: Serialize + Sync, A: DeserializeOwned>(
     );
     Ok(answer.await?)
 }
+
+/// Nobody listens: the daemon does not run (as opposed to: it does not answer).
+pub(crate) fn nobody_listens(error: &anyhow::Error) -> bool {
+    use std::io::ErrorKind as Kind;
+    let kinds = [Kind::NotFound, Kind::ConnectionRefused];
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|error| kinds.contains(&error.kind()))
+}

@@ -106,6 +106,12 @@ async fn every_field_of_every_kind_comes_back_from_the_api_server() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_is_the_same_on_a_cluster() {
+    let (_server, mut terminal) = cluster(Group::V1).await;
+    tokio::task::block_in_place(|| terminal::session(&mut terminal));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn contexts_and_the_name_of_a_plugin_choose_the_cluster() {
     let (server, mut terminal) = cluster(Group::V1).await;
     tokio::task::block_in_place(|| {

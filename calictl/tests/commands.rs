@@ -76,6 +76,8 @@ fn get_prints_every_format_and_filters() {
         .types("get ippools -o custom-columns=name,nat")
         .types("get ippools -o custom-columns=POOL:.metadata.name,BLOCK:.spec.blockSize")
         .types("get ippools -o custom-columns=COLOUR")
+        .types("get ippools -o go-template='{{range .items}}{{.metadata.name}} {{with .metadata.labels}}{{.team}}{{else}}-{{end}}{{\"\\n\"}}{{end}}'")
+        .types("get ippools -o go-template='{{range .items}}'")
         .types("get ippools -o table")
         .types("get ippools -l team=net -o name")
         .types("get ippools -l 'team in {\"net\"}' -o name")
@@ -127,6 +129,7 @@ fn bad_input_is_refused_with_its_place_and_nothing_is_done() {
 fn fields_are_explained_from_the_schema() {
     let mut terminal = fresh();
     terminal
+        .types("explain")
         .types("explain ippool")
         .types("explain ippool.spec")
         .types("explain bgppeer.spec.password")
@@ -278,4 +281,148 @@ fn the_version_of_the_client_needs_nothing_and_no_time() {
         .min();
     // The promise is 10 ms; this only notices that something is started which need not be.
     assert!(fastest < Some(Duration::from_secs(1)), "{fastest:?}");
+}
+
+#[test]
+fn a_node_that_does_not_run_says_so_and_one_elsewhere_is_waited_for() {
+    let mut terminal = fresh();
+    terminal.types("apply -f all.yaml");
+    terminal.transcript.clear();
+    terminal.file(
+        "kept.yaml",
+        "apiVersion: projectcalico.org/v3\nkind: CalicoNodeStatus\nmetadata: {name: kept}\n\
+         spec: {node: n2, classes: [BGP], updatePeriodSeconds: 10}\n\
+         status: {lastUpdated: '2026-01-01T00:00:00Z', bgp: {numberEstablishedV4: 1, peersV4: \
+         [{peerIP: 10.0.1.1, type: NodeMesh, state: Established, since: '09:19:28'}]}}\n",
+    );
+    terminal.file(
+        "n2.yaml",
+        "{apiVersion: projectcalico.org/v3, kind: Node, metadata: {name: n2}, spec: {bgp: {ipv4Address: 10.0.1.2/24}}}",
+    );
+    terminal
+        .types("CALI_RUN_DIR=run node status")
+        .types("CALI_RUN_DIR=run node status -o json")
+        .types("CALI_RUN_DIR=run routes")
+        .types("CALI_RUN_DIR=run routes 10.0.1.0/33")
+        .types("CALI_RUN_DIR=run routes --owner felix")
+        .types("node status --node n1 --timeout 1")
+        .types("node status --node n7")
+        .types("apply -f n2.yaml")
+        .types("apply -f kept.yaml")
+        .types("node status --all --timeout 1")
+        .types("node status --node n2 --timeout 1")
+        .types("node status --node n1 -o json --timeout 1")
+        .types("top --once --timeout 1")
+        .types("get caliconodestatuses");
+    insta::assert_snapshot!(terminal.transcript());
+}
+
+#[test]
+fn another_version_is_worth_a_warning_and_an_unknown_level_an_error() {
+    let mut terminal = fresh();
+    terminal.file(
+        "cluster.yaml",
+        "{apiVersion: projectcalico.org/v3, kind: ClusterInformation, metadata: {name: default}, \
+         spec: {calicoVersion: v0.9.0, clusterType: 'k8s,bgp', datastoreReady: true}}",
+    );
+    terminal
+        .types("version --client")
+        .types("version")
+        .types("apply -f cluster.yaml")
+        .types("get tiers -o name")
+        .types("get tiers -o name --allow-version-mismatch")
+        .types("version --allow-version-mismatch")
+        .types("get tiers -o name --log-level loud");
+    insta::assert_snapshot!(terminal.transcript());
+    let output = terminal
+        .command(&["get", "tiers", "-o", "name", "--log-level", "trace"])
+        .output()
+        .expect("start");
+    let logged = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{logged}");
+    assert!(String::from_utf8_lossy(&output.stdout).is_empty());
+}
+
+/// Names and texts of the pieces of an archive, without its folder.
+fn unpacked(terminal: &Terminal, archive: &str) -> std::collections::BTreeMap<String, String> {
+    let folder = terminal.path(&format!("{archive}.d"));
+    std::fs::create_dir(&folder).expect("a folder");
+    let done = std::process::Command::new("tar")
+        .args(["--strip-components=1", "-xzf"])
+        .arg(terminal.path(archive))
+        .arg("-C")
+        .arg(&folder)
+        .status();
+    assert!(done.expect("start tar").success());
+    let mut found = std::collections::BTreeMap::new();
+    let mut folders = vec![folder.clone()];
+    while let Some(inner) = folders.pop() {
+        for entry in std::fs::read_dir(inner).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text =
+                String::from_utf8_lossy(&std::fs::read(&path).expect("a piece")).into_owned();
+            let name = path.strip_prefix(&folder).expect("inside");
+            found.insert(name.display().to_string(), text);
+        }
+    }
+    found
+}
+
+#[test]
+fn the_archive_of_a_node_has_its_network_and_logs_and_no_secrets() {
+    let terminal = fresh();
+    std::fs::create_dir(terminal.path("logs")).expect("a folder");
+    for (name, text) in [
+        ("old.log", "old\n"),
+        ("new.log", "said password=hunter2 was wrong\n"),
+    ] {
+        terminal.file(&format!("logs/{name}"), text);
+    }
+    let old = std::fs::File::options()
+        .append(true)
+        .open(terminal.path("logs/old.log"));
+    let before = std::time::SystemTime::now() - Duration::from_secs(7200);
+    old.and_then(|file| file.set_modified(before))
+        .expect("an old file");
+    let line = "CALI_RUN_DIR=run PATH=/usr/sbin:/usr/bin:/sbin:/bin node diags --log-dir logs --since 1h --output node.tar.gz";
+    assert!(
+        terminal
+            .prints(line)
+            .starts_with("Diags saved to node.tar.gz\n")
+    );
+    let found = unpacked(&terminal, "node.tar.gz");
+    assert!(found["network/routes-v4.txt"].starts_with("$ ip -4 route show table all\n"));
+    assert_eq!(found["logs/logs/new.log"], "said password=*** was wrong\n");
+    assert!(!found.contains_key("logs/logs/old.log"));
+    let contents = &found["contents.txt"];
+    assert!(
+        contents.contains("status/node.json: NOT COLLECTED: "),
+        "{contents}"
+    );
+    let again = terminal.output(line);
+    assert!(!again.status.success(), "an archive is never overwritten");
+}
+
+#[test]
+fn the_archive_of_a_cluster_has_its_resources() {
+    let terminal = fresh();
+    terminal.prints("apply -f all.yaml");
+    terminal.prints("cluster diags --output cluster.tar.gz");
+    let found = unpacked(&terminal, "cluster.tar.gz");
+    assert!(found["resources/ippools.yaml"].contains("10.30.0.0/16"));
+    assert!(found["resources/globalnetworkpolicies.yaml"].contains("deny-db"));
+    assert!(
+        !found["contents.txt"].contains("NOT COLLECTED"),
+        "{}",
+        found["contents.txt"]
+    );
+}
+
+#[test]
+fn a_session_is_the_same_on_every_datastore() {
+    terminal::session(&mut Terminal::new());
 }

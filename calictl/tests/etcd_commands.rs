@@ -25,6 +25,17 @@ fn a_cluster_moves_to_etcd_and_back() {
 }
 
 #[test]
+fn a_session_is_the_same_on_etcd() {
+    let server = Etcd::start();
+    let mut terminal = Terminal::new();
+    terminal.uses(&[
+        ("DATASTORE_TYPE", "etcdv3"),
+        ("ETCD_ENDPOINTS", &server.endpoint()),
+    ]);
+    terminal::session(&mut terminal);
+}
+
+#[test]
 fn every_field_of_every_kind_comes_back_from_etcd() {
     let server = Etcd::start();
     let mut terminal = Terminal::new();

@@ -8,6 +8,7 @@
 //! | tunnel addresses | pools, own node, WireGuard's devices | IPAM, Node resource |
 //! | own addresses | the host's interfaces | Node resource |
 //! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
+//! | status reports | what the parts say, `bgpd` | CalicoNodeStatus resources that name this node |
 //! | word | tunnels, MTU | what this node receives, in the Node resource |
 //! | warnings | what cannot be enforced | Events beside the objects (Kubernetes) |
 //! | sockets | | status; best paths of `bgpd` |
@@ -44,6 +45,7 @@ use crate::endpoints::Endpoints;
 use crate::fan_out::FanOut;
 use crate::health;
 use crate::mtu::{self, MtuFile};
+use crate::report;
 use crate::routes_socket;
 use crate::startup::settings::Settings;
 use crate::startup::{self, StartError};
@@ -182,6 +184,7 @@ async fn start(
 ) -> Result<Running, DaemonError> {
     let kernel = |part| move |source| DaemonError::Kernel { part, source };
     let mut fan_out = FanOut::default();
+    let (reports, netns) = (datastore.clone(), netlink.netns().clone());
 
     let updates = fan_out.part("dataplane", &typha::source::all_kinds());
     let config = Config {
@@ -288,6 +291,14 @@ async fn start(
         dataplane: handle.clone(),
         bgpd,
     };
+    let events = fan_out.part("status reports", &[Kind::CalicoNodeStatus]);
+    let reports = report::Teller {
+        datastore: reports,
+        sources: sources.clone(),
+        registry: registry.clone(),
+        netns,
+    };
+    parts.run("status reports", reports.run(events));
     let env = Env::of_process();
     let served = health::Settings::read(&env)?;
     let (health, observed) = health::start(&served, sources.clone(), registry)

@@ -7,10 +7,10 @@ use std::time::Duration;
 use cali_api::Key;
 use cali_control::status::{
     EndpointStatus, NODE_PROTOCOL, NodeRequest, NodeResponse, NodeStatus, OwnedRoute, Quarantined,
-    Readiness, VERSION,
+    Readiness, RouteHop, VERSION,
 };
 use cali_control::{Error, FrameReader, FrameWriter};
-use cali_routes::RouteStatus;
+use cali_routes::{RouteStatus, Way, WriterGone};
 use felix::dataplane::{EndpointState, Handle, State};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -128,12 +128,18 @@ async fn converse(stream: UnixStream, sources: &Sources) -> Result<(), Error> {
 async fn answer(request: NodeRequest, sources: &Sources) -> NodeResponse {
     match request {
         NodeRequest::Status => NodeResponse::Status(sources.status()),
-        NodeRequest::Routes => match sources.dataplane.routes().view().await {
-            Ok(routes) => NodeResponse::Routes(routes.into_iter().map(owned).collect()),
+        NodeRequest::Routes => match routes(sources).await {
+            Ok(routes) => NodeResponse::Routes(routes),
             Err(error) => NodeResponse::Error(error.to_string()),
         },
         NodeRequest::Endpoints => NodeResponse::Endpoints(sources.endpoints()),
     }
+}
+
+/// The node's route table, now.
+pub(crate) async fn routes(sources: &Sources) -> Result<Vec<OwnedRoute>, WriterGone> {
+    let routes = sources.dataplane.routes().view().await?;
+    Ok(routes.into_iter().map(owned).collect())
 }
 
 /// Puts the parts' states together. Pure.
@@ -240,6 +246,27 @@ fn owned(route: RouteStatus) -> OwnedRoute {
         because: route.because,
         programmed: route.programmed,
         problem: route.problem,
+        encapsulation: route
+            .way
+            .as_ref()
+            .and_then(Way::encapsulation)
+            .map(str::to_owned),
+        hops: route.way.as_ref().map(hops).unwrap_or_default(),
+    }
+}
+
+fn hops(way: &Way) -> Vec<RouteHop> {
+    let hop = |gateway, device: &str| RouteHop {
+        gateway,
+        device: device.to_owned(),
+    };
+    match way {
+        Way::Device { device, .. } => vec![hop(None, device)],
+        Way::Blackhole | Way::Local => Vec::new(),
+        Way::Gateways(gateways) => gateways
+            .iter()
+            .map(|gateway| hop(Some(gateway.address), &gateway.device))
+            .collect(),
     }
 }
 

@@ -9,7 +9,12 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cali_api::v3::{EncapMode, IPPool, IPPoolSpec};
+use cali_api::v3::{
+    CalicoNodeStatus, CalicoNodeStatusSpec, EncapMode, IPPool, IPPoolSpec, NodePeerType,
+    NodeRouteSource, NodeStatusClass,
+};
+use cali_api::{AnyResource, Key, Kind};
+use cali_control::status::{NodeReport, REPORT_ANNOTATION};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
 use cali_ipam::{Allocator, Owner, Request};
@@ -204,6 +209,36 @@ async fn assigned(datastore: &Arc<dyn Datastore>, node: &str) -> String {
         .to_string()
 }
 
+/// What a node answers by way of the datastore, once it is as wanted.
+async fn reported(
+    datastore: &Arc<dyn Datastore>,
+    node: &str,
+    wanted: impl Fn(&CalicoNodeStatus) -> bool,
+) -> CalicoNodeStatus {
+    let spec = CalicoNodeStatusSpec {
+        node: node.into(),
+        classes: NodeStatusClass::ALL.to_vec(),
+        update_period_seconds: Some(1),
+    };
+    let mut asked = CalicoNodeStatus::named("asked", spec);
+    let annotations = &mut asked.metadata.annotations;
+    annotations.insert(REPORT_ANNOTATION.into(), String::new());
+    datastore.create(asked.into()).await.unwrap();
+    let key = Key::cluster(Kind::CalicoNodeStatus, "asked");
+    let started = std::time::Instant::now();
+    loop {
+        let stored = datastore.get(&key).await.unwrap().object;
+        let AnyResource::CalicoNodeStatus(found) = &*stored else {
+            panic!("{stored:?}");
+        };
+        if wanted(found) {
+            return (**found).clone();
+        }
+        assert!(started.elapsed() < LIMIT, "{found:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
     let folder = tempfile::tempdir().unwrap();
@@ -267,6 +302,31 @@ async fn bgp_carries_the_blocks_and_no_kill_is_seen_by_the_peer_or_the_kernel() 
     };
     own_and_other(&a, &on_a, &on_b);
     own_and_other(&b, &on_b, &on_a);
+    // Who cannot reach the node's sockets asks by way of the datastore.
+    let asked = reported(&datastore, "na", |asked| {
+        let status = asked.status.as_ref();
+        status.is_some_and(|status| status.bgp.number_established_v4 == 1)
+    })
+    .await;
+    let status = asked.status.unwrap();
+    let peer = &status.bgp.peers_v4[0];
+    assert_eq!(
+        (peer.peer_ip.as_str(), peer.type_),
+        ("10.8.0.2", Some(NodePeerType::NodeMesh))
+    );
+    assert!(
+        status.routes.routes_v4.iter().any(|route| {
+            route.destination == on_b
+                && route.gateway == "10.8.0.2"
+                && route.learned_from.source_type == Some(NodeRouteSource::NodeMesh)
+        }),
+        "{:?}",
+        status.routes
+    );
+    let report: NodeReport =
+        serde_json::from_str(&asked.metadata.annotations[REPORT_ANNOTATION]).unwrap();
+    assert_eq!(report.node.node, "na");
+    assert_eq!(report.bgp.unwrap().peers.len(), 1);
     let (before_a, before_b) = (a.kernel(), b.kernel());
     let speaker = a.bgpd().unwrap();
 

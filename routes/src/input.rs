@@ -9,7 +9,7 @@ use ipip_vxlan::{Endpoint, Pool};
 use crate::candidate::{Candidate, Source};
 use crate::program::Hold;
 use crate::supplier::Suppliers;
-use crate::table::RouteTable;
+use crate::table::{RouteTable, Way};
 
 /// One change of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,6 +114,8 @@ pub struct RouteStatus {
     pub programmed: bool,
     /// What is not as it should be.
     pub problem: Option<String>,
+    /// Where it leads; `None` while none is selected.
+    pub way: Option<Way>,
 }
 
 /// State of the writer that others act upon.

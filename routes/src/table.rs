@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use cali_api::{Cidr, NodeName};
 use ipip_vxlan::{
-    Encap, Endpoint, Pool, Resolver, Unresolved, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE, Via,
+    Encap, Endpoint, IPIP_DEVICE, Pool, Resolver, Unresolved, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE, Via,
 };
 
 use crate::candidate::{Candidate, NextHop, RouteSpec, Source};
@@ -76,6 +76,18 @@ impl Way {
         };
         one.into_iter()
             .chain(several.iter().map(|gateway| &gateway.device))
+    }
+
+    /// How packets are wrapped on this way; `None` if they leave as they are.
+    #[must_use]
+    pub fn encapsulation(&self) -> Option<&'static str> {
+        if self.uses(VXLAN_DEVICES) {
+            Some("VXLAN")
+        } else if self.uses(&[IPIP_DEVICE]) {
+            Some("IPIP")
+        } else {
+            None
+        }
     }
 
     /// A gateway of this way is on one of the devices.

@@ -453,6 +453,7 @@ impl Task {
                 problem: state
                     .and_then(Result::err)
                     .or_else(|| row.problem.map(ToString::to_string)),
+                way: row.selected.map(|selected| selected.way.clone()),
             });
         }
         rows

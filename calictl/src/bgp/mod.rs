@@ -138,7 +138,7 @@ fn or_dash<T: ToString>(value: Option<T>) -> String {
 }
 
 /// How long ago, short: `02:10:07` within a day, else `3d04h`.
-fn age(at: u64, now: u64) -> String {
+pub(crate) fn age(at: u64, now: u64) -> String {
     let seconds = now.saturating_sub(at);
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
     if hours < 24 {

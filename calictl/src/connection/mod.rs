@@ -83,6 +83,27 @@ pub(crate) async fn open() -> Result<Arc<dyn Datastore>> {
     Ok(store)
 }
 
+/// How `kubectl` is called for the same cluster; `None` if the datastore is none of Kubernetes.
+pub(crate) fn kubectl() -> Result<Option<Vec<String>>> {
+    let settings = settings(&FLAGS.get().cloned().unwrap_or_default())?;
+    if settings
+        .get("DATASTORE_TYPE")
+        .is_none_or(|kind| kind != "kubernetes")
+    {
+        return Ok(None);
+    }
+    let mut words = vec!["kubectl".to_owned()];
+    for (flag, name) in [
+        ("--kubeconfig", "KUBECONFIG"),
+        ("--context", "K8S_CURRENT_CONTEXT"),
+    ] {
+        if let Some(value) = settings.get(name).filter(|value| !value.is_empty()) {
+            words.push(format!("{flag}={value}"));
+        }
+    }
+    Ok(Some(words))
+}
+
 fn settings(flags: &Flags) -> Result<BTreeMap<String, String>> {
     let file = match &flags.config {
         Some(file) => Some(file.as_path()),

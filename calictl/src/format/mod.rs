@@ -1,5 +1,6 @@
 //! What `get -o` can print.
 
+mod gotemplate;
 mod jsonpath;
 
 use crate::columns::{self, Column};
@@ -22,6 +23,7 @@ pub(crate) enum Format {
     Name,
     Custom(Vec<Custom>),
     JsonPath(Template),
+    GoTemplate(gotemplate::Template),
 }
 
 /// One column of `custom-columns`.
@@ -49,20 +51,30 @@ impl FromStr for Format {
             ("name", None) => Self::Name,
             ("custom-columns", Some(columns)) => Self::Custom(customs(columns)?),
             ("jsonpath", Some(template)) => Self::JsonPath(Template::parse(template)?),
-            ("jsonpath-file", Some(file)) => {
-                let text = std::fs::read_to_string(file)
-                    .with_context(|| format!("cannot read the template {file}"))?;
-                Self::JsonPath(Template::parse(&text)?)
+            ("jsonpath-file", Some(file)) => Self::JsonPath(Template::parse(&template_in(file)?)?),
+            ("go-template", Some(template)) => {
+                Self::GoTemplate(gotemplate::Template::parse(template)?)
             }
-            ("custom-columns" | "jsonpath" | "jsonpath-file", None) => {
+            ("go-template-file", Some(file)) => {
+                Self::GoTemplate(gotemplate::Template::parse(&template_in(file)?)?)
+            }
+            (
+                "custom-columns" | "jsonpath" | "jsonpath-file" | "go-template"
+                | "go-template-file",
+                None,
+            ) => {
                 bail!("{word} needs a value: -o {word}=…")
             }
             _ => bail!(
-                "it is ps, wide, yaml, json, name, custom-columns=NAME,…, custom-columns=HEADING:.path,…, jsonpath=TEMPLATE or \
-                 jsonpath-file=FILE"
+                "it is ps, wide, yaml, json, name, custom-columns=NAME,…, custom-columns=HEADING:.path,…, jsonpath=TEMPLATE, \
+                 jsonpath-file=FILE, go-template=TEMPLATE or go-template-file=FILE"
             ),
         })
     }
+}
+
+fn template_in(file: &str) -> Result<String> {
+    std::fs::read_to_string(file).with_context(|| format!("cannot read the template {file}"))
 }
 
 fn customs(text: &str) -> Result<Vec<Custom>> {
@@ -113,6 +125,7 @@ impl Format {
         Ok(match self {
             Self::Json => serde_json::to_string_pretty(document)? + "\n",
             Self::JsonPath(template) => template.render(document)?,
+            Self::GoTemplate(template) => template.render(document)?,
             _ => serde_saphyr::to_string(document).context("cannot write YAML")?,
         })
     }

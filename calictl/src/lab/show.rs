@@ -34,7 +34,7 @@ pub(super) fn run(folder: &Folder) -> Result<ExitCode> {
             .block_on(bgp_status(node))
             .with_context(|| format!("bgpd of {name}"))?;
         output::line("Calico process is running.\n");
-        output::write(bgp_table::render(&status, now()));
+        output::write(bgp_table::render(&status, now(), false));
     }
     if let Some((name, node)) = nodes.first() {
         title(format_args!("ip route    ({name})"));

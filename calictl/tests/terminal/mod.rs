@@ -150,6 +150,70 @@ impl Terminal {
     }
 }
 
+/// Resources written, shown in every format, changed and deleted: word for word the same on every datastore.
+pub(crate) fn session(terminal: &mut Terminal) {
+    terminal.file("session.yaml", SESSION);
+    terminal
+        .types("apply -f session.yaml --dry-run")
+        .types("create -f session.yaml")
+        .types("create -f session.yaml")
+        .types("create -f session.yaml --skip-exists")
+        .types("validate -f session.yaml")
+        .types("replace -f session.yaml")
+        .types("apply -f session.yaml")
+        .types("get ippools")
+        .types("get ippools -o wide")
+        .types("get ippool v4 -o yaml --export")
+        .types("get ippools -o json --export -l team=net")
+        .types("get networkpolicies -n shop -o wide")
+        .types("get -f session.yaml")
+        .types("get bgppeers -o go-template='{{range .items}}{{.spec.peerIP}} {{end}}'")
+        .types("get bgppeers -o jsonpath='{.items[*].spec.asNumber}'")
+        .types("get bgppeers -o custom-columns=PEER:.spec.peerIP")
+        .types("get ippools --field spec.vxlanMode=Never -o name")
+        .types("get ippool nosuch")
+        .types("label ippool v6 team=web")
+        .types("label ippool v6 team=net --overwrite")
+        .types("label ippool v6 team --remove")
+        .types("patch ippool v4 -p '{\"spec\":{\"natOutgoing\":false}}'")
+        .types("patch ippool v4 -p '{\"spec\":{\"cidr\":\"10.31.0.0/16\"}}'")
+        .types("ipam configure --strictaffinity true")
+        .types("ipam show --show-configuration")
+        .types("ipam show")
+        .types("datastore lock")
+        .types("datastore unlock")
+        .types("delete ippool v6 nosuch")
+        .types("delete -f session.yaml -s")
+        .types("get ippools -o name");
+    // One file for all: what differs between datastores is a fault.
+    let mut settings = insta::Settings::clone_current();
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_snapshot_path("../snapshots");
+    settings.bind(|| insta::assert_snapshot!("session", terminal.transcript()));
+}
+
+const SESSION: &str = "\
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: v4, labels: {team: net}}
+spec: {cidr: 10.30.0.0/16, vxlanMode: CrossSubnet, natOutgoing: true}
+---
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata: {name: v6}
+spec: {cidr: 'fd00:30::/48'}
+---
+apiVersion: projectcalico.org/v3
+kind: BGPPeer
+metadata: {name: tor}
+spec: {peerIP: 10.0.0.254, asNumber: 64600}
+---
+apiVersion: projectcalico.org/v3
+kind: NetworkPolicy
+metadata: {name: deny-db, namespace: shop}
+spec: {selector: tier == 'db', types: [Ingress], ingress: [{action: Deny}]}
+";
+
 pub(crate) fn gives_address(store: &Path, node: &str, pod: &str) -> Result<(), cali_ipam::Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
