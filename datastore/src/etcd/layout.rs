@@ -243,7 +243,16 @@ pub(super) fn encode(kind: Kind, mut object: Value) -> Value {
             "block": spec.get("block").cloned().unwrap_or_else(|| json!({})),
             "deleted": spec.get("deleted").cloned().unwrap_or(json!(false)),
         }),
-        Kind::IPAMConfiguration => respell(spec, |(there, here)| (here, there)),
+        Kind::IPAMConfiguration => {
+            let mut config = respell(spec, |(there, here)| (here, there));
+            // Absent it would be read as false, here and by Go.
+            if let Some(fields) = config.as_object_mut() {
+                fields
+                    .entry("auto_allocate_blocks")
+                    .or_insert(Value::Bool(true));
+            }
+            config
+        }
         _ => {
             if let Some(slot) = object.get_mut("spec") {
                 *slot = spec;
@@ -448,6 +457,13 @@ mod tests {
         assert_eq!(
             encode(Kind::IPAMConfiguration, read),
             json!({"strict_affinity": true, "auto_allocate_blocks": false})
+        );
+
+        let unsaid = json!({"apiVersion": "projectcalico.org/v3", "kind": "IPAMConfiguration",
+            "metadata": {"name": "default"}, "spec": {"strictAffinity": true}});
+        assert_eq!(
+            encode(Kind::IPAMConfiguration, unsaid),
+            json!({"strict_affinity": true, "auto_allocate_blocks": true})
         );
 
         let block = locate("/calico/ipam/v2/assignment/ipv4/block/10.0.0.0-26").unwrap();
