@@ -181,6 +181,7 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
     let metrics = Metrics::default();
     let _serving = serve_metrics(arguments.metrics, &metrics).await?;
     let stations = std::sync::Mutex::new(None);
+    let answers = control::Answers::default();
     let serve = |speaker: &Speaker| {
         metrics.of(speaker);
         // The agent starts one speaker only.
@@ -190,7 +191,7 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
         if let Ok(mut stations) = stations.lock() {
             *stations = Some(told);
         }
-        tokio::spawn(control::serve(listener, speaker.clone()));
+        tokio::spawn(control::serve(listener, speaker.clone(), answers.clone()));
     };
     let mut passwords = Passwords::in_folder(arguments.secrets.clone());
     if let Some(secrets) = Secrets::from_env().context("cannot read secrets")? {
@@ -202,7 +203,10 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
         .run(events, environment, serve);
     tokio::select! {
         task = agent => match task {
-            Some(task) => task.await.context("the speaker failed"),
+            Some(task) => {
+                answers.given().await;
+                task.await.context("the speaker failed")
+            }
             None => anyhow::bail!("the stream of resources ended"),
         },
         signal = terminated() => {
@@ -239,13 +243,17 @@ async fn run_alone(file: &Path, arguments: &Arguments) -> anyhow::Result<()> {
     let metrics = Metrics::default();
     metrics.of(&speaker);
     let _serving = serve_metrics(arguments.metrics, &metrics).await?;
-    tokio::spawn(control::serve(listener, speaker.clone()));
+    let answers = control::Answers::default();
+    tokio::spawn(control::serve(listener, speaker.clone(), answers.clone()));
     let mut stations = Stations::new(speaker.clone());
     stations.follow(&named);
     let mut reload = signal(SignalKind::hangup())?;
     loop {
         tokio::select! {
-            end = &mut task => return end.context("the speaker failed"),
+            end = &mut task => {
+                answers.given().await;
+                return end.context("the speaker failed");
+            }
             _ = reload.recv() => match read_configuration(file) {
                 Ok(next) => {
                     if next.install != install {
