@@ -130,6 +130,9 @@ fn session(text: &mut String, seat: &Seat, neighbour: &Neighbour) -> Result<()> 
     if neighbour.is_link_local() {
         writeln!(text, "interface = \"{INTERFACE}\"")?;
     }
+    if neighbour.waits {
+        writeln!(text, "passive = true")?;
+    }
     if neighbour.add_path {
         writeln!(text, "add-path = true")?;
     }

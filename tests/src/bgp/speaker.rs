@@ -58,6 +58,8 @@ pub struct Neighbour {
     pub bfd: bool,
     /// The neighbour may be more than one hop away, also for BFD.
     pub far: bool,
+    /// `bgpd` waits for the neighbour to dial.
+    pub waits: bool,
 }
 
 impl Settings {
@@ -113,6 +115,7 @@ impl Neighbour {
             long_lived: false,
             bfd: false,
             far: false,
+            waits: false,
         }
     }
 
