@@ -240,7 +240,7 @@ fn routes_go_over_a_link_local_session(stage: &mut Stage, product: Product) -> R
     // FRR 10.3 at times finds no interface for the next hops of a link-local session that it has accepted (`show bgp nexthop` has
     // them without one, never updated), so it dials.
     pair.our_settings.neighbours = vec![Neighbour {
-        waits: matches!(product, Product::Frr(_)),
+        waits: matches!(product, Product::Frr("frr10")),
         ..Neighbour::on_link(host(&*pair.theirs), THEIR_AS)
     }];
     pair.their_settings.neighbours = vec![Neighbour::on_link(host(&*pair.ours), OUR_AS)];
