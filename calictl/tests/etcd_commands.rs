@@ -5,6 +5,16 @@ mod terminal;
 use cali_datastore::testing::Etcd;
 use terminal::{Terminal, kinds};
 
+/// A terminal whose datastore is this server.
+fn terminal_of(server: &Etcd) -> Terminal {
+    let mut terminal = Terminal::new();
+    terminal.uses(&[
+        ("DATASTORE_TYPE", "etcdv3"),
+        ("ETCD_ENDPOINTS", &server.endpoint()),
+    ]);
+    terminal
+}
+
 #[test]
 fn a_cluster_moves_to_etcd_and_back() {
     let server = Etcd::start();
@@ -27,23 +37,13 @@ fn a_cluster_moves_to_etcd_and_back() {
 #[test]
 fn a_session_is_the_same_on_etcd() {
     let server = Etcd::start();
-    let mut terminal = Terminal::new();
-    terminal.uses(&[
-        ("DATASTORE_TYPE", "etcdv3"),
-        ("ETCD_ENDPOINTS", &server.endpoint()),
-    ]);
-    terminal::session(&mut terminal);
+    terminal::session(&mut terminal_of(&server));
 }
 
 #[test]
 fn every_field_of_every_kind_comes_back_from_etcd() {
     let server = Etcd::start();
-    let mut terminal = Terminal::new();
-    terminal.uses(&[
-        ("DATASTORE_TYPE", "etcdv3"),
-        ("ETCD_ENDPOINTS", &server.endpoint()),
-    ]);
-    kinds::come_back(&terminal, &[]);
+    kinds::come_back(&terminal_of(&server), &[]);
 }
 
 #[test]

@@ -68,6 +68,9 @@ pub(crate) struct Ack {
     pub(crate) offset: Option<u32>,
 }
 
+/// The sequence number of messages that have not been sent.
+const UNNUMBERED: u32 = 0;
+
 /// The messages of one send, which have no sequence numbers yet.
 #[derive(Debug)]
 struct Send {
@@ -82,7 +85,7 @@ impl Send {
         mut writer: Writer,
         count: usize,
         next: &mut usize,
-        mut write: impl FnMut(&mut Writer, usize) -> Result<(), Cause>,
+        write: &mut impl FnMut(&mut Writer, usize, u32) -> Result<(), Cause>,
         results: &mut [Option<Result<(), Cause>>],
     ) -> Self {
         writer.clear();
@@ -90,7 +93,7 @@ impl Send {
         while *next < count && messages.len() < BATCH_MESSAGES && writer.len() < BATCH_BYTES - 4096
         {
             let at = writer.len();
-            match write(&mut writer, *next) {
+            match write(&mut writer, *next, UNNUMBERED) {
                 Ok(()) => {
                     if let Some((before, _)) = messages.last() {
                         writer.clear_flag(*before, NLM_F_ACK);
@@ -128,7 +131,7 @@ impl Ready {
                 Writer::default(),
                 count,
                 &mut next,
-                |writer, index| write(writer, index, 0),
+                &mut write,
                 &mut ready.results,
             ));
         }
@@ -246,7 +249,8 @@ impl Socket {
 
     /// Sends `count` messages that `write` makes, in as few sends as possible, and returns the result of each.
     ///
-    /// `write` gets the index and the sequence number; the message must ask for an acknowledgement. Only the last one of
+    /// `write` gets the index and a number for the header, in whose place the sequence number comes when the message is sent;
+    /// the message must ask for an acknowledgement. Only the last one of
     /// each send is left with that wish: the kernel handles the messages of a send in order and answers those that fail in
     /// any case, so that what has no answer when the last one has it succeeded (`netlink_rcv_skb`, `net/netlink/af_netlink.c`).
     pub(crate) fn batch(
@@ -261,7 +265,7 @@ impl Socket {
                 std::mem::take(&mut self.send),
                 count,
                 &mut next,
-                |writer, index| write(writer, index, 0),
+                &mut write,
                 &mut results,
             );
             self.deliver(&mut send, &mut results);

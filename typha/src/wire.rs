@@ -34,7 +34,8 @@ pub const MAX_RAW: usize = 16 * 1024 * 1024;
 pub const MAX_OBJECTS: usize = 65_536;
 /// Payloads below this are not worth the zstd header.
 const COMPRESS_FROM: usize = 256;
-const FLAG_ZSTD: u8 = 1;
+/// Flag of a frame whose payload is one zstd frame.
+pub const FLAG_ZSTD: u8 = 1;
 /// Tag of [`Body::Updates`].
 const UPDATES_TAG: u32 = 4;
 

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use typha::client::{Conn, Held, Identity, Output};
-use typha::wire::{Body, Decoder, Pong, frame};
+use typha::wire::{Body, Decoder, FLAG_ZSTD, Pong, frame};
 
 use super::{KINDS, changed_at};
 
@@ -23,8 +23,6 @@ use super::{KINDS, changed_at};
 const SMALL: usize = 32 * 1024;
 /// One in so many clients unpacks a stream of changes.
 pub const SAMPLE: usize = 20;
-/// Flag of a frame that is compressed (`typha::wire`).
-const PACKED: u8 = 1;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Latencies of one change, or of many, over all clients.
@@ -240,7 +238,7 @@ async fn one(
             }
             let length = 4 + u32::from_be_bytes([input[0], input[1], input[2], input[3]]) as usize;
             let unpacks = synced && (samples || counts.all_unpack.load(Ordering::Relaxed));
-            if length > SMALL || (input[4] & PACKED != 0 && !unpacks) {
+            if length > SMALL || (input[4] & FLAG_ZSTD != 0 && !unpacks) {
                 skip = length;
                 continue;
             }

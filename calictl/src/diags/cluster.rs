@@ -10,8 +10,8 @@ use clap::{Args, Subcommand};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
-use super::{Archive, Target, commands, duration, stamped};
-use crate::{connection, converted, output};
+use super::{Archive, begin, commands, conclude, duration};
+use crate::{connection, converted};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -60,29 +60,17 @@ const KUBECTL: [(&str, &str); 6] = [
 pub(crate) async fn run(command: &Command) -> Result<()> {
     let Command::Diags(diags) = command;
     let store = connection::open().await?;
-    let at = SystemTime::now();
-    let name = stamped("calico-diagnostics", at);
-    let target = Target::of(diags.output.as_deref(), &name);
-    let mut archive = Archive::new(target.open()?, &name, at);
+    let (mut archive, target) = begin(
+        "calico-diagnostics",
+        diags.output.as_deref(),
+        SystemTime::now(),
+    )?;
     archive.text("version.txt", &crate::version::client())?;
     resources(&mut archive, store.as_ref()).await?;
     if let Some(kubectl) = connection::kubectl()? {
         cluster(&mut archive, &kubectl, diags).await?;
     }
-    let (mut into, missing) = archive.finish()?;
-    into.flush().context("cannot write the archive")?;
-    if let Target::File(path) = &target {
-        output::line(format!("Diags saved to {}", path.display()));
-        if missing > 0 {
-            output::line(format!(
-                "{missing} pieces could not be collected; {name}/contents.txt in it says why"
-            ));
-        }
-        output::line(
-            "Secrets are masked, names and addresses are not: look it over before you hand it on.",
-        );
-    }
-    Ok(())
+    conclude(archive, &target)
 }
 
 /// Every kind as the daemons see it. Pods are there as WorkloadEndpoints: their own form has the environment of programs.

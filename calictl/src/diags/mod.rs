@@ -17,6 +17,8 @@ use cali_datastore::timestamp;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 
+use crate::output;
+
 /// More of one piece is cut off, in octets; of a log, the beginning.
 const PIECE_LIMIT: usize = 16 << 20;
 
@@ -100,6 +102,36 @@ impl<W: Write> Archive<W> {
             .context("cannot write the archive")?;
         Ok((into, self.failures))
     }
+}
+
+/// Opens the archive of a collection, in the file or folder that was asked for.
+fn begin(
+    prefix: &str,
+    asked: Option<&Path>,
+    at: SystemTime,
+) -> Result<(Archive<Box<dyn Write>>, Target)> {
+    let name = stamped(prefix, at);
+    let target = Target::of(asked, &name);
+    Ok((Archive::new(target.open()?, &name, at), target))
+}
+
+/// Ends the archive and says where it is.
+fn conclude(archive: Archive<Box<dyn Write>>, target: &Target) -> Result<()> {
+    let name = archive.folder.clone();
+    let (mut into, missing) = archive.finish()?;
+    into.flush().context("cannot write the archive")?;
+    if let Target::File(path) = target {
+        output::line(format!("Diags saved to {}", path.display()));
+        if missing > 0 {
+            output::line(format!(
+                "{missing} pieces could not be collected; {name}/contents.txt in it says why"
+            ));
+        }
+        output::line(
+            "Secrets are masked, names and addresses are not: look it over before you hand it on.",
+        );
+    }
+    Ok(())
 }
 
 /// `PREFIX-20260131_235959`: the archive's name without its ending.

@@ -4,14 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cali_control::paths::{run_dir, state_dir};
 use cali_control::status::{BgpRequest, BgpResponse, NodeRequest, NodeResponse};
 use clap::Args;
 use serde::Serialize;
 
-use super::{Archive, PIECE_LIMIT, Target, commands, duration, mask, stamped};
-use crate::output;
+use super::{Archive, PIECE_LIMIT, begin, commands, conclude, duration, mask};
 use crate::sockets;
 
 #[derive(Debug, Args)]
@@ -42,23 +41,9 @@ const FILES: [&str; 6] = [
 
 pub(crate) async fn run(diags: &Diags) -> Result<ExitCode> {
     let at = SystemTime::now();
-    let name = stamped("diags", at);
-    let target = Target::of(diags.output.as_deref(), &name);
-    let mut archive = Archive::new(target.open()?, &name, at);
+    let (mut archive, target) = begin("diags", diags.output.as_deref(), at)?;
     fill(&mut archive, diags, at).await?;
-    let (mut into, missing) = archive.finish()?;
-    into.flush().context("cannot write the archive")?;
-    if let Target::File(path) = &target {
-        output::line(format!("Diags saved to {}", path.display()));
-        if missing > 0 {
-            output::line(format!(
-                "{missing} pieces could not be collected; {name}/contents.txt in it says why"
-            ));
-        }
-        output::line(
-            "Secrets are masked, names and addresses are not: look it over before you hand it on.",
-        );
-    }
+    conclude(archive, &target)?;
     Ok(ExitCode::SUCCESS)
 }
 
