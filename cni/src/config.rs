@@ -33,6 +33,9 @@ pub struct Config {
     /// Gates of two annotations.
     #[serde(default)]
     pub feature_control: FeatureControl,
+    /// What the runtime asks for beyond the list, by the capabilities that the list names.
+    #[serde(rename = "runtimeConfig", default)]
+    pub runtime_config: RuntimeConfig,
     /// Longest wait for policy and route, in seconds; 0: the built-in limit.
     #[serde(default)]
     pub policy_setup_timeout_seconds: u64,
@@ -96,6 +99,34 @@ pub struct FeatureControl {
     /// `cni.projectcalico.org/ipAddrsNoIpam`.
     #[serde(default)]
     pub ip_addrs_no_ipam: bool,
+    /// `cni.projectcalico.org/floatingIPs`.
+    #[serde(default)]
+    pub floating_ips: bool,
+}
+
+/// What the runtime fills in for the capabilities of the list (CNI conventions, "dynamic plugin specific fields").
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct RuntimeConfig {
+    /// Capability `portMappings`: ports of the host that lead to the container.
+    #[serde(rename = "portMappings", default)]
+    pub port_mappings: Option<Vec<AskedPort>>,
+}
+
+/// One wish of `portMappings`, as written; [`crate::nat::ports`] judges it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct AskedPort {
+    /// Port of the host.
+    #[serde(rename = "hostPort")]
+    pub host_port: i64,
+    /// Port of the container.
+    #[serde(rename = "containerPort")]
+    pub container_port: i64,
+    /// `tcp`, `udp` or `sctp`; TCP if empty.
+    #[serde(default)]
+    pub protocol: String,
+    /// Address of the host; all if empty.
+    #[serde(rename = "hostIP", default)]
+    pub host_ip: String,
 }
 
 /// One interface of one container.

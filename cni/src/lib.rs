@@ -5,11 +5,14 @@
 //!   leaves a [`tombstone`] that the server replays.
 //! - [`server`] runs inside `cali-node`: it makes the interface pair, takes addresses from the node's reserve, hands the
 //!   endpoint to whoever programs policy and routes ([`server::EndpointSink`]) and answers once that stands.
-//! - [`spec`], [`config`], [`result`] are the formats; [`request`] decides which addresses a pod gets. All pure.
+//! - [`spec`], [`config`], [`result`] are the formats; [`request`] decides which addresses a pod gets, [`nat`] which ports
+//!   and addresses of the host lead to it. All pure.
 //!
 //! What it does not do: routes and policy on the host, and address allocation itself (`cali-ipam`).
 
 pub mod config;
+mod durable;
+pub mod nat;
 pub mod plugin;
 pub mod request;
 pub mod result;

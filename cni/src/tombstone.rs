@@ -1,12 +1,12 @@
 //! Durable notes of `DEL` calls that the server could not take: a file for each, replayed and removed by the server.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use cali_control::cni::Request;
 use serde::{Deserialize, Serialize};
+
+use crate::durable;
 
 const VERSION: u32 = 1;
 
@@ -23,23 +23,12 @@ pub fn folder(state_dir: &Path) -> PathBuf {
 
 /// Leaves a tombstone. It is on the disk when this returns. The same call again replaces it.
 pub fn leave(folder: &Path, request: &Request) -> io::Result<()> {
-    std::fs::create_dir_all(folder)?;
     let name = format!("{}_{}.json", request.container_id, request.ifname);
-    let temporary = folder.join(format!(".{name}.{}", std::process::id()));
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
     let tombstone = Tombstone {
         version: VERSION,
         request: request.clone(),
     };
-    file.write_all(&serde_json::to_vec(&tombstone)?)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, folder.join(name))?;
-    File::open(folder)?.sync_all()
+    durable::replace(folder, &name, &serde_json::to_vec(&tombstone)?)
 }
 
 /// A tombstone that was found.
@@ -64,22 +53,8 @@ impl Found {
 
 /// All tombstones.
 pub fn all(folder: &Path) -> io::Result<Vec<Found>> {
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(e),
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        // Unfinished ones begin with a dot.
-        if path.extension().is_none_or(|e| e != "json")
-            || path
-                .file_name()
-                .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."))
-        {
-            continue;
-        }
+    for path in durable::files(folder)? {
         let text = std::fs::read(&path)?;
         let tombstone: Option<Tombstone> = serde_json::from_slice(&text).ok();
         let request = tombstone

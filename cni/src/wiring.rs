@@ -40,6 +40,8 @@ pub(crate) struct Wish {
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) mtu: u32,
     pub(crate) pod_mac: Option<MacAddr>,
+    /// Whether this host may reach the pod from `127.0.0.1`.
+    pub(crate) route_localnet: bool,
     pub(crate) forwarding: bool,
 }
 
@@ -108,7 +110,7 @@ async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) ->
         ..LinkChange::default()
     };
     host.change_link(host_side.index, &alias).await?;
-    prepare_host(host.netns(), &wish.host_name).await?;
+    prepare_host(host.netns(), &wish.host_name, wish.route_localnet).await?;
     host.set_link_up(host_side.index, true).await?;
     if let Some(lo) = pod.link_by_name("lo")? {
         pod.set_link_up(lo.index, true).await?;
@@ -210,12 +212,15 @@ async fn prepare_pod(netns: &NetNs, v6: bool, forwarding: bool) -> Result<()> {
     write(netns, settings, !v6).await
 }
 
-async fn prepare_host(netns: &NetNs, name: &str) -> Result<()> {
-    let v4 = vec![
+async fn prepare_host(netns: &NetNs, name: &str, route_localnet: bool) -> Result<()> {
+    let mut v4 = vec![
         (format!("ipv4/neigh/{name}/proxy_delay"), "0"),
         (format!("ipv4/conf/{name}/proxy_arp"), "1"),
         (format!("ipv4/conf/{name}/forwarding"), "1"),
     ];
+    if route_localnet {
+        v4.push((format!("ipv4/conf/{name}/route_localnet"), "1"));
+    }
     write(netns, v4, false).await?;
     let v6 = vec![
         (format!("ipv6/conf/{name}/disable_ipv6"), "0"),

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cali_api::Cidr;
+use cali_api::kubernetes::annotation;
+use cali_api::v3::WorkloadEndpoint;
 use cali_control::cni::{Command, Failure, Plugin, Request};
 use cali_datastore::Datastore;
 use cali_ipam::reserve::Keeper;
@@ -16,7 +18,9 @@ use super::Settings;
 use super::pods::{self, Known, Standing, Who};
 use super::publish::{News, Publisher};
 use super::sink::{Endpoint, EndpointSink, Leaving};
+use super::translations::Translations;
 use crate::config::Config;
+use crate::nat::{self, PortMapping, Translation};
 use crate::result::{Added, Interface, render};
 use crate::spec::{code, failure, failure_of};
 use crate::wiring::{self, HOST_MAC, Wired, Wish};
@@ -34,6 +38,8 @@ pub(super) struct Calls {
     pub(super) host: Netlink,
     pub(super) sink: Arc<dyn EndpointSink>,
     pub(super) publisher: Publisher,
+    /// None where the kernel has no nf_tables.
+    pub(super) translations: Option<Arc<Translations>>,
     turns: Mutex<HashMap<Who, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -64,6 +70,13 @@ impl Calls {
         sink: Arc<dyn EndpointSink>,
     ) -> Self {
         let publisher = Publisher::start(Arc::clone(&store), &settings.node);
+        let translations = match Translations::open(&settings.state_dir, &host) {
+            Ok(translations) => Some(Arc::new(translations)),
+            Err(error) => {
+                tracing::error!(%error, "host ports cannot be served on this node");
+                None
+            }
+        };
         Self {
             settings,
             store,
@@ -71,6 +84,7 @@ impl Calls {
             host,
             sink,
             publisher,
+            translations,
             turns: Mutex::new(HashMap::new()),
         }
     }
@@ -126,6 +140,13 @@ impl Calls {
         self.sink
             .ready()
             .map_err(|e| failure_of(code::TRY_AGAIN, "the node is not ready for pods", &e))?;
+        let ports = nat::ports(
+            job.config
+                .runtime_config
+                .port_mappings
+                .as_deref()
+                .unwrap_or_default(),
+        )?;
         let known = pods::known(
             &self.store,
             &self.settings.node,
@@ -136,7 +157,9 @@ impl Calls {
         let pod = Netlink::open(&netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
         let had_addresses = self.keeper.attachment(&job.handle).await.is_some();
         let addresses = self.acquire(job, &known).await?;
-        let result = self.wire_and_program(job, &known, &pod, &addresses).await;
+        let result = self
+            .wire_and_program(job, &known, &pod, &addresses, ports)
+            .await;
         if let Err(failure) = &result
             && !had_addresses
         {
@@ -156,8 +179,10 @@ impl Calls {
         known: &Known,
         pod: &Netlink,
         addresses: &[IpAddr],
+        ports: Vec<PortMapping>,
     ) -> Result<Value, Failure> {
-        let wish = self.wish(job, addresses)?;
+        let mut wish = self.wish(job, addresses)?;
+        wish.route_localnet = !ports.is_empty();
         let wired = self
             .wire(pod, &wish)
             .await
@@ -197,9 +222,52 @@ impl Calls {
                 return Err(failure(code::TRY_AGAIN, msg));
             }
         }
+        self.translate(job, &workload, addresses, ports)?;
         self.publisher
             .tell(job.who.clone(), News::Up(Box::new(workload)));
         Ok(render(&added(job, &wish, &wired), &job.config.cni_version))
+    }
+
+    /// Leads ports and addresses of the host to the container.
+    fn translate(
+        &self,
+        job: &Job<'_>,
+        workload: &WorkloadEndpoint,
+        addresses: &[IpAddr],
+        ports: Vec<PortMapping>,
+    ) -> Result<(), Failure> {
+        let floating: Vec<_> = workload
+            .spec
+            .ip_nats
+            .iter()
+            .map(|nat| (nat.external_ip, nat.internal_ip))
+            .collect();
+        if !floating.is_empty() && !job.config.feature_control.floating_ips {
+            let msg = format!(
+                "annotation {} is not enabled (feature_control.floating_ips)",
+                annotation::FLOATING_IPS
+            );
+            return Err(failure(code::POD, msg));
+        }
+        let translation = Translation {
+            sequence: 0,
+            addresses: addresses.to_vec(),
+            ports,
+            floating,
+        };
+        match &self.translations {
+            Some(translations) => translations.put(
+                &job.handle,
+                &job.request.container_id,
+                &job.request.ifname,
+                translation,
+            ),
+            None if translation.is_empty() => Ok(()),
+            None => Err(failure(
+                code::UNSUPPORTED_FIELD,
+                "host ports and floating addresses need nf_tables, which this kernel does not have",
+            )),
+        }
     }
 
     /// Makes the interface, unless it stands already as it should (the runtime may repeat an `ADD`).
@@ -242,6 +310,7 @@ impl Calls {
             addresses: addresses.to_vec(),
             mtu: self.mtu(&job.config)?,
             pod_mac: None,
+            route_localnet: false,
             forwarding: job.config.container_settings.allow_ip_forwarding,
         })
     }
@@ -275,6 +344,10 @@ impl Calls {
         let wish = self.wish(job, &promised)?;
         let mut defects = wiring::defects(&self.host, &pod, &wish)
             .map_err(|e| kernel("look at the pod's interface", &e))?;
+        if let Some(translations) = &self.translations {
+            let missing = translations.defects(&job.handle);
+            defects.extend(missing.map_err(|e| kernel("look at the pod's host ports", &e))?);
+        }
         if let Some(attachment) = self.keeper.attachment(&job.handle).await {
             let given: BTreeSet<IpAddr> = attachment.addresses.iter().map(|h| h.address).collect();
             for address in promised.iter().filter(|a| !given.contains(*a)) {
@@ -327,6 +400,16 @@ impl Calls {
 
     /// Ends route and policy, then removes the interface, unless a newer sandbox of the same pod has taken its place.
     async fn take_down(&self, job: &Job<'_>, who: &Who, addresses: &[IpAddr]) {
+        if let Some(translations) = &self.translations
+            && let Err(e) = translations.take(&job.handle)
+        {
+            tracing::warn!(
+                container = job.request.container_id,
+                error = e.msg,
+                details = e.details,
+                "host ports still lead to a container that leaves"
+            );
+        }
         let interface = who.interface();
         let overtaken = match self.host.link_by_name(&interface) {
             Ok(link) => link.is_some_and(|l| l.alias.is_some_and(|alias| alias != job.alias())),

@@ -43,11 +43,23 @@ impl Calls {
             })
             .collect();
         let mut failures = Vec::new();
+        let gone = |handle: &str| !keep.contains(handle) && !standing.contains(handle);
+        if let Some(translations) = &self.translations {
+            for handle in translations.handles() {
+                let ours = handle.to_lowercase();
+                if ours.starts_with(&prefix)
+                    && gone(&ours)
+                    && let Err(e) = translations.take(&handle)
+                {
+                    failures.push(format!("{handle}: {}: {}", e.msg, e.details));
+                }
+            }
+        }
         for (handle, attachment) in self.keeper.attachments().await {
             let Some(container) = handle.strip_prefix(&prefix) else {
                 continue;
             };
-            if keep.contains(&handle) || standing.contains(&handle) {
+            if !gone(&handle) {
                 continue;
             }
             let (namespace, name) = (

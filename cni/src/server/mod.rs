@@ -10,6 +10,7 @@ mod leftovers;
 mod pods;
 mod publish;
 mod sink;
+mod translations;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -129,6 +130,9 @@ async fn run(listener: UnixListener, calls: Arc<Calls>, tombstones: PathBuf) {
     let slots = Arc::new(Semaphore::new(CONCURRENCY));
     let mut served = JoinSet::new();
     served.spawn(Arc::clone(&calls).resume());
+    if let Some(translations) = &calls.translations {
+        served.spawn(Arc::clone(translations).keep());
+    }
     let replayer = Arc::clone(&calls);
     served.spawn(async move {
         loop {

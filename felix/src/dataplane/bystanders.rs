@@ -30,9 +30,12 @@ impl Bystanders {
     pub(super) fn new(nft: Nft, netns: &NetNs, now: Instant) -> Self {
         Self {
             nft,
-            ours: [Family::Inet, Family::Arp]
-                .map(|family| TableName::new(family, "calico"))
-                .into(),
+            ours: vec![
+                TableName::new(Family::Inet, "calico"),
+                TableName::new(Family::Arp, "calico"),
+                // Host ports, of the CNI server.
+                TableName::new(Family::Inet, "calico-nat"),
+            ],
             legacy: legacy(netns),
             notices: Vec::new(),
             looked: None,
