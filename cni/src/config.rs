@@ -110,6 +110,9 @@ pub struct RuntimeConfig {
     /// Capability `portMappings`: ports of the host that lead to the container.
     #[serde(rename = "portMappings", default)]
     pub port_mappings: Option<Vec<AskedPort>>,
+    /// Capability `mac`: Ethernet address of the container's interface.
+    #[serde(default)]
+    pub mac: Option<String>,
 }
 
 /// One wish of `portMappings`, as written; [`crate::nat::ports`] judges it.
@@ -146,6 +149,10 @@ fn default_version() -> String {
 impl Config {
     /// Reads a configuration.
     pub fn read(value: &Value) -> Result<Self, Failure> {
+        if !value.is_object() {
+            let msg = "the network configuration is not a JSON object";
+            return Err(failure(code::DECODING, msg));
+        }
         let config: Self = Deserialize::deserialize(value).map_err(|e| {
             failure(
                 code::DECODING,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use cali_api::StringMap;
 use cali_api::kubernetes::annotation;
 use cali_control::cni::Failure;
+use cali_netlink::MacAddr;
 
 use crate::config::Config;
 use crate::spec::{code, failure};
@@ -95,6 +96,24 @@ pub fn addresses(
         pools_v6: list(annotation::IPV6_POOLS, &both)?
             .unwrap_or_else(|| config.ipam.ipv6_pools.clone()),
     })
+}
+
+/// The Ethernet address that the pod's interface is to have; the kernel chooses one if nobody says.
+pub fn hardware_address(config: &Config, pod: &StringMap) -> Result<Option<MacAddr>, Failure> {
+    let annotated = pod.get(annotation::HW_ADDR).map(String::as_str);
+    let (name, text) = match (annotated, config.runtime_config.mac.as_deref()) {
+        (Some(text), _) => (annotation::HW_ADDR, text),
+        (None, Some(text)) if !text.is_empty() => ("runtimeConfig.mac", text),
+        _ => return Ok(None),
+    };
+    let usable = |mac: &MacAddr| mac.0[0] & 1 == 0 && mac.0 != [0; 6];
+    match text.parse::<MacAddr>().ok().filter(usable) {
+        Some(mac) => Ok(Some(mac)),
+        None => {
+            let msg = format!("{name}: {text:?} is not the Ethernet address of one interface");
+            Err(failure(code::POD, msg))
+        }
+    }
 }
 
 fn parsed(name: &str, texts: &[String]) -> Result<Vec<IpAddr>, Failure> {
@@ -207,6 +226,30 @@ mod tests {
             )
             .unwrap_err();
             assert_eq!(failure.code, code::POD, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_ethernet_address_is_the_annotations_then_the_runtimes() {
+        let config = Config::read(&json!({
+            "cniVersion": "1.1.0", "name": "n", "runtimeConfig": {"mac": "0a:00:00:00:00:01"}
+        }))
+        .unwrap();
+        let annotated = |text: &str| annotations(&[(annotation::HW_ADDR, text)]);
+        let ask = |pod: &StringMap| {
+            hardware_address(&config, pod).map(|mac| mac.map(|mac| mac.to_string()))
+        };
+        assert_eq!(
+            ask(&StringMap::new()).unwrap().as_deref(),
+            Some("0a:00:00:00:00:01")
+        );
+        assert_eq!(
+            ask(&annotated("0a:00:00:00:00:02")).unwrap().as_deref(),
+            Some("0a:00:00:00:00:02")
+        );
+        // A group address, none at all, and no address.
+        for bad in ["01:00:00:00:00:01", "00:00:00:00:00:00", "x"] {
+            assert_eq!(ask(&annotated(bad)).unwrap_err().code, code::POD, "{bad}");
         }
     }
 

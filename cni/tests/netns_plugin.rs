@@ -226,6 +226,119 @@ kernel_test! {
         }
     }
 
+    async fn status_says_when_no_address_is_to_be_had() {
+        let node = Node::new("cnifull").await;
+        let status = |pools: Value| Call::new("STATUS", "", "", "")
+            .with("ipam", json!({"type": "calico-ipam", "ipv4_pools": pools}));
+        node.store.create(support::object(json!({
+            "apiVersion": "projectcalico.org/v3", "kind": "IPPool",
+            "metadata": {"name": "tiny"}, "spec": {"cidr": "10.67.0.0/30", "blockSize": 30}
+        }))).await.unwrap();
+        let add = |name: &'static str, pod: &TestNs| Call::new("ADD", name, name, Box::leak(pod.name().to_owned().into_boxed_str()))
+            .with("ipam", json!({"type": "calico-ipam", "ipv4_pools": ["tiny"]}));
+        assert_eq!(node.call(&status(json!(["tiny"]))).ok(), Value::Null);
+        let pods: Vec<TestNs> = (0..5).map(|_| TestNs::new("cnipod")).collect();
+        let names = ["a", "b", "c", "d", "e"];
+        for (name, pod) in names.into_iter().zip(&pods).take(4) {
+            node.pod(name, json!({})).await;
+            node.call(&add(name, pod)).ok();
+        }
+        node.pod("e", json!({})).await;
+        let refused = node.call(&add("e", &pods[4]));
+        assert_eq!(refused.code(), 101, "{refused:?}");
+        assert!(!pods[4].ip("-br link").contains("eth0"));
+        let full = node.call(&status(json!(["tiny"])));
+        assert_eq!(full.code(), 50, "{full:?}");
+        assert_eq!(node.call(&status(json!(["overlay"]))).ok(), Value::Null);
+        node.call(&Call { command: "DEL", ..add("a", &pods[0]) }).ok();
+        assert_eq!(node.call(&status(json!(["tiny"]))).ok(), Value::Null);
+    }
+
+    async fn bad_input_is_answered_with_its_code_and_leaves_nothing() {
+        let node = Node::new("cnibad").await;
+        let pod = TestNs::new("cnipod");
+        node.pod("p", json!({})).await;
+        let add = Call::new("ADD", "p", "c1", pod.name());
+        let broken = Call { config: Value::String("{\"cniVersion\": ".into()), ..add.clone() };
+        assert_eq!(node.call(&broken).code(), 6);
+        assert_eq!(node.call(&Call { config: json!([]), ..add.clone() }).code(), 6);
+        assert_eq!(node.call(&Call { command: "", ..add.clone() }).code(), 4);
+        assert_eq!(node.call(&Call { command: "PAUSE", ..add.clone() }).code(), 4);
+        let nowhere = node.call(&Call { netns: "calitest-never-was", ..add.clone() });
+        assert_eq!(nowhere.code(), 4);
+        assert!(nowhere.printed["msg"].as_str().unwrap().contains("CNI_NETNS"), "{nowhere:?}");
+        assert_eq!(node.call(&Call { netns: "", ..add.clone() }).code(), 4);
+        assert_eq!(node.call(&Call { ifname: "a/b", ..add.clone() }).code(), 4);
+        assert_eq!(node.call(&add.clone().with("ipam", json!({"type": "dhcp"}))).code(), 7);
+        assert_eq!(node.call(&Call { command: "CHECK", ..add.clone() }).code(), 7, "without prevResult");
+        assert_eq!(node.call(&Call::new("GC", "", "", "")).code(), 7, "without a list");
+        assert!(node.keeper.attachments().await.is_empty());
+        assert!(!pod.ip("-br link").contains("eth0"));
+        assert!(!node.host.ip("-br link").contains("cali"));
+        assert_eq!(node.call(&Call::new("DEL", "never", "never", "")).ok(), Value::Null, "DEL of the unknown");
+    }
+
+    async fn check_names_what_was_tampered_with() {
+        let node = Node::new("cnicheck").await;
+        let pod = TestNs::new("cnipod");
+        node.pod("p", json!({})).await;
+        let add = Call::new("ADD", "p", "c1", pod.name());
+        let result = node.call(&add).ok();
+        let own = address(&result, 0);
+        let check = Call { command: "CHECK", ..add.clone() }.with("prevResult", result.clone());
+        let details = || {
+            let answer = node.call(&check);
+            assert_eq!(answer.code(), 103);
+            answer.printed["details"].as_str().unwrap().to_owned()
+        };
+        node.call(&check).ok();
+        pod.ip(&format!("address del {own}/32 dev eth0"));
+        assert!(details().contains(&own.to_string()));
+        pod.ip(&format!("address add {own}/32 dev eth0"));
+        pod.ip("link set eth0 down");
+        assert!(details().contains("eth0 is down in the pod"));
+        pod.ip("link del eth0");
+        assert!(details().contains("eth0 is missing in the pod"));
+        // The runtime asks for it once more: it stands again, with the same address.
+        assert_eq!(address(&node.call(&add).ok(), 0), own);
+        node.call(&check).ok();
+    }
+
+    async fn settings_of_the_container_reach_its_namespace() {
+        let node = Node::new("cniset").await;
+        let pods: Vec<TestNs> = (0..3).map(|_| TestNs::new("cnipod")).collect();
+        for (name, annotations) in [
+            ("plain", json!({})),
+            ("router", json!({"cni.projectcalico.org/hwAddr": "0a:58:0a:00:00:07"})),
+            ("bad", json!({"cni.projectcalico.org/hwAddr": "ff:ff:ff:ff:ff:ff"})),
+        ] {
+            node.pod(name, annotations).await;
+        }
+        node.call(&Call::new("ADD", "plain", "c0", pods[0].name())).ok();
+        assert_eq!(pods[0].run("sysctl", &["-n", "net.ipv4.ip_forward"]).trim(), "0");
+        let router = Call::new("ADD", "router", "c1", pods[1].name())
+            .with("container_settings", json!({"allow_ip_forwarding": true}));
+        let result = node.call(&router).ok();
+        assert_eq!(pods[1].run("sysctl", &["-n", "net.ipv4.ip_forward"]).trim(), "1");
+        assert_eq!(result["interfaces"][1]["mac"], "0a:58:0a:00:00:07");
+        assert!(pods[1].ip("link show eth0").contains("0a:58:0a:00:00:07"));
+        assert_eq!(node.call(&Call::new("ADD", "bad", "c2", pods[2].name())).code(), 102);
+        assert_eq!(node.keeper.attachments().await.len(), 2);
+    }
+
+    async fn a_pod_of_the_same_name_that_is_gone_is_not_taken_for_the_new_one() {
+        let node = Node::new("cniuid").await;
+        let pod = TestNs::new("cnipod");
+        node.pod("p", json!({})).await;
+        let key = cali_api::Key::namespaced(cali_api::Kind::K8sPod, "test", "p");
+        let uid = node.store.get(&key).await.unwrap().object.metadata().uid.clone().unwrap();
+        let other = node.call(&Call::new("ADD", "p;K8S_POD_UID=of-another", "c1", pod.name()));
+        assert_eq!(other.code(), 11, "{other:?}");
+        assert!(other.printed["msg"].as_str().unwrap().contains("another one of the same name"), "{other:?}");
+        let same = format!("p;K8S_POD_UID={uid}");
+        node.call(&Call::new("ADD", &same, "c1", pod.name())).ok();
+    }
+
     async fn address_plugin_gives_addresses_only() {
         let node = Node::new("cniipam").await;
         node.pod("p", json!({})).await;

@@ -1,4 +1,5 @@
-//! Work that is done once for the whole cluster: garbage collection of addresses, blocks, affinities and handles.
+//! Work that is done once for the whole cluster: garbage collection of addresses, blocks, affinities and handles; automatic
+//! host endpoints.
 //!
 //! - [`facts`] and [`judge`] say who uses an address; [`gc`] decides what is garbage and for how long it must have been,
 //!   and carries that out with compare-and-swap; [`check`] compares everything with everything, for people.
@@ -13,6 +14,7 @@ pub mod election;
 mod error;
 pub mod facts;
 pub mod gc;
+pub mod host_endpoints;
 pub mod judge;
 pub mod run;
 pub mod settings;

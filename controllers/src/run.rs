@@ -1,4 +1,4 @@
-//! The loop of one replica: leads or waits, and collects while it leads.
+//! The loop of one replica: leads or waits, and works while it leads.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use cali_ipam::Allocator;
 use crate::election::{Election, Lock, take_turn};
 use crate::error::Error;
 use crate::gc::{self, Collector, Rules};
+use crate::host_endpoints;
 use crate::settings::Settings;
 
 /// Waits between attempts after an error: doubled from the first to the last.
@@ -18,6 +19,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 
 /// Deletions that come together are cleaned up after together.
 const GATHER: Duration = Duration::from_secs(1);
+
+/// Host endpoints are looked at anew after so long, whatever is heard (Calico's `reconcilerPeriod`).
+const RECONCILE: Duration = Duration::from_secs(300);
 
 /// Runs until `stop` is done; then the lease is given back.
 pub async fn run(
@@ -44,7 +48,7 @@ pub async fn run(
         match (election.leads(Instant::now()), &reign) {
             (true, None) => {
                 tracing::info!("leads from now on");
-                reign = Some(tokio::spawn(lead(Arc::clone(&store))));
+                reign = Some(tokio::spawn(work(Arc::clone(&store))));
             }
             (false, Some(task)) => {
                 tracing::warn!("leads no longer");
@@ -70,8 +74,71 @@ pub async fn run(
     }
 }
 
+/// What a leader does.
+async fn work(store: Arc<dyn Datastore>) {
+    tokio::join!(collect(Arc::clone(&store)), keep_host_endpoints(store));
+}
+
+/// Looks after host endpoints: when a node or the setting changes, and regularly.
+async fn keep_host_endpoints(store: Arc<dyn Datastore>) {
+    let mut wait = RETRY.0;
+    loop {
+        match follow_host_endpoints(store.as_ref()).await {
+            Ok(()) => {
+                wait = RETRY.0;
+                tokio::time::sleep(GATHER).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "host endpoints are not looked after");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(RETRY.1);
+            }
+        }
+    }
+}
+
+/// One pass, and one for each change, until it is time to look at everything again.
+async fn follow_host_endpoints(store: &dyn Datastore) -> Result<(), Error> {
+    // Watched before everything is read, so that no change is missed in between.
+    let from = store.list(Kind::Node, None).await;
+    let from = from.map_err(Error::datastore("list nodes"))?.revision;
+    let kinds = [
+        Kind::Node,
+        Kind::KubeControllersConfiguration,
+        Kind::HostEndpoint,
+    ];
+    let watch = store.watch(&kinds, &from).await;
+    let mut watch = watch.map_err(Error::datastore("watch nodes"))?;
+    let until = Instant::now() + RECONCILE;
+    let mut told = Vec::new();
+    loop {
+        let settings = Settings::read(store).await?;
+        let plan = host_endpoints::pass(store, &settings.host_endpoints).await?;
+        if !plan.put.is_empty() || !plan.delete.is_empty() {
+            tracing::info!(
+                written = plan.put.len(),
+                deleted = plan.delete.len(),
+                "host endpoints of nodes"
+            );
+        }
+        if plan.problems != told {
+            for problem in &plan.problems {
+                tracing::warn!(problem, "automatic host endpoints");
+            }
+            told = plan.problems;
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, watch.next()).await {
+            // Bookmarks and our own writes come here, too: a pass that finds nothing writes nothing.
+            Ok(Some(Ok(_))) => tokio::time::sleep(GATHER).await,
+            Ok(Some(Err(_)) | None) | Err(_) => return Ok(()),
+        }
+        while let Ok(Some(Ok(_))) = tokio::time::timeout(Duration::ZERO, watch.next()).await {}
+    }
+}
+
 /// Collects garbage: regularly, and when a node is deleted.
-async fn lead(store: Arc<dyn Datastore>) {
+async fn collect(store: Arc<dyn Datastore>) {
     let allocator = Allocator::with_system_time(Arc::clone(&store), "");
     let mut collector = Collector::new(Rules::default());
     let mut wait = RETRY.0;

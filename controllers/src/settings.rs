@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cali_api::v3::AutoHostEndpointConfig;
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error as StoreError};
 
@@ -9,10 +10,12 @@ use crate::error::Error;
 use crate::gc::Rules;
 
 /// What the resource says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// How garbage is collected.
     pub rules: Rules,
+    /// Which host endpoints are made.
+    pub host_endpoints: AutoHostEndpointConfig,
 }
 
 impl Settings {
@@ -29,12 +32,16 @@ impl Settings {
             Err(StoreError::NotFound { .. }) => None,
             Err(source) => return Err(Error::datastore(format!("read {key}"))(source)),
         };
-        let grace = node.and_then(|n| n.leak_grace_period).map(|g| g.0);
+        let node = node.unwrap_or_default();
+        let grace = node.leak_grace_period.map(|g| g.0);
         let mut rules = Rules::default();
         if let Some(grace) = grace {
             rules.grace = (!grace.is_zero()).then_some(grace);
         }
-        Ok(Self { rules })
+        Ok(Self {
+            rules,
+            host_endpoints: node.host_endpoint.unwrap_or_default(),
+        })
     }
 
     /// Time between passes: half the grace period, so that garbage is seen at least twice before it goes; five minutes

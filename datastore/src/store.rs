@@ -158,6 +158,20 @@ pub trait Datastore: Send + Sync {
     /// is that of the commits for each kind; who resumes from an event must have asked for one kind only.
     async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, Error>;
 
+    /// [`Self::list`] of the pods that are bound to this node.
+    async fn list_pods(&self, node: &str) -> Result<List, Error> {
+        let mut list = self.list(Kind::K8sPod, None).await?;
+        list.items.retain(|item| {
+            matches!(item.object.as_ref(), AnyResource::K8sPod(pod) if pod.spec.node_name.as_deref() == Some(node))
+        });
+        Ok(list)
+    }
+
+    /// [`Self::watch`] of the pods that are bound to this node; a store may tell of those of other nodes, too.
+    async fn watch_pods(&self, _node: &str, from: &Revision) -> Result<WatchStream, Error> {
+        self.watch(&[Kind::K8sPod], from).await
+    }
+
     /// False for kinds that this store only shows as views of native objects: they can be read, but a stream follows
     /// the native objects and converts them itself.
     fn is_stored(&self, _kind: Kind) -> bool {

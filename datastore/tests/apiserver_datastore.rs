@@ -10,7 +10,7 @@ use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::conformance::{self, Store, View};
 use cali_datastore::kubernetes::{Kubernetes, Settings};
 use cali_datastore::testing::ApiServer;
-use cali_datastore::{Error, Warning, sync};
+use cali_datastore::{Error, Warning, WatchEvent, sync};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
 use serde_json::{Value, json};
@@ -139,6 +139,7 @@ async fn views_secrets_and_schemas() {
     nodes_are_annotations(&server, &store).await;
     namespaces_are_profiles(&store).await;
     secrets_are_read(&server, &store).await;
+    pods_of_a_node_are_told_apart(&server, &store).await;
     warnings_are_events_of_the_object(&server, &store).await;
     bad_manifests_are_refused(&server);
     good_manifests_are_read(&server, &store).await;
@@ -182,7 +183,7 @@ async fn nodes_are_annotations(server: &ApiServer, store: &Store) {
     assert_eq!(annotations["other/x"], "1");
     let told = watch.next().await.expect("an event").expect("no error");
     assert!(
-        matches!(&told, cali_datastore::WatchEvent::Put(v) if v.object.key() == key),
+        matches!(&told, WatchEvent::Put(v) if v.object.key() == key),
         "{told:?}"
     );
 }
@@ -214,6 +215,35 @@ async fn namespaces_are_profiles(store: &Store) {
     view.until(&mut stream, |v| !v.objects.contains_key(&key))
         .await;
     assert!(view.spurious_deletions.is_empty());
+}
+
+async fn pods_of_a_node_are_told_apart(server: &ApiServer, store: &Store) {
+    let pod = |name: &str, node: &str| {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "a"},
+            "spec": {"nodeName": node, "automountServiceAccountToken": false,
+                "containers": [{"name": "c", "image": "i"}]}})
+    };
+    let pods = "/api/v1/namespaces/a/pods";
+    raw(server, pods, pod("here", "n1")).await;
+    raw(server, pods, pod("there", "n2")).await;
+    let list = store.list_pods("n1").await.expect("list");
+    let names: Vec<_> = list.items.iter().map(|i| i.object.key().name).collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    assert_eq!(&*names[0], "here");
+    let mut watch = store.watch_pods("n1", &list.revision).await.expect("watch");
+    raw(server, pods, pod("there-too", "n2")).await;
+    raw(server, pods, pod("here-too", "n1")).await;
+    let next = async {
+        loop {
+            match watch.next().await.expect("an event").expect("no error") {
+                WatchEvent::Put(put) => break put.object.key().name.to_string(),
+                WatchEvent::Bookmark(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    let next = tokio::time::timeout(std::time::Duration::from_secs(30), next).await;
+    assert_eq!(next.expect("in time"), "here-too");
 }
 
 async fn secrets_are_read(server: &ApiServer, store: &Store) {

@@ -5,14 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use cali_api::v3::{EncapMode, IPPoolSpec};
-use cali_api::{AnyResource, Key, Kind, Resource, Revision};
+use cali_api::{AnyResource, Key, Kind, Resource};
+use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
-use cali_datastore::{Datastore, Error as StoreError, List, Versioned, WatchStream};
+use cali_datastore::testing::Switched;
 use cali_ipam::block::Block;
 use cali_ipam::reserve::{Ask, Keeper, Settings};
 use cali_ipam::tunnel::Tunnel;
@@ -20,72 +19,19 @@ use cali_ipam::{Allocator, Owner};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A store that can be taken away.
-struct Switched {
-    store: Sqlite,
-    away: AtomicBool,
-}
-
-impl Switched {
-    fn new(folder: &Path) -> Arc<Self> {
-        Arc::new(Self {
-            store: Sqlite::open(&folder.join("cali.db")).unwrap(),
-            away: AtomicBool::new(false),
-        })
-    }
-
-    fn check(&self) -> Result<(), StoreError> {
-        if self.away.load(Ordering::SeqCst) {
-            return Err(StoreError::Unavailable {
-                operation: "reach the store".to_owned(),
-                source: "it was switched off".into(),
-            });
-        }
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Datastore for Switched {
-    async fn get(&self, key: &Key) -> Result<Versioned, StoreError> {
-        self.check()?;
-        self.store.get(key).await
-    }
-    async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, StoreError> {
-        self.check()?;
-        self.store.list(kind, namespace).await
-    }
-    async fn create(&self, object: AnyResource) -> Result<Versioned, StoreError> {
-        self.check()?;
-        self.store.create(object).await
-    }
-    async fn update(&self, object: AnyResource) -> Result<Versioned, StoreError> {
-        self.check()?;
-        self.store.update(object).await
-    }
-    async fn delete(
-        &self,
-        key: &Key,
-        revision: Option<&Revision>,
-    ) -> Result<Versioned, StoreError> {
-        self.check()?;
-        self.store.delete(key, revision).await
-    }
-    async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, StoreError> {
-        self.check()?;
-        self.store.watch(kinds, from).await
-    }
-}
-
 fn pool(name: &str, cidr: &str, edit: impl FnOnce(&mut IPPoolSpec)) -> AnyResource {
     let mut spec = IPPoolSpec::new(cidr.parse().unwrap());
     edit(&mut spec);
     Resource::named(name, spec).into()
 }
 
+fn switched(folder: &Path) -> Arc<Switched> {
+    Switched::new(Arc::new(Sqlite::open(&folder.join("cali.db")).unwrap()))
+}
+
 /// A store with the pool `one`, 10.0.0.0/24.
 async fn store_with_pool(folder: &Path) -> Arc<Switched> {
-    let store = Switched::new(folder);
+    let store = switched(folder);
     let one = pool("one", "10.0.0.0/24", |_| {});
     store.create(one).await.unwrap();
     store
@@ -121,7 +67,7 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 /// Every held address in the store with its handle.
 async fn stored(store: &Switched) -> BTreeMap<IpAddr, String> {
-    let list = store.store.list(Kind::IPAMBlock, None).await.unwrap();
+    let list = store.behind().list(Kind::IPAMBlock, None).await.unwrap();
     let mut held = BTreeMap::new();
     for item in list.items {
         let AnyResource::IPAMBlock(block) = item.object.as_ref() else {
@@ -144,7 +90,7 @@ async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
     let ready = keeper.ready().await.len();
     assert!(ready >= 4, "only {ready} addresses are ready");
 
-    store.away.store(true, Ordering::SeqCst);
+    store.set_away(true);
     let mut got = BTreeSet::from([first[0].address]);
     for number in 0..ready {
         let held = keeper
@@ -167,7 +113,7 @@ async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
     );
     keeper.release("net.0").await.unwrap();
 
-    store.away.store(false, Ordering::SeqCst);
+    store.set_away(false);
     soon("the catching up", keeper.settled()).await.unwrap();
     let stored = stored(&store).await;
     for number in 1..ready {
@@ -179,7 +125,7 @@ async fn reserve_serves_while_the_store_is_away_and_tells_it_afterwards() {
     assert!(!stored.values().any(|h| h == "net.0"), "net.0 is gone");
     assert!(
         store
-            .store
+            .behind()
             .get(&Key::cluster(Kind::IPAMHandle, "net.0"))
             .await
             .is_err()
@@ -197,7 +143,7 @@ async fn a_restart_without_the_store_remembers_who_has_what() {
             .await
             .unwrap();
         soon("the refill", keeper.settled()).await.unwrap();
-        store.away.store(true, Ordering::SeqCst);
+        store.set_away(true);
         let held = keeper.acquire(&ask("net.a", "n1", &["one"])).await.unwrap();
         // The journal's lock goes with the last task that holds it.
         held
@@ -219,7 +165,7 @@ async fn a_restart_without_the_store_remembers_who_has_what() {
     );
     let other = again.acquire(&ask("net.b", "n1", &["one"])).await.unwrap();
     assert_ne!(other[0].address, before[0].address);
-    store.away.store(false, Ordering::SeqCst);
+    store.set_away(false);
     soon("the catching up", again.settled()).await.unwrap();
     assert_eq!(
         stored(&store)
@@ -233,7 +179,7 @@ async fn a_restart_without_the_store_remembers_who_has_what() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_get_addresses_of_the_pool_they_ask_for() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
+    let store = switched(folder.path());
     store
         .create(pool("overlay", "10.1.0.0/24", |_| {}))
         .await
@@ -360,7 +306,7 @@ async fn a_disabled_pool_loses_its_reserve_but_not_its_pods() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_nodes_at_once_never_share_an_address() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
+    let store = switched(folder.path());
     store
         .create(pool("one", "10.0.0.0/25", |spec| {
             spec.block_size = Some(28)
@@ -413,7 +359,7 @@ async fn three_nodes_at_once_never_share_an_address() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tunnel_addresses_follow_the_pools_mode() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Switched::new(folder.path());
+    let store = switched(folder.path());
     let vxlan = |mode| {
         pool("one", "10.0.0.0/24", move |spec| {
             spec.vxlan_mode = Some(mode)

@@ -247,7 +247,10 @@ async fn start(
     );
     parts.run("warnings", warnings);
 
-    let keeper = KeeperSettings::new(paths::state_dir().join("ipam.journal"));
+    let mut keeper = KeeperSettings::new(paths::state_dir().join("ipam.journal"));
+    if let Some(addresses) = settings.address_reserve {
+        keeper.keep(addresses);
+    }
     let keeper = Keeper::open(allocator, keeper)
         .await
         .map_err(DaemonError::Reserve)?;

@@ -10,7 +10,7 @@ use cali_ipam::{Error as IpamError, Owner};
 use serde_json::Value;
 
 use super::calls::{Calls, Job};
-use super::pods::{self, Known, Who};
+use super::pods::{Known, Who};
 use crate::request::{Addresses, addresses};
 use crate::result::{Added, render};
 use crate::spec::{code, failure, failure_of};
@@ -64,13 +64,7 @@ impl Calls {
     }
 
     pub(super) async fn add_addresses(&self, job: &Job<'_>) -> Result<Value, Failure> {
-        let known = pods::known(
-            &self.store,
-            &self.settings.node,
-            &job.who,
-            self.settings.wait_for_pod,
-        )
-        .await?;
+        let known = self.known(job).await?;
         let added = Added {
             interfaces: Vec::new(),
             addresses: self.acquire(job, &known).await?,

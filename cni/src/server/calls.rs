@@ -5,22 +5,25 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cali_api::Cidr;
 use cali_api::kubernetes::annotation;
 use cali_api::v3::WorkloadEndpoint;
+use cali_api::{Cidr, StringMap};
 use cali_control::cni::{Command, Failure, Plugin, Request};
 use cali_datastore::Datastore;
-use cali_ipam::reserve::Keeper;
+use cali_ipam::Owner;
+use cali_ipam::reserve::{Ask, Keeper};
 use cali_netlink::{NetNs, Netlink};
 use serde_json::Value;
 
 use super::Settings;
+use super::directory::Directory;
 use super::pods::{self, Known, Standing, Who};
 use super::publish::{News, Publisher};
 use super::sink::{Endpoint, EndpointSink, Leaving};
 use super::translations::Translations;
 use crate::config::Config;
 use crate::nat::{self, PortMapping, Translation};
+use crate::request::{Addresses, addresses, hardware_address};
 use crate::result::{Added, Interface, render};
 use crate::spec::{code, failure, failure_of};
 use crate::wiring::{self, HOST_MAC, Wired, Wish};
@@ -33,7 +36,7 @@ const DEFAULT_MTU: u32 = 1500;
 /// Serves calls.
 pub(super) struct Calls {
     pub(super) settings: Settings,
-    pub(super) store: Arc<dyn Datastore>,
+    pub(super) directory: Directory,
     pub(super) keeper: Keeper,
     pub(super) host: Netlink,
     pub(super) sink: Arc<dyn EndpointSink>,
@@ -78,8 +81,8 @@ impl Calls {
             }
         };
         Self {
+            directory: Directory::start(store, &settings.node),
             settings,
-            store,
             keeper,
             host,
             sink,
@@ -96,7 +99,7 @@ impl Calls {
     ) -> Result<Value, Failure> {
         let config = Config::read(&request.config)?;
         match request.command {
-            Command::Status => return self.status(),
+            Command::Status => return self.status(&config).await,
             Command::Gc => return self.collect(&config).await,
             Command::Add | Command::Del | Command::Check => {}
         }
@@ -136,6 +139,14 @@ impl Calls {
         }
     }
 
+    pub(super) async fn known(&self, job: &Job<'_>) -> Result<Known, Failure> {
+        let uid = job.request.args.get("K8S_POD_UID").map(String::as_str);
+        let uid = uid.filter(|uid| !uid.is_empty());
+        self.directory
+            .known(&job.who, uid, self.settings.wait_for_pod)
+            .await
+    }
+
     async fn add(&self, job: &Job<'_>, netns: NetNs) -> Result<Value, Failure> {
         self.sink
             .ready()
@@ -147,13 +158,7 @@ impl Calls {
                 .as_deref()
                 .unwrap_or_default(),
         )?;
-        let known = pods::known(
-            &self.store,
-            &self.settings.node,
-            &job.who,
-            self.settings.wait_for_pod,
-        )
-        .await?;
+        let known = self.known(job).await?;
         let pod = Netlink::open(&netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
         let had_addresses = self.keeper.attachment(&job.handle).await.is_some();
         let addresses = self.acquire(job, &known).await?;
@@ -183,6 +188,7 @@ impl Calls {
     ) -> Result<Value, Failure> {
         let mut wish = self.wish(job, addresses)?;
         wish.route_localnet = !ports.is_empty();
+        wish.pod_mac = hardware_address(&job.config, &known.annotations())?;
         let wired = self
             .wire(pod, &wish)
             .await
@@ -443,15 +449,35 @@ impl Calls {
         }
     }
 
-    fn status(&self) -> Result<Value, Failure> {
-        match self.sink.ready() {
-            Ok(()) => Ok(Value::Null),
-            Err(e) => Err(failure_of(
-                code::NOT_AVAILABLE,
-                "the node is not ready for pods",
-                &e,
-            )),
+    /// Whether a pod that the configuration is for could be served now.
+    async fn status(&self, config: &Config) -> Result<Value, Failure> {
+        let not_available =
+            |msg: &str, e: &dyn std::error::Error| Err(failure_of(code::NOT_AVAILABLE, msg, e));
+        if let Err(e) = self.sink.ready() {
+            return not_available("the node is not ready for pods", &e);
         }
+        let none = StringMap::new();
+        if let Addresses::Pools {
+            v4,
+            v6,
+            pools_v4,
+            pools_v6,
+        } = addresses(config, &none, &none)?
+        {
+            let node = &self.settings.node;
+            let ask = Ask {
+                owner: Owner::new(&format!("{}.status.{node}", config.name)).with("node", node),
+                v4,
+                v6,
+                pools_v4,
+                pools_v6,
+                namespace_labels: None,
+            };
+            if let Err(e) = self.keeper.available(&ask).await {
+                return not_available("no address is to be had for a pod", &e);
+            }
+        }
+        Ok(Value::Null)
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use cali_api::{Cidr, Key, Kind};
+use cali_api::Cidr;
 use cali_control::cni::Failure;
 use serde_json::Value;
 
@@ -96,6 +96,7 @@ impl Calls {
 
     /// After a start: endpoints that were answered and not published before the daemon ended are published now.
     pub(super) async fn resume(self: Arc<Self>) {
+        self.directory.complete().await;
         for (handle, attachment) in self.keeper.attachments().await {
             let (Some(namespace), Some(name)) = (
                 attachment.owner.attribute("namespace"),
@@ -142,19 +143,9 @@ impl Calls {
         if !handle.ends_with(&format!(".{}", container_id.to_lowercase())) {
             return Ok(());
         }
-        let key = Key::namespaced(Kind::K8sPod, namespace.as_str(), name.as_str());
-        match self.store.get(&key).await {
-            Err(cali_datastore::Error::NotFound { .. }) => return Ok(()),
-            Err(e) => return Err(failure_of(code::TRY_AGAIN, "cannot read the pod", &e)),
-            Ok(_) => {}
-        }
-        let known = pods::known(
-            &self.store,
-            &self.settings.node,
-            who,
-            self.settings.wait_for_pod,
-        )
-        .await?;
+        let Some(known) = self.directory.now(namespace, name) else {
+            return Ok(());
+        };
         let Some(attachment) = self.keeper.attachment(handle).await else {
             return Ok(());
         };

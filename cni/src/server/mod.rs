@@ -6,6 +6,7 @@
 mod addresses;
 mod calls;
 mod connection;
+mod directory;
 mod leftovers;
 mod pods;
 mod publish;

@@ -1,15 +1,11 @@
 //! What the datastore says about a pod that is being wired, and about what is not a pod.
 
-use std::sync::Arc;
-use std::time::Duration;
-
 use cali_api::kubernetes::{self, Pod, annotation};
 use cali_api::v3::{WorkloadEndpoint, WorkloadEndpointSpec};
-use cali_api::{AnyResource, Cidr, Key, Kind, MacAddr, ObjectMeta, Resource, StringMap};
+use cali_api::{Cidr, Key, Kind, MacAddr, ObjectMeta, Resource, StringMap};
 use cali_control::cni::Failure;
-use cali_datastore::{Datastore, Error, WatchEvent};
 
-use crate::spec::{code, failure, failure_of};
+use crate::spec::{code, failure};
 
 /// Who the interface is for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,80 +75,6 @@ impl Known {
             .as_ref()
             .map(|p| p.metadata.annotations.clone())
             .unwrap_or_default()
-    }
-}
-
-/// Reads the pod and its namespace; a pod that does not exist yet is waited for.
-pub(super) async fn known(
-    store: &Arc<dyn Datastore>,
-    node: &str,
-    who: &Who,
-    wait: Duration,
-) -> Result<Known, Failure> {
-    let Who::Pod { namespace, name } = who else {
-        return Ok(Known::default());
-    };
-    let away = |e: Error| {
-        failure_of(
-            code::TRY_AGAIN,
-            format!("cannot read pod {namespace}/{name}"),
-            &e,
-        )
-    };
-    let found = tokio::time::timeout(wait, pod(store, namespace, name)).await;
-    let Ok(pod) = found else {
-        let msg = format!("pod {namespace}/{name} is not in the datastore yet; try again");
-        return Err(failure(code::TRY_AGAIN, msg));
-    };
-    let pod = pod.map_err(away)?;
-    let on = pod.spec.node_name.as_deref().unwrap_or_default();
-    if on != node {
-        let msg = format!("pod {namespace}/{name} is scheduled to node {on:?}, this is {node:?}");
-        return Err(failure(code::POD, msg));
-    }
-    let mut known = Known {
-        pod: Some(pod),
-        ..Known::default()
-    };
-    match store
-        .get(&Key::cluster(Kind::K8sNamespace, namespace.as_str()))
-        .await
-    {
-        Ok(found) => {
-            known.namespace_annotations = found.object.metadata().annotations.clone();
-            known.namespace_labels = found.object.labels().clone();
-        }
-        Err(Error::NotFound { .. }) => {}
-        Err(e) => return Err(away(e)),
-    }
-    Ok(known)
-}
-
-async fn pod(store: &Arc<dyn Datastore>, namespace: &str, name: &str) -> Result<Pod, Error> {
-    let key = Key::namespaced(Kind::K8sPod, namespace, name);
-    loop {
-        // The revision is read first, so that a pod created in between is seen by the watch.
-        let from = store.list(Kind::K8sPod, Some(namespace)).await?.revision;
-        match store.get(&key).await {
-            Ok(found) => {
-                if let AnyResource::K8sPod(pod) = found.object.as_ref()
-                    && pod.spec.node_name.is_some()
-                {
-                    return Ok(pod.as_ref().clone());
-                }
-            }
-            Err(Error::NotFound { .. }) => {}
-            Err(e) => return Err(e),
-        }
-        let mut watch = store.watch(&[Kind::K8sPod], &from).await?;
-        loop {
-            match watch.next().await {
-                Some(Ok(WatchEvent::Put(put))) if put.object.key() == key => break,
-                Some(Ok(_)) => {}
-                Some(Err(Error::RevisionGone { .. })) | None => break,
-                Some(Err(e)) => return Err(e),
-            }
-        }
     }
 }
 

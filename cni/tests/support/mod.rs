@@ -14,6 +14,7 @@ use cali_api::{AnyResource, Key, Kind};
 use cali_cni::server::{Endpoint, EndpointSink, Leaving, NotProgrammed, Server, Settings};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
+use cali_datastore::testing::Switched;
 use cali_ipam::Allocator;
 use cali_ipam::reserve::Keeper;
 use cali_netlink::testing::TestNs;
@@ -92,6 +93,8 @@ impl EndpointSink for Sink {
 /// The node.
 pub(crate) struct Node {
     pub(crate) host: TestNs,
+    /// What the server works with; the test's own view of it is there always.
+    pub(crate) switch: Arc<Switched>,
     pub(crate) store: Arc<dyn Datastore>,
     pub(crate) keeper: Keeper,
     pub(crate) sink: Arc<Sink>,
@@ -101,6 +104,11 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) async fn new(label: &str) -> Self {
+        Self::with_reserve(label, None).await
+    }
+
+    /// With so many addresses in the reserve.
+    pub(crate) async fn with_reserve(label: &str, reserve: Option<usize>) -> Self {
         let host = TestNs::new(label);
         host.run("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
         let folder = tempfile::tempdir().unwrap();
@@ -119,7 +127,8 @@ impl Node {
                 .await
                 .unwrap();
         }
-        let keeper = open_keeper(&store, folder.path()).await;
+        let switch = Switched::new(Arc::clone(&store));
+        let keeper = open_keeper(&switch, folder.path(), reserve).await;
         let sink = Arc::new(Sink {
             host: host.netlink().clone(),
             up: Mutex::default(),
@@ -128,6 +137,7 @@ impl Node {
         });
         let mut node = Self {
             host,
+            switch,
             store,
             keeper,
             sink,
@@ -151,7 +161,7 @@ impl Node {
         let sink: Arc<dyn EndpointSink> = self.sink.clone();
         let server = Server::start(
             settings,
-            self.store.clone(),
+            self.switch.clone(),
             self.keeper.clone(),
             host,
             sink,
@@ -196,9 +206,12 @@ impl Node {
     }
 }
 
-pub(crate) async fn open_keeper(store: &Arc<dyn Datastore>, folder: &Path) -> Keeper {
+async fn open_keeper(store: &Arc<Switched>, folder: &Path, reserve: Option<usize>) -> Keeper {
     let allocator = Allocator::with_system_time(store.clone(), NODE);
-    let settings = cali_ipam::reserve::Settings::new(folder.join("state/journal"));
+    let mut settings = cali_ipam::reserve::Settings::new(folder.join("state/journal"));
+    if let Some(reserve) = reserve {
+        settings.keep(reserve);
+    }
     Keeper::open(allocator, settings).await.unwrap()
 }
 
@@ -265,12 +278,13 @@ impl<'a> Call<'a> {
             command.env("CNI_ARGS", args);
         }
         let mut child = command.spawn().unwrap();
+        // A text is given as it is: for what is no JSON.
+        let given = match &self.config {
+            Value::String(text) => text.clone(),
+            config => config.to_string(),
+        };
         // A plugin that fails early does not read its input.
-        let _ = child
-            .stdin
-            .take()
-            .unwrap()
-            .write_all(self.config.to_string().as_bytes());
+        let _ = child.stdin.take().unwrap().write_all(given.as_bytes());
         let output = child.wait_with_output().unwrap();
         Answer {
             success: output.status.success(),

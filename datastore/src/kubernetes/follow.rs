@@ -11,7 +11,7 @@ use kube::core::{Request, Status, WatchEvent as Raw};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use super::{Cluster, decode};
+use super::{Cluster, Scope, decode};
 use crate::error::Error;
 use crate::store::WatchEvent;
 
@@ -33,6 +33,8 @@ pub(super) struct Follower {
     pub(super) source: Kind,
     /// The kind that is told; differs from `source` for views.
     pub(super) told: Kind,
+    /// Field selector; all objects without one.
+    pub(super) fields: Option<String>,
     pub(super) position: Revision,
     pub(super) sender: Sender,
 }
@@ -74,7 +76,10 @@ impl Follower {
     /// One request; true when the server ended it regularly, false when the reader is gone.
     async fn once(&mut self) -> Result<bool, Error> {
         let path = self.cluster.place(self.source)?.path(None);
-        let parameters = WatchParams::default().timeout(WATCH_SECONDS);
+        let mut parameters = WatchParams::default().timeout(WATCH_SECONDS);
+        if let Some(fields) = &self.fields {
+            parameters = parameters.fields(fields);
+        }
         let request = Request::new(path)
             .watch(&parameters, self.position.as_str())
             .map_err(|error| self.unavailable(error))?;
@@ -142,7 +147,9 @@ impl Follower {
                 () = tokio::time::sleep(NOT_SERVED_POLL) => {}
             }
             if matches!(
-                self.cluster.page(self.source, None, None, 1).await,
+                self.cluster
+                    .page(self.source, Scope::default(), None, 1)
+                    .await,
                 Ok(Some(_))
             ) {
                 let error = Error::RevisionGone {

@@ -86,6 +86,29 @@ struct PageMetadata {
     next: Option<String>,
 }
 
+/// Which objects of a kind.
+#[derive(Clone, Copy, Default)]
+struct Scope<'a> {
+    /// Of this namespace only.
+    namespace: Option<&'a str>,
+    /// Those that this field selector holds for.
+    fields: Option<&'a str>,
+}
+
+impl<'a> Scope<'a> {
+    fn namespace(namespace: Option<&'a str>) -> Self {
+        Self {
+            namespace,
+            fields: None,
+        }
+    }
+}
+
+/// The pods that the scheduler has bound to a node; the kubelet asks the same.
+fn bound_to(node: &str) -> String {
+    format!("spec.nodeName={node}")
+}
+
 type BuiltRequest = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
 
 impl Cluster {
@@ -108,7 +131,7 @@ impl Cluster {
     async fn page(
         &self,
         kind: Kind,
-        namespace: Option<&str>,
+        scope: Scope<'_>,
         next: Option<&str>,
         limit: u32,
     ) -> Result<Option<Page>, Error> {
@@ -120,7 +143,10 @@ impl Cluster {
         if let Some(next) = next {
             parameters = parameters.continue_token(next);
         }
-        let request = Request::new(self.place(kind)?.path(namespace)).list(&parameters);
+        if let Some(fields) = scope.fields {
+            parameters = parameters.fields(fields);
+        }
+        let request = Request::new(self.place(kind)?.path(scope.namespace)).list(&parameters);
         match call(&self.client, request).await {
             Ok(page) => Ok(Some(page)),
             Err(Failed::Api(status)) if status.code == 404 => Ok(None),
@@ -135,7 +161,7 @@ impl Cluster {
     async fn scan(
         &self,
         kind: Kind,
-        namespace: Option<&str>,
+        scope: Scope<'_>,
     ) -> Result<Option<(Vec<Value>, String)>, Error> {
         let mut attempt = 0;
         'list: loop {
@@ -144,7 +170,7 @@ impl Cluster {
             let limit = if attempt < LIST_ATTEMPTS { PAGE } else { 0 };
             let (mut items, mut next): (Vec<Value>, Option<String>) = (Vec::new(), None);
             loop {
-                let page = match self.page(kind, namespace, next.as_deref(), limit).await {
+                let page = match self.page(kind, scope, next.as_deref(), limit).await {
                     Err(Error::RevisionGone { .. }) if attempt < LIST_ATTEMPTS => continue 'list,
                     Err(error) => return Err(error),
                     Ok(None) => return Ok(None),
@@ -279,6 +305,101 @@ impl Kubernetes {
         Ok(cluster)
     }
 
+    async fn list_scope(&self, kind: Kind, scope: Scope<'_>) -> Result<List, Error> {
+        let cluster = self.cluster().await?;
+        let sources = if viewed(kind).is_empty() {
+            std::slice::from_ref(&kind)
+        } else {
+            viewed(kind)
+        };
+        let (mut items, mut undecodable, mut revision) = (Vec::new(), Vec::new(), None);
+        for source in sources {
+            let within = Scope {
+                namespace: scope.namespace.filter(|_| kind.is_namespaced()),
+                ..scope
+            };
+            let Some((found, at)) = cluster.scan(*source, within).await? else {
+                tracing::warn!(
+                    kind = kind.plural(),
+                    "the cluster does not serve this kind; it counts as empty"
+                );
+                revision.get_or_insert_with(|| NOT_SERVED.to_owned());
+                continue;
+            };
+            // The first list's revision: a watch from there tells what the second list holds once more, and misses nothing.
+            revision.get_or_insert(at);
+            for decoded in found
+                .into_iter()
+                .flat_map(|item| decode(*source, kind, item))
+            {
+                match decoded {
+                    Ok(object) => items.push(object),
+                    Err(bad) => undecodable.push(bad),
+                }
+            }
+        }
+        items.sort_by_key(|item: &Versioned| item.object.key());
+        Ok(List {
+            items,
+            undecodable,
+            revision: revision.unwrap_or_default().into(),
+        })
+    }
+
+    async fn watch_fields(
+        &self,
+        kinds: &[Kind],
+        fields: Option<&str>,
+        from: &Revision,
+    ) -> Result<WatchStream, Error> {
+        let gone = || Error::RevisionGone {
+            revision: from.clone(),
+        };
+        let cluster = self.cluster().await?;
+        let not_served = from.as_str() == NOT_SERVED;
+        let number: Option<u64> = from.as_str().parse().ok().filter(|number| *number > 0);
+        if number.is_none() && !not_served {
+            return Err(gone());
+        }
+        let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
+        let mut tasks = JoinSet::new();
+        for told in kinds.iter().copied() {
+            let sources = if viewed(told).is_empty() {
+                vec![told]
+            } else {
+                viewed(told).to_vec()
+            };
+            for source in sources {
+                let probe = cluster.page(source, Scope::default(), None, 1).await?;
+                if let (Some(page), Some(from)) = (&probe, number) {
+                    // A revision from before a backup was restored, or of another cluster.
+                    let latest: u64 = page.metadata.resource_version.parse().unwrap_or(u64::MAX);
+                    if latest < from {
+                        return Err(gone());
+                    }
+                } else if probe.is_some() {
+                    return Err(gone());
+                }
+                let follower = follow::Follower {
+                    cluster: Arc::clone(&cluster),
+                    source,
+                    told,
+                    fields: fields.map(str::to_owned),
+                    position: from.clone(),
+                    sender: sender.clone(),
+                };
+                if probe.is_some() {
+                    tasks.spawn(follower.run());
+                } else {
+                    tasks.spawn(follower.run_not_served());
+                }
+            }
+        }
+        drop(sender);
+        let task = tokio::spawn(async move { while tasks.join_next().await.is_some() {} });
+        Ok(WatchStream::new(receiver, task))
+    }
+
     /// Reads a view: the native object by its name where that tells it, otherwise among all of the namespace.
     async fn read_view(&self, key: &Key) -> Result<Versioned, Error> {
         let native = match key.kind {
@@ -329,7 +450,10 @@ impl Kubernetes {
         if !admission::compares_with_others(kind) {
             return Ok(Vec::new());
         }
-        let (items, _) = cluster.scan(kind, None).await?.unwrap_or_default();
+        let (items, _) = cluster
+            .scan(kind, Scope::default())
+            .await?
+            .unwrap_or_default();
         let decoded = items.into_iter().flat_map(|item| decode(kind, kind, item));
         Ok(decoded.flatten().collect())
     }
@@ -509,41 +633,16 @@ impl Datastore for Kubernetes {
     }
 
     async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error> {
-        let cluster = self.cluster().await?;
-        let sources = if viewed(kind).is_empty() {
-            std::slice::from_ref(&kind)
-        } else {
-            viewed(kind)
+        self.list_scope(kind, Scope::namespace(namespace)).await
+    }
+
+    async fn list_pods(&self, node: &str) -> Result<List, Error> {
+        let fields = bound_to(node);
+        let scope = Scope {
+            namespace: None,
+            fields: Some(&fields),
         };
-        let (mut items, mut undecodable, mut revision) = (Vec::new(), Vec::new(), None);
-        for source in sources {
-            let within = namespace.filter(|_| kind.is_namespaced());
-            let Some((found, at)) = cluster.scan(*source, within).await? else {
-                tracing::warn!(
-                    kind = kind.plural(),
-                    "the cluster does not serve this kind; it counts as empty"
-                );
-                revision.get_or_insert_with(|| NOT_SERVED.to_owned());
-                continue;
-            };
-            // The first list's revision: a watch from there tells what the second list holds once more, and misses nothing.
-            revision.get_or_insert(at);
-            for decoded in found
-                .into_iter()
-                .flat_map(|item| decode(*source, kind, item))
-            {
-                match decoded {
-                    Ok(object) => items.push(object),
-                    Err(bad) => undecodable.push(bad),
-                }
-            }
-        }
-        items.sort_by_key(|item: &Versioned| item.object.key());
-        Ok(List {
-            items,
-            undecodable,
-            revision: revision.unwrap_or_default().into(),
-        })
+        self.list_scope(Kind::K8sPod, scope).await
     }
 
     async fn create(&self, object: AnyResource) -> Result<Versioned, Error> {
@@ -645,51 +744,13 @@ impl Datastore for Kubernetes {
     }
 
     async fn watch(&self, kinds: &[Kind], from: &Revision) -> Result<WatchStream, Error> {
-        let gone = || Error::RevisionGone {
-            revision: from.clone(),
-        };
-        let cluster = self.cluster().await?;
-        let not_served = from.as_str() == NOT_SERVED;
-        let number: Option<u64> = from.as_str().parse().ok().filter(|number| *number > 0);
-        if number.is_none() && !not_served {
-            return Err(gone());
-        }
-        let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
-        let mut tasks = JoinSet::new();
-        for told in kinds.iter().copied() {
-            let sources = if viewed(told).is_empty() {
-                vec![told]
-            } else {
-                viewed(told).to_vec()
-            };
-            for source in sources {
-                let probe = cluster.page(source, None, None, 1).await?;
-                if let (Some(page), Some(from)) = (&probe, number) {
-                    // A revision from before a backup was restored, or of another cluster.
-                    let latest: u64 = page.metadata.resource_version.parse().unwrap_or(u64::MAX);
-                    if latest < from {
-                        return Err(gone());
-                    }
-                } else if probe.is_some() {
-                    return Err(gone());
-                }
-                let follower = follow::Follower {
-                    cluster: Arc::clone(&cluster),
-                    source,
-                    told,
-                    position: from.clone(),
-                    sender: sender.clone(),
-                };
-                if probe.is_some() {
-                    tasks.spawn(follower.run());
-                } else {
-                    tasks.spawn(follower.run_not_served());
-                }
-            }
-        }
-        drop(sender);
-        let task = tokio::spawn(async move { while tasks.join_next().await.is_some() {} });
-        Ok(WatchStream::new(receiver, task))
+        self.watch_fields(kinds, None, from).await
+    }
+
+    async fn watch_pods(&self, node: &str, from: &Revision) -> Result<WatchStream, Error> {
+        let fields = bound_to(node);
+        self.watch_fields(&[Kind::K8sPod], Some(&fields), from)
+            .await
     }
 
     async fn warn(&self, warning: &Warning) -> Result<(), Error> {

@@ -1,8 +1,10 @@
-//! Real servers for tests: started on loopback, ended (by process id) when dropped.
+//! Real servers for tests: started on loopback, ended (by process id) when dropped; and a store that can be taken away.
 
 mod apiserver;
 mod etcd;
 mod process;
+mod switched;
 
 pub use self::apiserver::ApiServer;
 pub use self::etcd::{Etcd, Tls};
+pub use self::switched::Switched;

@@ -42,6 +42,13 @@ impl Settings {
             audit: Duration::from_secs(30),
         }
     }
+
+    /// Keeps so many addresses ready in each pool that is used: so many pods can come while the datastore is away, and
+    /// so many addresses are taken by nobody. Filled up when half are gone.
+    pub fn keep(&mut self, addresses: usize) {
+        self.high = addresses.max(1);
+        self.low = self.high.div_ceil(2);
+    }
 }
 
 /// Addresses for one owner: one of each family that is asked for.
@@ -197,6 +204,28 @@ impl Keeper {
         }
         self.inner.record_stored(owner, &held).await?;
         Ok(held)
+    }
+
+    /// Whether [`Self::acquire`] would succeed now; if not, why. Asks the datastore only where nothing is ready.
+    pub async fn available(&self, ask: &Ask) -> Result<(), Error> {
+        let wanted = match self.inner.situation() {
+            Some(situation) if situation.locked => None,
+            Some(situation) => wants(ask, &situation)?,
+            None => wants_unseen(ask),
+        };
+        if let Some(wanted) = &wanted {
+            let ready = self.inner.read(|state| {
+                let any = |want: &Want| want.pools.iter().any(|p| state.ready(want.v4, p) > 0);
+                wanted.iter().all(any)
+            });
+            if ready.await {
+                return Ok(());
+            }
+        }
+        // Taken and given back: what is borrowed counts, too.
+        let handle = ask.owner.handle().unwrap_or_default().to_owned();
+        self.acquire(ask).await?;
+        self.release(&handle).await.map(|_| ())
     }
 
     /// Takes an owner's addresses back. Always succeeds if the journal can be written, whatever the datastore does.

@@ -77,6 +77,8 @@ pub struct Settings {
     pub cluster_type: String,
     /// `CALICO_NETWORKING_BACKEND`.
     pub backend: Backend,
+    /// `CALI_ADDRESS_RESERVE`: addresses kept ready for pods in each pool that is used.
+    pub address_reserve: Option<usize>,
     /// `DISABLE_NODE_IP_CHECK`.
     pub skip_duplicate_check: bool,
     /// `CALICO_K8S_NODE_REF`, by default the node's name when the datastore is Kubernetes.
@@ -141,6 +143,7 @@ impl Settings {
             ipv6_support: flag(env, "FELIX_IPV6SUPPORT", true)?,
             cluster_type: env.get("CLUSTER_TYPE").unwrap_or_default().to_owned(),
             backend: backend(env)?,
+            address_reserve: address_reserve(env)?,
             skip_duplicate_check: flag(env, "DISABLE_NODE_IP_CHECK", false)?,
             k8s_node_ref: env.get("CALICO_K8S_NODE_REF").map(str::to_owned),
         })
@@ -162,6 +165,21 @@ fn flag(env: &Env, variable: &'static str, default: bool) -> Result<bool, Config
         Some("true" | "1" | "yes" | "on" | "t" | "enabled") => Ok(true),
         Some("false" | "0" | "no" | "off" | "f" | "disabled") => Ok(false),
         Some(other) => Err(bad(variable, other, "expected true or false")),
+    }
+}
+
+fn address_reserve(env: &Env) -> Result<Option<usize>, ConfigError> {
+    const MOST: usize = 4096;
+    let Some(text) = env.get("CALI_ADDRESS_RESERVE") else {
+        return Ok(None);
+    };
+    match text.parse() {
+        Ok(addresses @ 1..=MOST) => Ok(Some(addresses)),
+        _ => Err(ConfigError {
+            variable: "CALI_ADDRESS_RESERVE",
+            value: text.to_owned(),
+            reason: format!("must be a number from 1 to {MOST}"),
+        }),
     }
 }
 
