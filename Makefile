@@ -47,9 +47,9 @@ test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real
 	scripts/test-as-root 'etcd_*'
 	scripts/test-as-root 'apiserver_*'
 
-test-vm-short: build ## what every host has to have, and what is said where it is missing, in a virtual machine: two minutes
+test-vm-short: build ## what a host may lack and how that is said, flows past the rules, in a virtual machine: three minutes
 	@scripts/setup vm
-	scripts/vm/test encapsulation-devices late-modules without-nf_tables
+	scripts/vm/test encapsulation-devices flow-offload late-modules without-nf_tables
 
 test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm

@@ -121,3 +121,37 @@ fn what_is_held_stays_held_when_the_backend_is_switched() {
         assert!(heard.starts_with(b"!"), "{heard:?}\n{}", host.rules());
     });
 }
+
+#[test]
+fn without_ipv6_support_only_the_chains_of_ipv4_stand() {
+    run(async {
+        for variant in VARIANTS {
+            let host = Host::new("flno6", 1).await;
+            let settings = |ipv6: bool| {
+                set(&format!(
+                    r#"{{"apiVersion":"projectcalico.org/v3","kind":"FelixConfiguration","metadata":{{"name":"default"}},
+                        "spec":{{"nftablesMode":"Disabled","iptablesBackend":"{variant}","ipv6Support":{ipv6}}}}}"#
+                ))
+            };
+            let tool = variant.to_lowercase();
+            let stands = |family: &str| {
+                let listed = host.ns.output(&format!("{family}-{tool}-save"), &[]);
+                String::from_utf8_lossy(&listed.stdout).contains(":cali-")
+            };
+            let mut all = host.everything();
+            all.push(settings(false));
+            host.in_sync(all).await;
+            assert!(
+                stands("iptables") && !stands("ip6tables"),
+                "{}",
+                host.rules()
+            );
+            host.send(vec![settings(true)]).await;
+            host.until("both", || stands("iptables") && stands("ip6tables"))
+                .await;
+            host.send(vec![settings(false)]).await;
+            host.until("IPv4 alone", || stands("iptables") && !stands("ip6tables"))
+                .await;
+        }
+    });
+}

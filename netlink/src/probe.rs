@@ -312,7 +312,7 @@ fn nf_tables(netns: &NetNs) -> Result<(), Error> {
 fn flowtable(netns: &NetNs) -> Result<(), Error> {
     let mut transaction = Transaction::new(TableName::new(Family::Inet, "probe-flow"));
     transaction.add_table();
-    transaction.add_flowtable("probe", 0);
+    transaction.add_flowtable("probe", 0, []);
     commit(netns, transaction)
 }
 

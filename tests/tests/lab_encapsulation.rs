@@ -131,6 +131,7 @@ fn lab_encapsulation() {
             "packets between the nodes themselves are encrypted where that is asked for",
             changes::hosts_encrypted,
         ),
+        ("a node's new key is followed", changes::key_of_a_node),
         ("what a stranger removes is back", repairs::all),
         (
             "a peer that was set up by hand as Calico's is understood",

@@ -40,7 +40,7 @@ use crate::calc::{Direction, IpVersion, PoolNat, PortRange, TunnelPeers};
 
 const IPIP: u8 = 4;
 pub(super) const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub(super) const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 /// Multicast listener discovery and neighbour discovery, without which a workload has no IPv6
 /// (RFC 2710, RFC 4861): queries, reports, solicitations and neighbour advertisements.

@@ -23,6 +23,7 @@ use super::flow_guard::FlowGuard;
 use super::host::{self, Interfaces};
 use super::lockout::{self, Connection, Servers, Situation};
 use super::metrics::Metrics;
+use super::offload::Offload;
 use super::resources::Resources;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
 use super::{own_addresses, sockets};
@@ -132,6 +133,7 @@ impl Dataplane {
         let (state_out, state) = watch::channel(Arc::default());
         let driver = Driver {
             graph: Graph::new(config.node),
+            offload: Offload::open(nft.clone(), netlink.clone()),
             bystanders: Bystanders::new(nft, netlink.netns(), Instant::now()),
             enforcer,
             servers: config.servers,
@@ -262,6 +264,7 @@ struct Driver {
     endpoints: Endpoints,
     interfaces: Interfaces,
     flows: FlowGuard,
+    offload: Offload,
     metrics: Metrics,
     netlink: Netlink,
     tunnel_state: watch::Receiver<TunnelState>,
@@ -297,6 +300,7 @@ impl Driver {
                 self.enforcer_due(now),
                 self.bystanders.next_due(),
                 self.flows.next_due(),
+                self.offload.next_due(),
             ]
             .into_iter()
             .flatten()
@@ -382,6 +386,7 @@ impl Driver {
                 _ => {}
             }
         }
+        self.offload.on_events(&changes);
         self.enforcer.on_events(changes, now);
     }
 
@@ -410,6 +415,9 @@ impl Driver {
                 self.interfaces.set_up(&self.netlink, endpoint);
                 touched = true;
             }
+        }
+        if self.offload.touch() {
+            self.step_at.get_or_insert(Instant::now() + COALESCE);
         }
         if touched {
             self.publish();
@@ -508,6 +516,7 @@ impl Driver {
             }
         }
         self.bystanders.look(Instant::now());
+        self.offload_flows();
         self.publish();
         for done in self.waiting.drain(..) {
             // Whoever asked may have gone.
@@ -577,10 +586,31 @@ impl Driver {
             .set(i64::try_from(held).unwrap_or(i64::MAX));
     }
 
+    /// While nothing is on its way that could forbid a flow, established ones may take the short cut.
+    fn offload_flows(&mut self) {
+        if !self.in_sync || !self.enforcer.is_settled() || !self.flows.is_idle() {
+            return;
+        }
+        let wireguard = self.resources.wireguard();
+        let tunnels = [
+            ipip_vxlan::VXLAN_V4_DEVICE,
+            ipip_vxlan::VXLAN_V6_DEVICE,
+            ipip_vxlan::IPIP_DEVICE,
+            &wireguard.family(true).device,
+            &wireguard.family(false).device,
+        ];
+        let endpoints = self.endpoints.all().map(|(_, endpoint)| endpoint);
+        self.offload.put_up(endpoints, &tunnels, Instant::now());
+        self.metrics
+            .offload_devices
+            .set(i64::try_from(self.offload.devices()).unwrap_or(i64::MAX));
+    }
+
     async fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
         for delta in &batch.deltas {
             if let Delta::Settings(spec) = delta {
                 self.resources.on_settings(spec, &mut self.route_inputs);
+                self.offload.configure(spec);
                 if spec.ip_forwarding != Some(Toggle::Disabled)
                     && let Err(error) = host::enable_forwarding(&self.netlink)
                 {
@@ -593,6 +623,11 @@ impl Driver {
             .on_batch(batch, || graph.whole(), Instant::now())
             .await;
         let suspects = self.enforcer.take_suspects();
+        let changes = self.endpoints.on_batch(batch);
+        if batch.in_sync || (self.in_sync && (!suspects.is_empty() || !changes.freed.is_empty())) {
+            self.offload.take_down();
+        }
+        self.offload.touch();
         if batch.in_sync {
             // Whoever was here before may have enforced another policy.
             self.flows.adopt(&mut self.enforcer, Instant::now());
@@ -600,7 +635,7 @@ impl Driver {
         } else if self.in_sync {
             self.flows.suspect(suspects);
         }
-        self.endpoints.on_batch(batch)
+        changes
     }
 
     fn wish_tunnels(&mut self) {
@@ -656,6 +691,7 @@ impl Driver {
         notices.extend_from_slice(self.bystanders.notices());
         notices.extend(self.enforcer.notices());
         notices.extend_from_slice(&self.lockout);
+        notices.extend(self.offload.notices().cloned());
         let state = State {
             ready: self.in_sync && self.enforcer.is_settled(),
             endpoints: endpoints.collect(),

@@ -47,17 +47,22 @@ impl BackendOverride {
     /// Reads the environment; values that mean nothing are reported and left out.
     #[must_use]
     pub fn from_env() -> Self {
-        fn read<T: std::str::FromStr>(name: &str) -> Option<T> {
-            let text = std::env::var(name).ok().filter(|text| !text.is_empty())?;
+        Self::read(|name| std::env::var(name).ok())
+    }
+
+    fn read(variable: impl Fn(&str) -> Option<String>) -> Self {
+        fn parse<T: std::str::FromStr>(name: &str, text: Option<String>) -> Option<T> {
+            let text = text.filter(|text| !text.is_empty())?;
             let parsed = text.parse().ok();
             if parsed.is_none() {
                 warn!(name, text, "this value means nothing and is left out");
             }
             parsed
         }
+        let [nftables, iptables] = ["FELIX_NFTABLESMODE", "FELIX_IPTABLESBACKEND"];
         Self {
-            nftables: read("FELIX_NFTABLESMODE"),
-            iptables: read("FELIX_IPTABLESBACKEND"),
+            nftables: parse(nftables, variable(nftables)),
+            iptables: parse(iptables, variable(iptables)),
         }
     }
 }
@@ -620,5 +625,53 @@ impl Enforcer {
         self.side
             .as_ref()
             .map_or_else(|| Ok(BTreeSet::new()), |side| side.still_held(held))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_comes_before_the_configuration_and_nonsense_is_left_out() {
+        let spec = |json| -> FelixConfigurationSpec { serde_json::from_str(json).expect("a spec") };
+        let environment = |mode: &str, backend: &str| {
+            let values = BTreeMap::from([
+                ("FELIX_NFTABLESMODE", mode.to_owned()),
+                ("FELIX_IPTABLESBACKEND", backend.to_owned()),
+            ]);
+            BackendOverride::read(|name| values.get(name).cloned())
+        };
+        let nothing = spec("{}");
+        let legacy = spec(r#"{"nftablesMode":"Disabled","iptablesBackend":"Legacy"}"#);
+        for (spec, mode, backend, choice) in [
+            (&nothing, "", "", Choice::Nftables),
+            (
+                &nothing,
+                "Disabled",
+                "",
+                Choice::Iptables(IptablesBackend::Auto),
+            ),
+            (
+                &nothing,
+                "Disabled",
+                "NFT",
+                Choice::Iptables(IptablesBackend::NFT),
+            ),
+            (&nothing, "", "Legacy", Choice::Nftables),
+            (&legacy, "", "", Choice::Iptables(IptablesBackend::Legacy)),
+            (&legacy, "", "NFT", Choice::Iptables(IptablesBackend::NFT)),
+            (&legacy, "Enabled", "", Choice::Nftables),
+            (&legacy, "Auto", "", Choice::Nftables),
+            (
+                &legacy,
+                "sometimes",
+                "best",
+                Choice::Iptables(IptablesBackend::Legacy),
+            ),
+        ] {
+            let chosen = Choice::of(spec, environment(mode, backend));
+            assert_eq!(chosen, choice, "{mode} {backend}");
+        }
     }
 }

@@ -122,6 +122,11 @@ impl FlowGuard {
         [judge, self.look_at].into_iter().flatten().min()
     }
 
+    /// No flow waits for its end.
+    pub(super) fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.freed.is_empty()
+    }
+
     pub(super) fn is_due(&self, now: Instant) -> bool {
         let looks = self.look_at.is_some_and(|at| at <= now);
         looks || (!self.pending.is_empty() && self.not_before.is_none_or(|at| at <= now))

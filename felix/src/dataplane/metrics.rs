@@ -17,6 +17,7 @@ pub(super) struct Metrics {
     transaction: Histogram,
     pub(super) flows_ended: IntCounter,
     pub(super) flows_held: IntGauge,
+    pub(super) offload_devices: IntGauge,
     /// When the oldest change that is not enforced yet came in.
     waiting_since: Option<Instant>,
 }
@@ -49,6 +50,13 @@ impl Metrics {
                 IntGauge::new(
                     "felix_forbidden_flows_held",
                     "Flows whose packets are dropped because policy forbade them while they were established",
+                ),
+            ),
+            offload_devices: registered(
+                registry,
+                IntGauge::new(
+                    "felix_nft_flowtable_devices",
+                    "Devices between which established flows are offloaded",
                 ),
             ),
             waiting_since: None,

@@ -23,6 +23,7 @@ mod host;
 mod iptables;
 mod lockout;
 mod metrics;
+mod offload;
 mod own_addresses;
 mod resources;
 mod ruleset;

@@ -431,6 +431,8 @@ pub enum Expr {
     },
     /// Does not track the flow.
     Notrack,
+    /// Hands the flow to this flowtable: its next packets take a short cut before routing and rules (hook forward only).
+    FlowOffload(Arc<str>),
     /// Matches while there are no more than so many flows in this rule (`negated`: once there are more).
     ConnLimit {
         /// How many.

@@ -105,6 +105,7 @@ fn name(expr: &Expr) -> &str {
         Expr::Counter { .. } => "counter",
         Expr::Ct { .. } | Expr::CtSet { .. } => "ct",
         Expr::Notrack => "notrack",
+        Expr::FlowOffload(_) => "flow_offload",
         Expr::ConnLimit { .. } => "connlimit",
         Expr::Nat { .. } => "nat",
         Expr::Masquerade { .. } => "masq",
@@ -276,6 +277,7 @@ pub(crate) fn write_expr(writer: &mut Writer, expr: &Expr) {
             writer.be32(4, *len);
             writer.be32(6, EXTHDR_OP_TCPOPT);
         }
+        Expr::FlowOffload(table) => writer.text(1, table),
         Expr::Notrack | Expr::Other(_) => {}
     }
     writer.end(data);
@@ -618,6 +620,7 @@ fn read_nat(name: &str, f: Fields<'_>) -> Option<Expr> {
 fn read_statement(name: &str, f: Fields<'_>) -> Option<Expr> {
     Some(match name {
         "notrack" => Expr::Notrack,
+        "flow_offload" => Expr::FlowOffload(f.text(1)?),
         "connlimit" => Expr::ConnLimit {
             count: f.number(1)?,
             over: f.number(2).unwrap_or(0) & 1 != 0,

@@ -126,6 +126,9 @@ pub enum Position {
     After(u64),
 }
 
+/// One message may name so many devices (`NFT_NETDEVICE_MAX`).
+const FLOWTABLE_DEVICES: usize = 256;
+
 impl Transaction {
     /// An empty transaction whose messages are about `table`.
     pub fn new(table: TableName) -> Self {
@@ -362,22 +365,41 @@ impl Transaction {
         }
     }
 
-    /// Makes a flowtable without devices (`include/uapi/linux/netfilter/nf_tables.h`, `NFTA_FLOWTABLE_*`).
-    pub fn add_flowtable(&mut self, name: &str, priority: i32) {
-        self.begin(
-            message::NEWFLOWTABLE,
-            NLM_F_CREATE,
-            "add",
-            Object::Flowtable(self.table.clone(), name.into()),
-        );
-        self.writer.text(1, &self.table.name);
-        self.writer.text(2, name);
-        let hook = self.writer.nest(3);
-        // `NF_NETDEV_INGRESS`.
-        self.writer.be32(1, 0);
-        self.writer.be32(2, priority as u32);
-        self.writer.end(hook);
-        self.writer.finish();
+    /// Makes a flowtable, or adds devices to the one that is there (`include/uapi/linux/netfilter/nf_tables.h`,
+    /// `NFTA_FLOWTABLE_*`). The kernel refuses devices that are not there or are in another flowtable.
+    pub fn add_flowtable<'a>(
+        &mut self,
+        name: &str,
+        priority: i32,
+        devices: impl IntoIterator<Item = &'a Arc<str>>,
+    ) {
+        let mut devices = devices.into_iter().peekable();
+        loop {
+            self.begin(
+                message::NEWFLOWTABLE,
+                NLM_F_CREATE,
+                "add",
+                Object::Flowtable(self.table.clone(), name.into()),
+            );
+            self.writer.text(1, &self.table.name);
+            self.writer.text(2, name);
+            let hook = self.writer.nest(3);
+            // `NF_NETDEV_INGRESS`.
+            self.writer.be32(1, 0);
+            self.writer.be32(2, priority as u32);
+            if devices.peek().is_some() {
+                let list = self.writer.nest(3);
+                for device in devices.by_ref().take(FLOWTABLE_DEVICES) {
+                    self.writer.text(1, device);
+                }
+                self.writer.end(list);
+            }
+            self.writer.end(hook);
+            self.writer.finish();
+            if devices.peek().is_none() {
+                break;
+            }
+        }
     }
 
     /// The whole batch as one send.

@@ -352,3 +352,41 @@ pub(crate) fn hosts_encrypted(lab: &Lab) -> Result<()> {
     }
     Ok(())
 }
+
+/// A key is changed where it is kept: in the kernel's device. The node sees it there and tells it, and the others follow.
+pub(crate) fn key_of_a_node(lab: &Lab) -> Result<()> {
+    let mode = NONE.encrypted();
+    if !kernel_has(mode) {
+        return Ok(());
+    }
+    lab.apply(&mode.manifest())?;
+    settle(lab, mode)?;
+    let node = NODES[0].0;
+    for device in ["wireguard.cali", "wg-v6.cali"] {
+        let public = |node: &str| lab.exec(node, &["wg", "show", device, "public-key"]);
+        let former = public(node)?;
+        let new_key = format!("wg genkey | wg set {device} private-key /dev/stdin");
+        lab.exec(node, &["sh", "-c", &new_key])?;
+        let key = public(node)?;
+        ensure!(key != former, "{device} of {node} still has {key}");
+        let followed = || -> Result<()> {
+            for (other, ..) in &NODES[1..] {
+                let peers = lab.exec(other, &["wg", "show", device, "peers"])?;
+                ensure!(
+                    peers.contains(key.trim()) && !peers.contains(former.trim()),
+                    "{other} has {peers} instead of {key}"
+                );
+            }
+            Ok(())
+        };
+        let ((), time) = eventually(patient(LIMIT), || {
+            followed().map_err(|error| format!("{error:#}"))
+        })
+        .map_err(anyhow::Error::msg)?;
+        println!(
+            "     {device}: a new key is everywhere after {:.1} s",
+            time.as_secs_f32()
+        );
+    }
+    settle(lab, mode).map(drop)
+}
