@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: fuzz fuzz-coverage bench-bgp bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
+.PHONY: fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -68,6 +68,10 @@ bench-policy: setup ## what policy costs: a change, a start, packets (root; SCEN
 bench-typha: setup ## fan-out to 1,000 clients: snapshot, changes, slow clients, reconnects
 	cargo build --release -p cali-bench --bin typha-fanout
 	target/release/typha-fanout
+
+bench-calictl: setup ## the command line: 100,000 endpoints listed, a change watched, its start
+	cargo build --release -p calictl -p cali-bench --bin calictl --bin calictl-speed
+	target/release/calictl-speed
 
 bench-bgp: setup ## BGP daemons side by side under load, 12 minutes (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
 	scripts/peers

@@ -175,7 +175,8 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
         node: node.to_owned(),
         ..Local::default()
     };
-    let events = typha::source::from_env(&KINDS, node).context("cannot follow the resources")?;
+    let events = typha::source::from_env(&KINDS, node, paths::kept_updates("bgpd"))
+        .context("cannot follow the resources")?;
     let listener = open_control()?;
     let started = std::sync::OnceLock::new();
     let metrics = Metrics::default();

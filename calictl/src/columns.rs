@@ -278,23 +278,54 @@ fn shortened(text: &str) -> String {
 
 /// Cells in columns: at least five wide, three blanks between them, as Go's tabwriter is set up in `calicoctl`.
 pub(crate) fn render(headings: &[&str], rows: &[Vec<String>]) -> String {
-    let mut widths: Vec<usize> = headings.iter().map(|heading| heading.len()).collect();
+    let mut table = Rows::new(headings);
     for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
+        table.push(row.clone());
+    }
+    let mut text = String::new();
+    table.print_to(&mut text);
+    text
+}
+
+/// A table whose rows come in one after the other.
+pub(crate) struct Rows {
+    widths: Vec<usize>,
+    /// What has not been printed, the headings at first.
+    waiting: Vec<Vec<String>>,
+}
+
+impl Rows {
+    pub(crate) fn new(headings: &[&str]) -> Self {
+        let mut rows = Self {
+            widths: vec![0; headings.len()],
+            waiting: Vec::new(),
+        };
+        rows.push(headings.iter().map(|&heading| heading.to_owned()).collect());
+        rows
+    }
+
+    /// Takes a row; how many wait.
+    pub(crate) fn push(&mut self, cells: Vec<String>) -> usize {
+        for (width, cell) in self.widths.iter_mut().zip(&cells) {
             *width = (*width).max(cell.chars().count());
         }
+        self.waiting.push(cells);
+        self.waiting.len()
     }
-    let line = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded = cells
-            .zip(&widths)
-            .map(|(cell, width)| format!("{cell:<0$}", (width + 3).max(5)));
-        padded.collect::<String>().trim_end().to_owned() + "\n"
-    };
-    let mut text = line(&mut headings.iter().copied());
-    for row in rows {
-        text.push_str(&line(&mut row.iter().map(String::as_str)));
+
+    /// Prints what waits, in columns that are wide enough for everything so far.
+    pub(crate) fn print_to(&mut self, text: &mut String) {
+        for cells in self.waiting.drain(..) {
+            for (cell, width) in cells.iter().zip(&self.widths) {
+                let width = (width + 3).max(5);
+                let blanks = width - cell.chars().count();
+                text.push_str(cell);
+                text.extend(std::iter::repeat_n(' ', blanks));
+            }
+            text.truncate(text.trim_end_matches(' ').len());
+            text.push('\n');
+        }
     }
-    text
 }
 
 #[cfg(test)]

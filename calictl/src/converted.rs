@@ -5,8 +5,64 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cali_api::{AnyResource, Key, Kind, kubernetes};
-use cali_datastore::{Datastore, Error};
+use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
+use cali_datastore::{Datastore, Error, Undecodable};
+use tokio::sync::mpsc;
+
+/// Objects in one page of a list.
+const PAGE: usize = 500;
+
+/// A part of a list.
+pub(crate) struct Part {
+    pub(crate) objects: Vec<Arc<AnyResource>>,
+    /// What exists but cannot be read.
+    pub(crate) undecodable: Vec<Undecodable>,
+    /// That of the list.
+    pub(crate) revision: Revision,
+}
+
+/// All resources of a kind, part by part: while one is printed, the next is read, and that is all that is held. Where native objects amount to resources of
+/// the kind in a store that keeps resources of the kind, too, everything comes in one part.
+pub(crate) async fn stream(
+    store: Arc<dyn Datastore>,
+    kind: Kind,
+    namespace: Option<&str>,
+) -> Result<mpsc::Receiver<Result<Part, Error>>, Error> {
+    let native = converted(store.as_ref(), kind, namespace).await?;
+    let namespace = namespace.map(str::to_owned);
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        if !native.is_empty() {
+            let part = merged(store.as_ref(), kind, namespace.as_deref(), native).await;
+            // The receiver is gone only when the command ends.
+            let _ = sender.send(part).await;
+            return;
+        }
+        let mut after = None;
+        loop {
+            let page = store
+                .list_page(kind, namespace.as_deref(), after.as_ref(), PAGE)
+                .await;
+            let (part, next) = match page {
+                Ok(page) => {
+                    let objects = page.items.into_iter().map(|item| item.object);
+                    let part = Part {
+                        objects: objects.collect(),
+                        undecodable: page.undecodable,
+                        revision: page.revision,
+                    };
+                    (Ok(part), page.next)
+                }
+                Err(error) => (Err(error), None),
+            };
+            if sender.send(part).await.is_err() || next.is_none() {
+                return;
+            }
+            after = next;
+        }
+    });
+    Ok(receiver)
+}
 
 /// The native kinds that resources of this kind are made from.
 fn sources(kind: Kind) -> &'static [Kind] {
@@ -30,8 +86,19 @@ pub(crate) async fn list(
     kind: Kind,
     namespace: Option<&str>,
 ) -> Result<Vec<Arc<AnyResource>>, Error> {
+    let native = converted(store, kind, namespace).await?;
+    Ok(merged(store, kind, namespace, native).await?.objects)
+}
+
+/// What native objects amount to. Nothing in stores that show the kind as a view of them.
+async fn converted(
+    store: &dyn Datastore,
+    kind: Kind,
+    namespace: Option<&str>,
+) -> Result<BTreeMap<Key, Arc<AnyResource>>, Error> {
     let mut found: BTreeMap<Key, Arc<AnyResource>> = BTreeMap::new();
-    for source in sources(kind) {
+    let sources = sources(kind).iter().filter(|_| store.is_stored(kind));
+    for source in sources {
         // A cluster-scoped result may come from any namespace (the profile of a service account).
         let within = namespace.filter(|_| kind.is_namespaced());
         for item in store.list(*source, within).await?.items {
@@ -43,10 +110,25 @@ pub(crate) async fn list(
             );
         }
     }
-    for item in store.list(kind, namespace).await?.items {
+    Ok(found)
+}
+
+/// What is stored, over what native objects amount to.
+async fn merged(
+    store: &dyn Datastore,
+    kind: Kind,
+    namespace: Option<&str>,
+    mut found: BTreeMap<Key, Arc<AnyResource>>,
+) -> Result<Part, Error> {
+    let list = store.list(kind, namespace).await?;
+    for item in list.items {
         found.insert(item.object.key(), item.object);
     }
-    Ok(found.into_values().collect())
+    Ok(Part {
+        objects: found.into_values().collect(),
+        undecodable: list.undecodable,
+        revision: list.revision,
+    })
 }
 
 /// One resource.

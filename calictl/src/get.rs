@@ -1,14 +1,15 @@
 //! `calictl get`: what is stored, filtered, in the format that is wanted, once or as it changes.
 
 use crate::format::{Format, Table};
+use crate::listing::Listing;
 use crate::programmed::Programmed;
-use crate::resources::{key, parse_kind};
+use crate::resources::{Kinds, key, parse_kind};
 use crate::{columns, connection, converted, datastore, manifests, output};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::selector::Selector;
 use cali_api::update::{SyncEvent, SyncStatus};
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error};
+use cali_datastore::Datastore;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -18,15 +19,17 @@ use std::sync::Arc;
 #[derive(Debug, Args)]
 pub(crate) struct Get {
     /// Kind: `ippool`, `networkpolicy`, `gnp`, ...
-    #[arg(required_unless_present = "filename")]
+    #[arg(required_unless_present = "filename", value_parser = Kinds, hide_possible_values = true)]
     kind: Option<String>,
     /// Names; none means all
     names: Vec<String>,
     /// The resources that a file, folder or `-` names
     #[arg(short, long = "filename", value_name = "FILE", conflicts_with_all = ["kind", "watch"])]
     filename: Vec<PathBuf>,
+    /// Read folders recursively
     #[arg(short = 'R', long)]
     recursive: bool,
+    /// Namespace of namespaced kinds; `default` without
     #[arg(short, long)]
     namespace: Option<String>,
     /// All namespaces
@@ -37,7 +40,7 @@ pub(crate) struct Get {
     /// pipelines and the functions and, or, not, eq, ne, lt, le, gt, ge, len, index, slice, print, println, printf, join,
     /// exists, base64decode, urlquery; no define, template, block, break, continue
     #[arg(short, long, default_value = "ps", value_name = "FORMAT")]
-    output: Format,
+    pub(crate) output: Format,
     /// Only what has these labels: `app=web,tier!=db`, or a selector: `app in {'web', 'api'}`
     #[arg(short = 'l', long, value_name = "LABELS", value_parser = labels)]
     selector: Option<Selector>,
@@ -49,7 +52,7 @@ pub(crate) struct Get {
     watch: bool,
     /// Leave out what belongs to this cluster only (uid, revision, creation time)
     #[arg(long)]
-    export: bool,
+    pub(crate) export: bool,
 }
 
 /// A field as a JSON pointer, and the text that it is to have.
@@ -105,13 +108,19 @@ pub(crate) async fn run(get: &Get) -> Result<()> {
     if get.watch {
         return watch(store, kind, table.as_ref(), get).await;
     }
-    let found = find(store.as_ref(), kind, get)
-        .await
-        .context("failed to get resources")?;
     let programmed = match get.output {
         Format::Wide => Programmed::ask(kind).await,
         _ => None,
     };
+    if get.names.is_empty() {
+        return list(store, kind, table.as_ref(), programmed.as_ref(), get).await;
+    }
+    let mut found = Vec::with_capacity(get.names.len());
+    for name in &get.names {
+        let key = key(kind, get.namespace.as_deref(), name);
+        let one = converted::get(store.as_ref(), &key).await;
+        found.push(one.context("failed to get resources")?);
+    }
     print(kind, &found, table.as_ref(), programmed.as_ref(), get)
 }
 
@@ -146,21 +155,6 @@ async fn of_files(store: &dyn Datastore, get: &Get) -> Result<()> {
     Ok(())
 }
 
-async fn find(
-    store: &dyn Datastore,
-    kind: Kind,
-    get: &Get,
-) -> Result<Vec<Arc<AnyResource>>, Error> {
-    if get.names.is_empty() {
-        return converted::list(store, kind, get.within(kind)).await;
-    }
-    let mut found = Vec::with_capacity(get.names.len());
-    for name in &get.names {
-        found.push(converted::get(store, &key(kind, get.namespace.as_deref(), name)).await?);
-    }
-    Ok(found)
-}
-
 impl Get {
     /// The namespace that is looked into; none for all, and for kinds that have none.
     fn within(&self, kind: Kind) -> Option<&str> {
@@ -176,7 +170,7 @@ impl Get {
     }
 
     /// Whether the labels and fields are those that were asked for.
-    fn wants(&self, object: &AnyResource) -> bool {
+    pub(crate) fn wants(&self, object: &AnyResource) -> bool {
         let selected = self
             .selector
             .as_ref()
@@ -198,7 +192,7 @@ impl Get {
             && (self.names.is_empty() || self.names.iter().any(|name| *name == *key.name))
     }
 
-    fn cells(&self, kind: Kind, table: &Table, object: &Value) -> Result<Vec<String>> {
+    pub(crate) fn cells(&self, kind: Kind, table: &Table, object: &Value) -> Result<Vec<String>> {
         let mut cells = table.row(object)?;
         if self.has_namespace_column(kind) {
             let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
@@ -207,7 +201,7 @@ impl Get {
         Ok(cells)
     }
 
-    fn headings<'a>(&self, kind: Kind, table: &'a Table) -> Vec<&'a str> {
+    pub(crate) fn headings<'a>(&self, kind: Kind, table: &'a Table) -> Vec<&'a str> {
         let mut headings = table.headings();
         if self.has_namespace_column(kind) {
             headings.insert(0, "NAMESPACE");
@@ -216,6 +210,7 @@ impl Get {
     }
 }
 
+/// What was asked for by name: one object as it is, several as a list.
 fn print(
     kind: Kind,
     found: &[Arc<AnyResource>],
@@ -223,42 +218,48 @@ fn print(
     programmed: Option<&Programmed>,
     get: &Get,
 ) -> Result<()> {
-    let wanted = found.iter().filter(|object| get.wants(object));
-    if get.output == Format::Name {
-        let names: Vec<String> = wanted.map(|object| name_line(object)).collect();
-        output::write(names.concat());
+    let wanted: Vec<&Arc<AnyResource>> = found.iter().filter(|object| get.wants(object)).collect();
+    if let ([one], None, true) = (
+        wanted.as_slice(),
+        table,
+        get.names.len() + get.filename.len() == 1 && get.output != Format::Name,
+    ) {
+        output::write(get.output.document(&shown(one, get.export))?);
         return Ok(());
     }
-    if let Some(table) = table {
-        let mut rows = Vec::new();
-        for object in wanted {
-            let mut cells = get.cells(kind, table, &object.to_json())?;
-            cells.extend(programmed.map(|programmed| programmed.cell(&object.key())));
-            rows.push(cells);
-        }
-        let mut headings = get.headings(kind, table);
-        headings.extend(programmed.map(|_| "PROGRAMMED"));
-        output::write(columns::render(&headings, &rows));
-        return Ok(());
-    }
-    let objects = wanted.map(|object| shown(object, get.export)).collect();
-    output::write(get.output.document(&document(kind, objects, get))?);
-    Ok(())
+    let mut listing = Listing::new(kind, table, programmed, get);
+    listing.add(found, None)?;
+    listing.end()
 }
 
-fn name_line(object: &AnyResource) -> String {
+/// All objects of a kind, as they come in.
+async fn list(
+    store: Arc<dyn Datastore>,
+    kind: Kind,
+    table: Option<&Table>,
+    programmed: Option<&Programmed>,
+    get: &Get,
+) -> Result<()> {
+    let failed = "failed to get resources";
+    let mut parts = converted::stream(store, kind, get.within(kind))
+        .await
+        .context(failed)?;
+    let mut listing = Listing::new(kind, table, programmed, get);
+    while let Some(part) = parts.recv().await {
+        let part = part.context(failed)?;
+        for bad in &part.undecodable {
+            output::warning(format_args!("{} cannot be read: {}", bad.key, bad.reason));
+        }
+        listing.add(&part.objects, Some(part.revision.as_str()))?;
+    }
+    listing.end()
+}
+
+pub(crate) fn name_line(object: &AnyResource) -> String {
     format!("{}/{}\n", object.kind().plural(), object.metadata().name)
 }
 
-/// One object as it is, several as a list.
-fn document(kind: Kind, mut objects: Vec<Value>, get: &Get) -> Value {
-    if get.names.len() + get.filename.len() == 1 && objects.len() == 1 {
-        return objects.remove(0);
-    }
-    json!({"apiVersion": kind.api_version(), "kind": format!("{kind}List"), "metadata": {}, "items": objects})
-}
-
-fn shown(object: &AnyResource, export: bool) -> Value {
+pub(crate) fn shown(object: &AnyResource, export: bool) -> Value {
     if !export {
         return object.to_json();
     }

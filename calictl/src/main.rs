@@ -20,6 +20,7 @@ mod format;
 mod get;
 mod ipam;
 mod lab;
+mod listing;
 mod manifests;
 mod node;
 mod output;

@@ -7,6 +7,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error};
 use clap::Args;
+use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
@@ -39,16 +41,19 @@ pub(crate) struct Create {
 
 #[derive(Debug, Args)]
 pub(crate) struct Delete {
-    /// Kind and names
-    #[arg(required_unless_present = "filename")]
+    /// Kind: `ippool`, `networkpolicy`, `gnp`, ...
+    #[arg(required_unless_present = "filename", value_parser = Kinds, hide_possible_values = true)]
     kind: Option<String>,
+    /// Names
     #[arg(required_unless_present = "filename")]
     names: Vec<String>,
     /// File, folder, or `-` with the resources to delete
     #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "kind")]
     filename: Vec<PathBuf>,
+    /// Read folders recursively
     #[arg(short = 'R', long)]
     recursive: bool,
+    /// Namespace of namespaced kinds; `default` without
     #[arg(short, long)]
     namespace: Option<String>,
     /// A resource that does not exist is no error
@@ -230,14 +235,34 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
     Ok(())
 }
 
+/// Takes any word as a kind, so that [`parse_kind`] can say what may have been meant; a shell completes it to those there are.
+#[derive(Debug, Clone)]
+pub(crate) struct Kinds;
+
+impl TypedValueParser for Kinds {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<String, clap::Error> {
+        StringValueParser::new().parse_ref(command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let mut names: Vec<&str> = Kind::ALL.iter().map(|kind| kind.plural()).collect();
+        names.sort_unstable();
+        // Of Kubernetes' and Calico's kinds of one name, Calico's is meant.
+        names.dedup();
+        Some(Box::new(names.into_iter().map(PossibleValue::new)))
+    }
+}
+
 pub(crate) fn parse_kind(text: &str) -> Result<Kind> {
     Kind::parse(text).ok_or_else(|| {
-        let lower = text.to_lowercase();
-        let near = Kind::ALL
-            .iter()
-            .map(|kind| kind.plural())
-            .filter(|plural| plural.starts_with(&lower[..lower.len().min(3)]));
-        let near: Vec<&str> = near.collect();
+        let near = near(text);
         let hint = if near.is_empty() {
             "; `calictl explain` names them".to_owned()
         } else {
@@ -245,6 +270,33 @@ pub(crate) fn parse_kind(text: &str) -> Result<Kind> {
         };
         anyhow!("there is no kind {text:?}{hint}")
     })
+}
+
+/// The kinds that may have been meant, at most three: those that begin so, or those with the fewest letters wrong in a name.
+fn near(text: &str) -> Vec<&'static str> {
+    let text = text.to_lowercase();
+    let distance = |kind: &Kind| {
+        let name = kind.name().to_lowercase();
+        let words = [kind.plural(), name.as_str()].into_iter();
+        let typed = words.map(|word| match word.starts_with(&text) && text.len() > 2 {
+            true => 0,
+            false => strsim::osa_distance(word, &text),
+        });
+        typed.min().unwrap_or(usize::MAX)
+    };
+    // A short word has nothing in common with another one of the same length.
+    let allowed = (text.chars().count() / 3).min(3);
+    let mut near: Vec<(usize, &str)> = Kind::ALL
+        .iter()
+        .map(|kind| (distance(kind), kind.plural()))
+        .filter(|(distance, _)| *distance <= allowed)
+        .collect();
+    near.sort_unstable();
+    near.dedup();
+    let fewest = near.first().map(|(distance, _)| *distance);
+    near.retain(|(distance, _)| Some(*distance) == fewest);
+    near.truncate(3);
+    near.into_iter().map(|(_, plural)| plural).collect()
 }
 
 pub(crate) fn key(kind: Kind, namespace: Option<&str>, name: &str) -> Key {
@@ -273,7 +325,19 @@ mod tests {
 
     #[test]
     fn an_unknown_kind_is_answered_with_the_near_ones() {
-        let error = parse_kind("ippolo").unwrap_err().to_string();
-        assert!(error.contains("ippools"), "{error}");
+        for (typed, meant) in [
+            ("ippolo", "; did you mean ippools?"),
+            ("nertworkpolicy", "; did you mean networkpolicies?"),
+            (
+                "globalnetworkpolices",
+                "; did you mean globalnetworkpolicies?",
+            ),
+            ("bgpc", "; did you mean bgpconfigurations?"),
+            ("xyzzy", "; `calictl explain` names them"),
+            ("q", "; `calictl explain` names them"),
+        ] {
+            let error = parse_kind(typed).unwrap_err().to_string();
+            assert!(error.contains(meant), "{error}");
+        }
     }
 }

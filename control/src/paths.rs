@@ -12,6 +12,11 @@ pub fn state_dir() -> PathBuf {
     from_env("CALI_STATE_DIR", "/var/lib/calico")
 }
 
+/// The last state of the resources that a program was told by a Typha server, for a start while none answers.
+pub fn kept_updates(program: &str) -> PathBuf {
+    state_dir().join(format!("updates-{program}.db"))
+}
+
 /// Status of `cali-node` ([`crate::status`]).
 pub fn node_socket() -> PathBuf {
     run_dir().join("node.sock")

@@ -29,8 +29,8 @@ use std::sync::Arc;
 
 pub use error::{Cause, Error};
 pub use store::{
-    Applied, Datastore, List, Outcome, Secret, Undecodable, Versioned, Warning, WatchEvent,
-    WatchStream,
+    Applied, Datastore, List, Outcome, Page, PageToken, Secret, Undecodable, Versioned, Warning,
+    WatchEvent, WatchStream,
 };
 
 /// The file of the embedded store when `CALI_SQLITE_PATH` is not set.

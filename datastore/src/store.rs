@@ -41,6 +41,23 @@ pub struct List {
     pub revision: Revision,
 }
 
+/// Where a list that is read in pages goes on. Only of use to the store that gave it, for the same kind and namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageToken(pub(crate) String);
+
+/// A part of a list.
+#[derive(Debug, Clone)]
+pub struct Page {
+    /// In the store's own order.
+    pub items: Vec<Versioned>,
+    /// Objects of this part that exist but cannot be read.
+    pub undecodable: Vec<Undecodable>,
+    /// A watch from the revision of the first page misses nothing that the pages do not show.
+    pub revision: Revision,
+    /// `None` after the last page.
+    pub next: Option<PageToken>,
+}
+
 /// One change, in the order of commits.
 #[derive(Debug, Clone)]
 pub enum WatchEvent {
@@ -144,6 +161,29 @@ pub trait Datastore: Send + Sync {
 
     /// Reads all objects of a kind, in one namespace or in all of them, as of one instant.
     async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error>;
+
+    /// Reads a part of a list, of about `limit` objects, for readers that do not keep all of it; `after` is none at first, and
+    /// then what the page before says.
+    ///
+    /// All pages together show every object that stands all the while exactly once. Of what is written while they are
+    /// read, etcd and the API server show nothing as long as they still have the first page's instant; the embedded store, and they
+    /// after that, show it where the list has not come to yet.
+    async fn list_page(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        after: Option<&PageToken>,
+        limit: usize,
+    ) -> Result<Page, Error> {
+        let _ = (after, limit);
+        let list = self.list(kind, namespace).await?;
+        Ok(Page {
+            items: list.items,
+            undecodable: list.undecodable,
+            revision: list.revision,
+            next: None,
+        })
+    }
 
     /// Creates an object; `metadata.resourceVersion` must be empty.
     async fn create(&self, object: AnyResource) -> Result<Versioned, Error>;

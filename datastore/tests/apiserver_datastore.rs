@@ -33,6 +33,7 @@ const BEHAVIOURS: &[(&str, Behaviour)] = behaviours! {
     delete_honours_the_revision
     recreated_object_has_another_identity
     list_is_limited_to_kind_and_namespace
+    pages_together_are_the_list
     invalid_objects_are_refused
     overlapping_pools_are_refused
     defaults_are_filled_in
@@ -54,7 +55,7 @@ async fn cluster(groups: &[Group]) -> ApiServer {
     for group in groups {
         server.define(&definitions(*group)).await;
     }
-    for name in ["a", "b"] {
+    for name in ["a", "a-b", "b"] {
         server.namespace(name).await;
     }
     server

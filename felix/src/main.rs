@@ -69,7 +69,11 @@ async fn main() -> anyhow::Result<()> {
     }
     let node = node_name(arguments.node)?;
     let netlink = Netlink::current().context("cannot open netlink")?;
-    let updates = typha::source::from_env(&typha::source::all_kinds(), node.as_str())?;
+    let updates = typha::source::from_env(
+        &typha::source::all_kinds(),
+        node.as_str(),
+        cali_control::paths::kept_updates("felix"),
+    )?;
     tracing::info!(%node, version = env!("CARGO_PKG_VERSION"), "starting");
     let config = Config {
         backend,

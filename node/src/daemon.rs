@@ -320,7 +320,11 @@ async fn start(
         status_socket::serve(status_socket, sources),
     );
 
-    let source = typha::source::from_env(&fan_out.kinds(), &settings.node_name)?;
+    let source = typha::source::from_env(
+        &fan_out.kinds(),
+        &settings.node_name,
+        paths::kept_updates("node"),
+    )?;
     parts.run("changes", fan_out.run(source));
     Ok(Running {
         supervisor,

@@ -91,6 +91,24 @@ async fn start_registers_the_node_and_a_second_start_changes_nothing() {
     }
 }
 
+/// SQLite gives up a write after ten seconds: a node that starts beside a longer one must not end.
+#[tokio::test]
+async fn a_busy_datastore_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let datastore = open(folder.path());
+    let other = rusqlite::Connection::open(folder.path().join("cali.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let host = host("busy", "10.9.0.1/24");
+    let settings = settings(folder.path(), &[("NODENAME", "n1")]);
+    let start = startup::prepare(&settings, &datastore, host.netlink());
+    let release = async move {
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        other.execute_batch("ROLLBACK").unwrap();
+    };
+    let (node, ()) = tokio::join!(start, release);
+    assert_eq!(node.unwrap().metadata.name, "n1");
+}
+
 #[tokio::test]
 async fn a_detected_address_is_followed_and_kept_while_there_is_none() {
     let folder = tempfile::tempdir().unwrap();

@@ -12,7 +12,8 @@
 //! - [`tls`]: who may be at the other end;
 //! - [`secrets`]: what is never fanned out.
 //!
-//! It does not interpret objects, and keeps nothing on disk.
+//! It does not interpret objects. The server keeps nothing on disk; a client may keep the last state there
+//! ([`client::kept`]), for a start while no server answers.
 
 pub mod cache;
 pub mod client;

@@ -1,13 +1,19 @@
 //! The stream of changes for a daemon: from a Typha server when the environment names one, otherwise straight from the datastore.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use cali_api::Kind;
 use cali_api::update::SyncEvent;
 use tokio::sync::mpsc;
 
 use crate::client::discovery::Service;
-use crate::client::{self, ClientConfig, Servers};
+use crate::client::{self, ClientConfig, Keep, Servers};
 use crate::config::{self, ConfigError, Env};
 use crate::tls::{ClientTls, TlsError};
+
+/// How long a server is waited for before the kept state counts: longer than one takes to be started anew.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no source.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +41,13 @@ pub fn all_kinds() -> Vec<Kind> {
 }
 
 /// Starts the source: a client of the servers in `FELIX_TYPHAADDR` or behind the service `FELIX_TYPHAK8SSERVICENAME`, or
-/// `cali_datastore::sync` in this process (`DATASTORE_TYPE`). Dropping the receiver ends it. Must be called inside a Tokio runtime.
-pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
+/// `cali_datastore::sync` in this process (`DATASTORE_TYPE`). Of a server, the last state is kept in `file`, this
+/// program's own. Dropping the receiver ends it. Must be called inside a Tokio runtime.
+pub fn from_env(
+    kinds: &[Kind],
+    hostname: &str,
+    file: PathBuf,
+) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
     let env = Env::of_process();
     let addresses = config::server_addresses(&env)?;
     let servers = match config::server_service(&env) {
@@ -66,5 +77,9 @@ pub fn from_env(kinds: &[Kind], hostname: &str) -> Result<mpsc::Receiver<SyncEve
         info: concat!("cali ", env!("CARGO_PKG_VERSION")).to_owned(),
         kinds: kinds.to_vec(),
         tls,
+        keep: Some(Keep {
+            file,
+            patience: PATIENCE,
+        }),
     }))
 }

@@ -119,6 +119,7 @@ async fn client_equals_the_store_though_typha_is_killed_again_and_again() {
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
+        keep: None,
     });
     let mut view = View::default();
     view.until_equal(&mut events, &store).await;

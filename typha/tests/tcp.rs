@@ -174,6 +174,7 @@ async fn the_server_of_the_own_node_is_found_and_when_it_goes_the_other_takes_ov
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
+        keep: None,
     });
     let mut view = View::default();
     view.until(&mut events, &content).await;

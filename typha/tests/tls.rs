@@ -168,6 +168,7 @@ fn connect(address: SocketAddr, tls: Option<TlsSettings>) -> mpsc::Receiver<Sync
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
         tls: tls.map(|settings| ClientTls::client(settings).unwrap()),
+        keep: None,
     })
 }
 
@@ -308,6 +309,7 @@ async fn changed_files_count_from_the_next_connection_on_and_broken_ones_do_not(
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
         tls: Some(loaded),
+        keep: None,
     });
     until_in_sync(&mut other).await;
     log.line_with(&["changed certificates cannot be used", "ca.pem"])

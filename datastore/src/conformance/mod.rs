@@ -2,6 +2,7 @@
 //!
 //! A back end's tests call [`crate::behaviour_suite!`] with a way to make an empty store.
 
+mod pages;
 mod streams;
 mod survival;
 mod watches;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use cali_api::{AnyResource, Key, Kind};
 use serde_json::{Value, json};
 
+pub use self::pages::*;
 pub use self::streams::*;
 pub use self::survival::stream_survives;
 pub use self::watches::*;
@@ -40,6 +42,7 @@ macro_rules! behaviour_suite {
             recreated_object_has_another_identity
             native_and_calico_kinds_of_one_name_are_apart
             list_is_limited_to_kind_and_namespace
+            pages_together_are_the_list
             invalid_objects_are_refused
             overlapping_pools_are_refused
             defaults_are_filled_in

@@ -29,7 +29,7 @@ pub use self::connect::Settings;
 use self::layout::{Located, Range};
 use crate::admission;
 use crate::error::Error;
-use crate::store::{Datastore, List, Undecodable, Versioned, WatchStream};
+use crate::store::{Datastore, List, Page, PageToken, Undecodable, Versioned, WatchStream};
 use crate::stored::{self, Identity};
 use crate::timestamp;
 
@@ -54,6 +54,38 @@ pub struct Etcd {
 struct Connection {
     kv: KvClient,
     watch: WatchClient,
+}
+
+/// How far the reading of a range has come.
+struct Position {
+    /// 0: the latest.
+    revision: i64,
+    /// The first key that has not been read.
+    start: String,
+}
+
+impl Position {
+    fn start_of(range: &Range) -> Self {
+        Self {
+            revision: 0,
+            start: range.start.clone(),
+        }
+    }
+
+    fn token(&self, start: &str) -> PageToken {
+        PageToken(format!("{} {start}", self.revision))
+    }
+
+    fn of(range: &Range, token: Option<&PageToken>) -> Self {
+        let parsed = token.and_then(|token| {
+            let (revision, start) = token.0.split_once(' ')?;
+            Some(Self {
+                revision: revision.parse().ok()?,
+                start: start.to_owned(),
+            })
+        });
+        parsed.unwrap_or_else(|| Self::start_of(range))
+    }
 }
 
 /// A key as it was found.
@@ -132,47 +164,55 @@ impl Etcd {
 
     /// All keys of a range as of one revision.
     async fn scan(&self, range: &Range, what: &str) -> Result<(Vec<KeyValue>, i64), Error> {
-        let (mut kvs, mut revision) = (Vec::new(), 0);
-        let mut start = range.start.clone().into_bytes();
+        let mut all = Vec::new();
+        let mut at = Position::start_of(range);
         loop {
-            let options = GetOptions::new()
-                .with_range(range.end.clone())
-                .with_limit(PAGE)
-                .with_revision(revision);
-            let mut answer = self
-                .call(
-                    || format!("list {what}"),
-                    |mut c| async move { c.kv.get(start, Some(options)).await },
-                )
-                .await?;
-            if revision == 0 {
-                revision = answer.header().map_or(0, |header| header.revision());
-            }
-            let more = answer.more();
-            kvs.extend(answer.take_kvs());
-            let Some(last) = kvs.last().filter(|_| more) else {
-                return Ok((kvs, revision));
+            let (kvs, next) = self.scan_page(range, &mut at, PAGE, what).await?;
+            all.extend(kvs);
+            let Some(start) = next else {
+                return Ok((all, at.revision));
             };
-            start = last.key().to_vec();
-            start.push(0);
+            at.start = start;
         }
+    }
+
+    /// Up to `limit` keys of a range, and where it goes on; at the position's revision, or at the latest, which it then has.
+    async fn scan_page(
+        &self,
+        range: &Range,
+        at: &mut Position,
+        limit: i64,
+        what: &str,
+    ) -> Result<(Vec<KeyValue>, Option<String>), Error> {
+        let start = at.start.clone();
+        let options = GetOptions::new()
+            .with_range(range.end.clone())
+            .with_limit(limit)
+            .with_revision(at.revision);
+        let mut answer = self
+            .call(
+                || format!("list {what}"),
+                |mut c| async move { c.kv.get(start, Some(options)).await },
+            )
+            .await?;
+        if at.revision == 0 {
+            at.revision = answer.header().map_or(0, |header| header.revision());
+        }
+        let more = answer.more();
+        let kvs = answer.take_kvs();
+        let next = kvs.last().filter(|_| more).map(|last| {
+            // A key that is no text is none of ours; one that follows it in the order is good enough.
+            format!("{}\0", String::from_utf8_lossy(last.key()))
+        });
+        Ok((kvs, next))
     }
 
     async fn read_list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error> {
         let range = layout::range(kind, namespace);
         let (kvs, revision) = self.scan(&range, kind.plural()).await?;
-        let (mut items, mut undecodable) = (Vec::new(), Vec::new());
-        for found in kvs.iter().filter_map(found) {
-            if found.located.key.kind == kind {
-                match decode(found) {
-                    Ok(object) => items.push(object),
-                    Err(bad) => undecodable.push(bad),
-                }
-            }
-        }
-        if !layout::keeps_metadata(kind) {
-            items.sort_by_key(|item| item.object.key());
-        }
+        let (mut items, undecodable) = decode_all(kind, &kvs);
+        // The order of the keys is not always that of the names: "a-b/" comes before "a/".
+        items.sort_by_cached_key(|item| item.object.key());
         Ok(List {
             items,
             undecodable,
@@ -256,6 +296,31 @@ fn found(kv: &KeyValue) -> Option<Found> {
         revision: kv.mod_revision(),
         value: serde_json::from_slice(kv.value()).map_err(|error| error.to_string()),
     })
+}
+
+/// The objects of a kind among these keys.
+fn decode_all(kind: Kind, kvs: &[KeyValue]) -> (Vec<Versioned>, Vec<Undecodable>) {
+    let (mut items, mut undecodable) = (Vec::new(), Vec::new());
+    for found in kvs.iter().filter_map(found) {
+        if found.located.key.kind == kind {
+            match decode(found) {
+                Ok(object) => items.push(object),
+                Err(bad) => undecodable.push(bad),
+            }
+        }
+    }
+    (items, undecodable)
+}
+
+/// Whether a read failed because etcd has compacted its revision away.
+fn is_compacted(error: &Error) -> bool {
+    let Error::Unavailable { source, .. } = error else {
+        return false;
+    };
+    match source.downcast_ref() {
+        Some(etcd_client::Error::GRpcStatus(status)) => status.message().contains("compacted"),
+        _ => false,
+    }
 }
 
 fn decode(found: Found) -> Result<Versioned, Undecodable> {
@@ -344,6 +409,35 @@ impl Datastore for Etcd {
 
     async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error> {
         self.read_list(kind, namespace).await
+    }
+
+    async fn list_page(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        after: Option<&PageToken>,
+        limit: usize,
+    ) -> Result<Page, Error> {
+        let range = layout::range(kind, namespace);
+        let limit = i64::try_from(limit.max(1)).unwrap_or(i64::MAX);
+        let mut at = Position::of(&range, after);
+        let read = self.scan_page(&range, &mut at, limit, kind.plural()).await;
+        let (kvs, next) = match read {
+            Err(error) if after.is_some() && is_compacted(&error) => {
+                // The first page's instant is gone: what follows is as of now.
+                at.revision = 0;
+                self.scan_page(&range, &mut at, limit, kind.plural())
+                    .await?
+            }
+            other => other?,
+        };
+        let (items, undecodable) = decode_all(kind, &kvs);
+        Ok(Page {
+            items,
+            undecodable,
+            revision: at.revision.to_string().into(),
+            next: next.map(|start| at.token(&start)),
+        })
     }
 
     async fn create(&self, object: AnyResource) -> Result<Versioned, Error> {

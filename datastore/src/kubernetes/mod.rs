@@ -15,6 +15,7 @@
 //! The service account's token, certificates of authorities and a kubeconfig's token file are read anew while running.
 //! What this module does not do: wait or retry (that is [`crate::sync`]'s), or install the resource definitions.
 
+mod cluster;
 mod connect;
 mod event;
 mod failure;
@@ -29,29 +30,29 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
-use kube::Client;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
-use kube::core::params::{DeleteParams, GetParams, ListParams, Preconditions};
+use kube::core::params::{DeleteParams, GetParams, Preconditions};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
+use self::cluster::{Cluster, Failed, Scope, call};
 pub use self::connect::Settings;
 use self::failure::{conflict, failure, is_missing};
-use self::places::{Group, Place, place, viewed};
+use self::places::viewed;
 use crate::admission;
 use crate::error::Error;
-use crate::store::{Datastore, List, Secret, Undecodable, Versioned, Warning, WatchStream};
+use crate::store::{
+    Datastore, List, Page, PageToken, Secret, Undecodable, Versioned, Warning, WatchStream,
+};
 use crate::stored;
 
 /// One answer of the API server takes at most this long.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Objects in one page of a list.
 const PAGE: u32 = 500;
-/// How often a list that expired between its pages is begun again.
-const LIST_ATTEMPTS: usize = 3;
 /// Events that wait for a slow reader of one watch; the rest waits in the API server.
 const WATCH_BUFFER: usize = 256;
 /// The revision of a list of a kind that the cluster does not serve.
@@ -61,175 +62,6 @@ const NOT_SERVED: &str = "not-served";
 pub struct Kubernetes {
     settings: Settings,
     cluster: Mutex<Option<Arc<Cluster>>>,
-}
-
-/// A connected cluster.
-struct Cluster {
-    client: Client,
-    /// The group of Calico's kinds; `None` while the cluster serves none.
-    group: Option<Group>,
-}
-
-/// A page of a list.
-#[derive(Deserialize)]
-struct Page {
-    metadata: PageMetadata,
-    #[serde(default)]
-    items: Vec<Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PageMetadata {
-    resource_version: String,
-    #[serde(default, rename = "continue")]
-    next: Option<String>,
-}
-
-/// Which objects of a kind.
-#[derive(Clone, Copy, Default)]
-struct Scope<'a> {
-    /// Of this namespace only.
-    namespace: Option<&'a str>,
-    /// Those that this field selector holds for.
-    fields: Option<&'a str>,
-}
-
-impl<'a> Scope<'a> {
-    fn namespace(namespace: Option<&'a str>) -> Self {
-        Self {
-            namespace,
-            fields: None,
-        }
-    }
-}
-
-/// The pods that the scheduler has bound to a node; the kubelet asks the same.
-fn bound_to(node: &str) -> String {
-    format!("spec.nodeName={node}")
-}
-
-type BuiltRequest = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
-
-impl Cluster {
-    fn place(&self, kind: Kind) -> Result<Place, Error> {
-        match self.group {
-            Some(group) => Ok(place(kind, group)),
-            None if kind.is_native() => Ok(place(kind, Group::Internal)),
-            None => Err(Error::unavailable(
-                format!("find {}", kind.plural()),
-                "the API server serves neither crd.projectcalico.org/v1 nor projectcalico.org/v3: apply the manifests in deploy/crds",
-            )),
-        }
-    }
-
-    fn group(&self) -> Group {
-        self.group.unwrap_or(Group::Internal)
-    }
-
-    /// One page; `None` if the cluster does not serve the kind.
-    async fn page(
-        &self,
-        kind: Kind,
-        scope: Scope<'_>,
-        next: Option<&str>,
-        limit: u32,
-    ) -> Result<Option<Page>, Error> {
-        let what = || format!("list {}", kind.plural());
-        let mut parameters = ListParams::default();
-        if limit > 0 {
-            parameters = parameters.limit(limit);
-        }
-        if let Some(next) = next {
-            parameters = parameters.continue_token(next);
-        }
-        if let Some(fields) = scope.fields {
-            parameters = parameters.fields(fields);
-        }
-        let request = Request::new(self.place(kind)?.path(scope.namespace)).list(&parameters);
-        match call(&self.client, request).await {
-            Ok(page) => Ok(Some(page)),
-            Err(Failed::Api(status)) if status.code == 404 => Ok(None),
-            Err(Failed::Api(status)) if status.code == 410 => Err(Error::RevisionGone {
-                revision: Revision::from(next.unwrap_or_default()),
-            }),
-            Err(error) => Err(error.unavailable(what())),
-        }
-    }
-
-    /// All objects of a kind as the server has them, and the revision; `None` if it is not served.
-    async fn scan(
-        &self,
-        kind: Kind,
-        scope: Scope<'_>,
-    ) -> Result<Option<(Vec<Value>, String)>, Error> {
-        let mut attempt = 0;
-        'list: loop {
-            attempt += 1;
-            // The last attempt is not paged, so that it cannot expire.
-            let limit = if attempt < LIST_ATTEMPTS { PAGE } else { 0 };
-            let (mut items, mut next): (Vec<Value>, Option<String>) = (Vec::new(), None);
-            loop {
-                let page = match self.page(kind, scope, next.as_deref(), limit).await {
-                    Err(Error::RevisionGone { .. }) if attempt < LIST_ATTEMPTS => continue 'list,
-                    Err(error) => return Err(error),
-                    Ok(None) => return Ok(None),
-                    Ok(Some(page)) => page,
-                };
-                items.extend(page.items.into_iter().map(|item| wire::read(kind, item)));
-                next = page.metadata.next.filter(|token| !token.is_empty());
-                if next.is_none() {
-                    return Ok(Some((items, page.metadata.resource_version)));
-                }
-            }
-        }
-    }
-
-    async fn send(&self, request: BuiltRequest) -> Result<Value, Failed> {
-        call(&self.client, request).await
-    }
-
-    /// Reads an object in the form of [`wire::read`].
-    async fn read(&self, key: &Key) -> Result<Value, Error> {
-        let request = self.at(key)?.get(&key.name, &GetParams::default());
-        match self.send(request).await {
-            Ok(object) => Ok(wire::read(key.kind, object)),
-            Err(error) => Err(failure("read", key, error)),
-        }
-    }
-
-    fn at(&self, key: &Key) -> Result<Request, Error> {
-        let path = self.place(key.kind)?.path(key.namespace.as_deref());
-        Ok(Request::new(path))
-    }
-}
-
-/// How a call failed.
-enum Failed {
-    Api(Box<kube::core::Status>),
-    Other(crate::Cause),
-}
-
-impl Failed {
-    fn unavailable(self, operation: String) -> Error {
-        match self {
-            Self::Api(status) => Error::unavailable(operation, kube::Error::Api(status)),
-            Self::Other(cause) => Error::unavailable(operation, cause),
-        }
-    }
-}
-
-async fn call<T: serde::de::DeserializeOwned>(
-    client: &Client,
-    request: BuiltRequest,
-) -> Result<T, Failed> {
-    let request = request.map_err(|error| Failed::Other(error.into()))?;
-    match tokio::time::timeout(CALL_TIMEOUT, client.request(request)).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(kube::Error::Api(status))) => Err(Failed::Api(status)),
-        Ok(Err(error)) => Err(Failed::Other(error.into())),
-        Err(late) => Err(Failed::Other(late.into())),
-    }
 }
 
 /// Reads an object of `source` as what it is, or as the views of it that are of kind `told`.
@@ -307,11 +139,7 @@ impl Kubernetes {
 
     async fn list_scope(&self, kind: Kind, scope: Scope<'_>) -> Result<List, Error> {
         let cluster = self.cluster().await?;
-        let sources = if viewed(kind).is_empty() {
-            std::slice::from_ref(&kind)
-        } else {
-            viewed(kind)
-        };
+        let sources = sources(&kind);
         let (mut items, mut undecodable, mut revision) = (Vec::new(), Vec::new(), None);
         for source in sources {
             let within = Scope {
@@ -608,6 +436,19 @@ impl Kubernetes {
     }
 }
 
+/// The pods that the scheduler has bound to a node; the kubelet asks the same.
+fn bound_to(node: &str) -> String {
+    format!("spec.nodeName={node}")
+}
+
+/// The kinds whose objects are read for this one.
+fn sources(kind: &Kind) -> &[Kind] {
+    match viewed(*kind) {
+        [] => std::slice::from_ref(kind),
+        natives => natives,
+    }
+}
+
 /// The object of which a profile is a view.
 fn profile_source(name: &str) -> Option<Key> {
     if let Some(namespace) = name.strip_prefix(kubernetes::NAMESPACE_PROFILE_PREFIX) {
@@ -643,6 +484,55 @@ impl Datastore for Kubernetes {
             fields: Some(&fields),
         };
         self.list_scope(Kind::K8sPod, scope).await
+    }
+
+    async fn list_page(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        after: Option<&PageToken>,
+        limit: usize,
+    ) -> Result<Page, Error> {
+        let cluster = self.cluster().await?;
+        let sources = sources(&kind);
+        // Which of the native kinds is read, and how far.
+        let (at, token) = after
+            .and_then(|token| token.0.split_once(' '))
+            .and_then(|(at, token)| Some((at.parse().ok()?, token)))
+            .unwrap_or((0, ""));
+        let source = sources.get(at).copied().unwrap_or(kind);
+        let within = Scope::namespace(namespace.filter(|_| kind.is_namespaced()));
+        let token = Some(token).filter(|token| !token.is_empty());
+        let limit = u32::try_from(limit).unwrap_or(PAGE).max(1);
+        let answer = cluster.later_page(source, within, token, limit).await?;
+        let (found, revision, next) = match answer {
+            Some(answer) => (
+                answer.items,
+                answer.metadata.resource_version,
+                answer.metadata.next.filter(|token| !token.is_empty()),
+            ),
+            None => (Vec::new(), NOT_SERVED.to_owned(), None),
+        };
+        let (mut items, mut undecodable) = (Vec::new(), Vec::new());
+        for decoded in found
+            .into_iter()
+            .flat_map(|item| decode(source, kind, item))
+        {
+            match decoded {
+                Ok(object) => items.push(object),
+                Err(bad) => undecodable.push(bad),
+            }
+        }
+        let next = match next {
+            Some(token) => Some(PageToken(format!("{at} {token}"))),
+            None => (at + 1 < sources.len()).then(|| PageToken(format!("{} ", at + 1))),
+        };
+        Ok(Page {
+            items,
+            undecodable,
+            revision: revision.into(),
+            next,
+        })
     }
 
     async fn create(&self, object: AnyResource) -> Result<Versioned, Error> {

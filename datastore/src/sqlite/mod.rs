@@ -22,7 +22,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::error::Error;
-use crate::store::{Datastore, List, Undecodable, Versioned, WatchStream};
+use crate::store::{Datastore, List, Page, PageToken, Undecodable, Versioned, WatchStream};
 use crate::stored;
 
 /// How many changes the log keeps for watches that resume.
@@ -185,6 +185,22 @@ impl Datastore for Sqlite {
         .await
     }
 
+    async fn list_page(
+        &self,
+        kind: Kind,
+        namespace: Option<&str>,
+        after: Option<&PageToken>,
+        limit: usize,
+    ) -> Result<Page, Error> {
+        let namespace = namespace.map(str::to_owned);
+        let after = after.cloned();
+        self.read(move |connection| {
+            page(connection, kind, namespace.as_deref(), after, limit)
+                .map_err(failed(format!("list {}", kind.plural())))
+        })
+        .await
+    }
+
     async fn create(&self, object: AnyResource) -> Result<Versioned, Error> {
         self.write(write::Write::create(object)?).await
     }
@@ -241,9 +257,7 @@ fn list(
         )?;
         let mut rows = statement.query((stored::kind_id(kind), namespace))?;
         while let Some(row) = rows.next()? {
-            let (namespace, name): (String, String) = (row.get(0)?, row.get(1)?);
-            let key = key_of(kind, &namespace, &name);
-            match decode(&key, row.get(2)?, row.get_ref(3)?.as_str()?) {
+            match decode_row(kind, row)?.1 {
                 Ok(object) => items.push(object),
                 Err(bad) => undecodable.push(bad),
             }
@@ -253,5 +267,69 @@ fn list(
         items,
         undecodable,
         revision: Revision::from(revision.to_string()),
+    })
+}
+
+/// The key of a row with namespace, name, revision and body, and what it holds.
+fn decode_row(
+    kind: Kind,
+    row: &rusqlite::Row<'_>,
+) -> rusqlite::Result<(Key, Result<Versioned, Undecodable>)> {
+    let key = key_of(kind, row.get_ref(0)?.as_str()?, row.get_ref(1)?.as_str()?);
+    let decoded = decode(&key, row.get(2)?, row.get_ref(3)?.as_str()?);
+    Ok((key, decoded))
+}
+
+/// The first rows behind a key. Each page is a transaction of its own: a reader that stops half-way (`| less`) must not keep the
+/// write-ahead log from being taken in.
+fn page(
+    connection: &mut Connection,
+    kind: Kind,
+    namespace: Option<&str>,
+    after: Option<PageToken>,
+    limit: usize,
+) -> rusqlite::Result<Page> {
+    let transaction = connection.transaction()?;
+    let revision = tail::latest(&transaction)?;
+    // No namespace and no name come before all others.
+    let (after_namespace, after_name) = after
+        .as_ref()
+        .and_then(|token| token.0.split_once('\0'))
+        .unwrap_or_default();
+    let limit = i64::try_from(limit.max(1)).unwrap_or(i64::MAX);
+    let (mut items, mut undecodable, mut last, mut count) = (Vec::new(), Vec::new(), None, 0);
+    {
+        let mut statement = transaction.prepare_cached(
+            "SELECT namespace, name, revision, body FROM objects
+             WHERE kind = ?1 AND (?2 IS NULL OR namespace = ?2) AND (namespace, name) > (?3, ?4)
+             ORDER BY namespace, name LIMIT ?5",
+        )?;
+        let wanted = (
+            stored::kind_id(kind),
+            namespace,
+            after_namespace,
+            after_name,
+            limit,
+        );
+        let mut rows = statement.query(wanted)?;
+        while let Some(row) = rows.next()? {
+            let (key, decoded) = decode_row(kind, row)?;
+            match decoded {
+                Ok(object) => items.push(object),
+                Err(bad) => undecodable.push(bad),
+            }
+            last = Some(key);
+            count += 1;
+        }
+    }
+    let next = last.filter(|_| count == limit).map(|key| {
+        let namespace = key.namespace.as_deref().unwrap_or_default();
+        PageToken(format!("{namespace}\0{}", key.name))
+    });
+    Ok(Page {
+        items,
+        undecodable,
+        revision: Revision::from(revision.to_string()),
+        next,
     })
 }

@@ -65,13 +65,31 @@ fn store(operation: &'static str) -> impl FnOnce(DatastoreError) -> StartError {
     move |source| StartError::Datastore { operation, source }
 }
 
-/// Writes the Node resource, the default pools, the default objects and the node name file.
+/// Writes the Node resource, the default pools, the default objects and the node name file. Waits for a datastore that does not
+/// answer, or is busy, as long as it takes.
 pub async fn prepare(
     settings: &Settings,
     datastore: &Arc<dyn Datastore>,
     netlink: &Netlink,
 ) -> Result<Node, StartError> {
-    wait_for(datastore.as_ref()).await;
+    loop {
+        wait_for(datastore.as_ref()).await;
+        match register(settings, datastore, netlink).await {
+            // Busy, or away again: every step can be taken once more.
+            Err(StartError::Datastore { operation, source }) if source.is_transient() => {
+                tracing::warn!(operation, error = %source, "the datastore failed while the node registers; once more");
+                tokio::time::sleep(RETRY).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+async fn register(
+    settings: &Settings,
+    datastore: &Arc<dyn Datastore>,
+    netlink: &Netlink,
+) -> Result<Node, StartError> {
     let host = read_host(settings, datastore.as_ref(), netlink).await?;
     let node = write_node(settings, datastore.as_ref(), &host).await?;
     write_pools(settings, datastore.as_ref(), &host).await?;

@@ -44,6 +44,15 @@ impl Held {
         self.objects.is_empty()
     }
 
+    /// The consumer was told this by somebody else.
+    pub(super) fn remember(&mut self, update: &Update) {
+        let mark = Mark {
+            digest: digest::of_update(update),
+            snapshot: self.snapshot,
+        };
+        self.objects.insert(update.key.clone(), mark);
+    }
+
     fn token(&self) -> Option<ResumeToken> {
         if self.objects.is_empty() {
             return None;

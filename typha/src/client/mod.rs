@@ -2,14 +2,19 @@
 //!
 //! While no server answers the consumer keeps what it has; nothing is emitted. See [`conn`] for how missed changes
 //! are made up for.
+//!
+//! Where a state is [`kept`] on disk, a new consumer is told that first: it is what a server is asked to make up from, and, if none
+//! answers for a while, what there is.
 
 pub mod backoff;
 pub mod conn;
 pub mod discovery;
+pub mod kept;
 
 use std::convert::Infallible;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -25,11 +30,15 @@ use crate::tls::{ClientTls, TlsError};
 use backoff::Backoff;
 pub use conn::{ClientError, Conn, Held, Identity, Output};
 pub use discovery::Servers;
+pub use kept::Keep;
+use kept::Keeper;
 
 /// Events that may wait for the consumer; beyond them the socket is not read, and the server coalesces.
 const QUEUE: usize = 64;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Objects of the kept state in one event.
+const BATCH: usize = 1000;
 
 /// Where to connect and what to ask for.
 #[derive(Debug, Clone)]
@@ -44,6 +53,34 @@ pub struct ClientConfig {
     pub kinds: Vec<Kind>,
     /// Certificates; plain TCP without.
     pub tls: Option<Arc<ClientTls>>,
+    /// Where the last state is kept; nowhere without.
+    pub keep: Option<Keep>,
+}
+
+/// What a client has of its servers.
+#[derive(Debug, Default)]
+struct Contact(AtomicU8);
+
+impl Contact {
+    /// A server is talking, but has not told everything.
+    const TALKING: u8 = 1;
+    /// A server has told everything once.
+    const COMPLETE: u8 = 2;
+
+    fn now(&self) -> u8 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn set(&self, contact: u8) {
+        // What was complete once is not taken back.
+        self.0.fetch_max(contact, Ordering::AcqRel);
+    }
+
+    fn lost(&self) {
+        let _ = self
+            .0
+            .compare_exchange(Self::TALKING, 0, Ordering::AcqRel, Ordering::Acquire);
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +129,18 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
     if events.send(waiting).await.is_err() {
         return;
     }
+    let contact = Arc::new(Contact::default());
+    let mut keeper = None;
+    if let Some(keep) = config.keep {
+        let begun = begin_from(keep, &identity.kinds, &mut held, &events, &contact).await;
+        let Ok(begun) = begun else { return };
+        keeper = begun;
+    }
+    let consumer = Consumer {
+        events,
+        keeper,
+        contact,
+    };
     loop {
         config.servers.refresh(&mut servers, &random).await;
         failures += 1;
@@ -108,12 +157,13 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
             Err::<Infallible, _>(match &config.tls {
                 Some(tls) => {
                     let stream = encrypt(tls, stream).await?;
-                    converse(stream, &identity, &mut held, &events, &mut complete).await
+                    converse(stream, &identity, &mut held, &consumer, &mut complete).await
                 }
-                None => converse(stream, &identity, &mut held, &events, &mut complete).await,
+                None => converse(stream, &identity, &mut held, &consumer, &mut complete).await,
             })
         };
         let Err(lost) = lost.await;
+        consumer.contact.lost();
         if matches!(lost, Lost::ConsumerGone) {
             return;
         }
@@ -136,6 +186,82 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         let wait = backoff.next_wait(random.hash_one(failures));
         tracing::warn!(server = %address, reason = %Chain(&lost), retry_in = ?wait, objects = held.len(), "no server; the last state stays");
         tokio::time::sleep(wait).await;
+    }
+}
+
+/// Whoever is told, with the disk that is told the same.
+struct Consumer {
+    events: mpsc::Sender<SyncEvent>,
+    keeper: Option<Keeper>,
+    contact: Arc<Contact>,
+}
+
+impl Consumer {
+    async fn tell(&self, event: SyncEvent) -> Result<(), Lost> {
+        if let Some(keeper) = &self.keeper {
+            keeper.note(&event);
+        }
+        if event == SyncEvent::Status(SyncStatus::InSync) {
+            self.contact.set(Contact::COMPLETE);
+        }
+        self.events
+            .send(event)
+            .await
+            .map_err(|_| Lost::ConsumerGone)
+    }
+}
+
+/// Tells the kept state, and, if no server answers for a while, that it is all there is.
+async fn begin_from(
+    keep: Keep,
+    kinds: &[Kind],
+    held: &mut Held,
+    events: &mpsc::Sender<SyncEvent>,
+    contact: &Arc<Contact>,
+) -> Result<Option<Keeper>, mpsc::error::SendError<SyncEvent>> {
+    let (file, kinds) = (keep.file, kinds.to_vec());
+    let opened = tokio::task::spawn_blocking(move || kept::open(&file, &kinds)).await;
+    let (found, keeper) = opened.unwrap_or_default();
+    let Some(mut found) = found else {
+        return Ok(keeper);
+    };
+    tracing::info!(objects = found.objects.len(), age = ?found.age, "the state of the last run is known");
+    let resync = SyncEvent::Status(SyncStatus::ResyncInProgress);
+    events.send(resync).await?;
+    while !found.objects.is_empty() {
+        let batch = found
+            .objects
+            .split_off(found.objects.len().saturating_sub(BATCH));
+        for update in &batch {
+            held.remember(update);
+        }
+        events.send(SyncEvent::Updates(batch)).await?;
+    }
+    let (events, contact) = (events.clone(), Arc::clone(contact));
+    tokio::spawn(async move {
+        let since = Instant::now();
+        tokio::select! {
+            () = wait_for_contact(&contact, keep.patience) => {}
+            () = events.closed() => return,
+        }
+        if contact.now() != Contact::COMPLETE {
+            tracing::warn!(waited = ?since.elapsed(), age = ?found.age, "no server answers; the state of the last run counts");
+            // A consumer that is gone need not be told.
+            let _ = events.send(SyncEvent::Status(SyncStatus::InSync)).await;
+        }
+    });
+    Ok(keeper)
+}
+
+/// Until a server has told everything, or for so long; one that is talking is heard out (its silence is noticed elsewhere).
+async fn wait_for_contact(contact: &Contact, patience: Duration) {
+    const LOOK: Duration = Duration::from_millis(200);
+    let limit = Instant::now() + patience;
+    while contact.now() != Contact::COMPLETE
+        && (Instant::now() < limit || contact.now() == Contact::TALKING)
+    {
+        let rest = limit.saturating_duration_since(Instant::now());
+        tokio::time::sleep(rest.clamp(Duration::from_millis(10), LOOK)).await;
     }
 }
 
@@ -163,7 +289,7 @@ async fn converse(
     stream: impl AsyncRead + AsyncWrite,
     identity: &Identity,
     held: &mut Held,
-    events: &mpsc::Sender<SyncEvent>,
+    consumer: &Consumer,
     complete: &mut bool,
 ) -> Lost {
     let (mut reader, mut writer) = tokio::io::split(stream);
@@ -171,7 +297,7 @@ async fn converse(
     let mut input = BytesMut::with_capacity(64 * 1024);
     loop {
         while let Some(output) = conn.poll_output() {
-            if let Err(lost) = perform(output, &mut writer, events).await {
+            if let Err(lost) = perform(output, &mut writer, consumer).await {
                 return lost;
             }
         }
@@ -182,6 +308,7 @@ async fn converse(
                 Ok(0) => return Lost::Closed,
                 Ok(_) => {
                     let heard = conn.on_bytes(Instant::now(), &input, held);
+                    consumer.contact.set(Contact::TALKING);
                     input.clear();
                     heard
                 }
@@ -193,7 +320,7 @@ async fn converse(
             // What was decoded before the error has been noted as held, so the consumer must get it.
             while let Some(output) = conn.poll_output() {
                 if let Output::Event(_) = output
-                    && let Err(lost) = perform(output, &mut writer, events).await
+                    && let Err(lost) = perform(output, &mut writer, consumer).await
                 {
                     return lost;
                 }
@@ -206,7 +333,7 @@ async fn converse(
 async fn perform(
     output: Output,
     writer: &mut (impl AsyncWrite + Unpin),
-    events: &mpsc::Sender<SyncEvent>,
+    consumer: &Consumer,
 ) -> Result<(), Lost> {
     match output {
         Output::Send(frame) => {
@@ -220,7 +347,7 @@ async fn perform(
                 .map_err(|_| Lost::Io(std::io::ErrorKind::TimedOut.into()))?
                 .map_err(Lost::Io)
         }
-        Output::Event(event) => events.send(event).await.map_err(|_| Lost::ConsumerGone),
+        Output::Event(event) => consumer.tell(event).await,
         Output::Undecodable { object, reason } => {
             tracing::error!(
                 object,

@@ -113,6 +113,7 @@ pub fn connect_to(ports: &[u16]) -> mpsc::Receiver<SyncEvent> {
         info: "test".into(),
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
+        keep: None,
     })
 }
 

@@ -1,0 +1,219 @@
+//! One connected cluster: requests with a time limit, and lists in pages.
+
+use cali_api::{Key, Kind, Revision};
+use kube::Client;
+use kube::core::Request;
+use kube::core::params::{GetParams, ListParams};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::failure::failure;
+use super::places::{Group, Place, place};
+use super::{CALL_TIMEOUT, PAGE, wire};
+use crate::error::Error;
+
+/// How often a list that expired between its pages is begun again.
+const LIST_ATTEMPTS: usize = 3;
+
+/// A connected cluster.
+pub(super) struct Cluster {
+    pub(super) client: Client,
+    /// The group of Calico's kinds; `None` while the cluster serves none.
+    pub(super) group: Option<Group>,
+}
+
+/// A page of a list, as the server sends it.
+#[derive(Deserialize)]
+pub(super) struct Answer {
+    pub(super) metadata: PageMetadata,
+    #[serde(default)]
+    pub(super) items: Vec<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PageMetadata {
+    pub(super) resource_version: String,
+    #[serde(default, rename = "continue")]
+    pub(super) next: Option<String>,
+}
+
+/// Which objects of a kind.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Scope<'a> {
+    /// Of this namespace only.
+    pub(super) namespace: Option<&'a str>,
+    /// Those that this field selector holds for.
+    pub(super) fields: Option<&'a str>,
+}
+
+impl<'a> Scope<'a> {
+    pub(super) fn namespace(namespace: Option<&'a str>) -> Self {
+        Self {
+            namespace,
+            fields: None,
+        }
+    }
+}
+
+pub(super) type BuiltRequest = Result<http::Request<Vec<u8>>, kube::core::request::Error>;
+
+impl Cluster {
+    pub(super) fn place(&self, kind: Kind) -> Result<Place, Error> {
+        match self.group {
+            Some(group) => Ok(place(kind, group)),
+            None if kind.is_native() => Ok(place(kind, Group::Internal)),
+            None => Err(Error::unavailable(
+                format!("find {}", kind.plural()),
+                "the API server serves neither crd.projectcalico.org/v1 nor projectcalico.org/v3: apply the manifests in deploy/crds",
+            )),
+        }
+    }
+
+    pub(super) fn group(&self) -> Group {
+        self.group.unwrap_or(Group::Internal)
+    }
+
+    /// One page; `None` if the cluster does not serve the kind.
+    pub(super) async fn page(
+        &self,
+        kind: Kind,
+        scope: Scope<'_>,
+        next: Option<&str>,
+        limit: u32,
+    ) -> Result<Option<Answer>, Error> {
+        served(kind, next, self.ask(kind, scope, next, limit).await?)
+    }
+
+    /// As [`Self::page`]; where the first page's instant is gone, the server goes on with what stands now.
+    pub(super) async fn later_page(
+        &self,
+        kind: Kind,
+        scope: Scope<'_>,
+        next: Option<&str>,
+        limit: u32,
+    ) -> Result<Option<Answer>, Error> {
+        let answer = match self.ask(kind, scope, next, limit).await? {
+            Err(Failed::Api(status)) if status.code == 410 => {
+                match status.metadata.as_ref().and_then(|of| of.continue_.clone()) {
+                    Some(now) => self.ask(kind, scope, Some(&now), limit).await?,
+                    None => Err(Failed::Api(status)),
+                }
+            }
+            answer => answer,
+        };
+        served(kind, next, answer)
+    }
+
+    /// Asks for one page.
+    async fn ask(
+        &self,
+        kind: Kind,
+        scope: Scope<'_>,
+        next: Option<&str>,
+        limit: u32,
+    ) -> Result<Result<Answer, Failed>, Error> {
+        let mut parameters = ListParams::default();
+        if limit > 0 {
+            parameters = parameters.limit(limit);
+        }
+        if let Some(next) = next {
+            parameters = parameters.continue_token(next);
+        }
+        if let Some(fields) = scope.fields {
+            parameters = parameters.fields(fields);
+        }
+        let request = Request::new(self.place(kind)?.path(scope.namespace)).list(&parameters);
+        Ok(call(&self.client, request).await)
+    }
+
+    /// All objects of a kind as the server has them, and the revision; `None` if it is not served.
+    pub(super) async fn scan(
+        &self,
+        kind: Kind,
+        scope: Scope<'_>,
+    ) -> Result<Option<(Vec<Value>, String)>, Error> {
+        let mut attempt = 0;
+        'list: loop {
+            attempt += 1;
+            // The last attempt is not paged, so that it cannot expire.
+            let limit = if attempt < LIST_ATTEMPTS { PAGE } else { 0 };
+            let (mut items, mut next): (Vec<Value>, Option<String>) = (Vec::new(), None);
+            loop {
+                let page = match self.page(kind, scope, next.as_deref(), limit).await {
+                    Err(Error::RevisionGone { .. }) if attempt < LIST_ATTEMPTS => continue 'list,
+                    Err(error) => return Err(error),
+                    Ok(None) => return Ok(None),
+                    Ok(Some(page)) => page,
+                };
+                items.extend(page.items.into_iter().map(|item| wire::read(kind, item)));
+                next = page.metadata.next.filter(|token| !token.is_empty());
+                if next.is_none() {
+                    return Ok(Some((items, page.metadata.resource_version)));
+                }
+            }
+        }
+    }
+
+    pub(super) async fn send(&self, request: BuiltRequest) -> Result<Value, Failed> {
+        call(&self.client, request).await
+    }
+
+    /// Reads an object in the form of [`wire::read`].
+    pub(super) async fn read(&self, key: &Key) -> Result<Value, Error> {
+        let request = self.at(key)?.get(&key.name, &GetParams::default());
+        match self.send(request).await {
+            Ok(object) => Ok(wire::read(key.kind, object)),
+            Err(error) => Err(failure("read", key, error)),
+        }
+    }
+
+    pub(super) fn at(&self, key: &Key) -> Result<Request, Error> {
+        let path = self.place(key.kind)?.path(key.namespace.as_deref());
+        Ok(Request::new(path))
+    }
+}
+
+/// How a call failed.
+pub(super) enum Failed {
+    Api(Box<kube::core::Status>),
+    Other(crate::Cause),
+}
+
+impl Failed {
+    pub(super) fn unavailable(self, operation: String) -> Error {
+        match self {
+            Self::Api(status) => Error::unavailable(operation, kube::Error::Api(status)),
+            Self::Other(cause) => Error::unavailable(operation, cause),
+        }
+    }
+}
+
+pub(super) async fn call<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    request: BuiltRequest,
+) -> Result<T, Failed> {
+    let request = request.map_err(|error| Failed::Other(error.into()))?;
+    match tokio::time::timeout(CALL_TIMEOUT, client.request(request)).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(kube::Error::Api(status))) => Err(Failed::Api(status)),
+        Ok(Err(error)) => Err(Failed::Other(error.into())),
+        Err(late) => Err(Failed::Other(late.into())),
+    }
+}
+
+/// An answer's page; `None` if the cluster does not serve the kind.
+fn served(
+    kind: Kind,
+    next: Option<&str>,
+    answer: Result<Answer, Failed>,
+) -> Result<Option<Answer>, Error> {
+    match answer {
+        Ok(page) => Ok(Some(page)),
+        Err(Failed::Api(status)) if status.code == 404 => Ok(None),
+        Err(Failed::Api(status)) if status.code == 410 => Err(Error::RevisionGone {
+            revision: Revision::from(next.unwrap_or_default()),
+        }),
+        Err(error) => Err(error.unavailable(format!("list {}", kind.plural()))),
+    }
+}
