@@ -451,16 +451,15 @@ impl Graph {
         let local = &self.local;
         let (changed, gone) =
             flush_usage(&mut self.policy_usage, &mut self.sets, |key| {
-                match local.policy(key).map(|policy| &**policy) {
-                    Some(AnyResource::NetworkPolicy(policy)) => resolve(
-                        key.namespace.as_deref(),
-                        &policy.spec.ingress,
-                        &policy.spec.egress,
-                    ),
-                    Some(AnyResource::GlobalNetworkPolicy(policy)) => {
-                        resolve(None, &policy.spec.ingress, &policy.spec.egress)
+                match local.rules(key) {
+                    Some(Ok([ingress, egress])) => {
+                        resolve(key.namespace.as_deref(), &ingress, &egress)
                     }
-                    _ => Resolved::default(),
+                    Some(Err(problem)) => Resolved {
+                        problems: vec![problem],
+                        ..Resolved::default()
+                    },
+                    None => Resolved::default(),
                 }
             });
         (

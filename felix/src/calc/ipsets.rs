@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 
 use super::labels::{LabelIndex, MatchChange};
 use super::members::Members;
+use super::numbered::Numbered;
 use super::output::{Delta, IpSetId, Member};
 use super::rules::SetSpec;
 use super::services::Services;
@@ -22,7 +23,7 @@ use super::services::Services;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Item {
     pub(super) nets: SmallVec<[Cidr; 2]>,
-    pub(super) ports: Vec<NamedPort>,
+    pub(super) ports: Box<[NamedPort]>,
 }
 
 /// A named port.
@@ -45,9 +46,7 @@ struct IpSet {
 #[derive(Default)]
 pub(super) struct IpSets {
     index: LabelIndex<u32, IpSetId>,
-    numbers: HashMap<Key, u32>,
-    items: HashMap<u32, Item>,
-    next_number: u32,
+    items: Numbered,
     sets: HashMap<IpSetId, IpSet>,
     services: Services,
     /// Sets that were created, changed or lost their last user; `true`: visible, `false`: no longer.
@@ -63,18 +62,9 @@ impl IpSets {
         parents: &[Arc<str>],
         item: Item,
     ) {
-        let number = match self.numbers.get(key) {
-            Some(number) => *number,
-            None => {
-                let number = self.next_number;
-                self.next_number = self.next_number.wrapping_add(1);
-                self.numbers.insert(key.clone(), number);
-                number
-            }
-        };
+        let (number, old) = self.items.put(key, item.clone());
         let mut changes = Vec::new();
         self.index.set_item(number, labels, parents, &mut changes);
-        let old = self.items.insert(number, item.clone()).unwrap_or_default();
         if old != item {
             let kept: Vec<IpSetId> = self
                 .index
@@ -99,13 +89,14 @@ impl IpSets {
 
     /// Removes an item.
     pub(super) fn remove_item(&mut self, key: &Key) {
-        let Some(number) = self.numbers.remove(key) else {
+        let Some((number, item)) = self.items.remove(key) else {
             return;
         };
         let mut changes = Vec::new();
         self.index.remove_item(&number, &mut changes);
-        self.apply(&changes);
-        self.items.remove(&number);
+        for change in changes {
+            self.contribute_item(&change.selector, &item, change.matches);
+        }
     }
 
     /// Gives a profile's labels to the items that name it.
@@ -241,7 +232,7 @@ impl IpSets {
 
     fn apply(&mut self, changes: &[MatchChange<u32, IpSetId>]) {
         for change in changes {
-            if let Some(item) = self.items.get(&change.item).cloned() {
+            if let Some(item) = self.items.item(change.item).cloned() {
                 self.contribute_item(&change.selector, &item, change.matches);
             }
         }

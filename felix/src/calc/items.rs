@@ -146,7 +146,7 @@ fn names(names: &[String]) -> Vec<Arc<str>> {
 pub(super) fn other(key: &Key, value: Option<&AnyResource>) -> Option<Contribution> {
     let plain = |nets: &[cali_api::Net]| Item {
         nets: nets.iter().map(|net| net.cidr()).collect(),
-        ports: Vec::new(),
+        ports: Box::default(),
     };
     let mut parents = Vec::new();
     let (mut labels, item) = match value? {

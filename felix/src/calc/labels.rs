@@ -506,13 +506,13 @@ fn effective<'a>(
 
 /// One copy of each text. Texts that nobody holds any more are dropped when the store has doubled.
 #[derive(Default)]
-struct Interner {
+pub(super) struct Interner {
     texts: HashSet<Arc<str>>,
     sweep_at: usize,
 }
 
 impl Interner {
-    fn get(&mut self, text: &str) -> Arc<str> {
+    pub(super) fn get(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.texts.get(text) {
             return known.clone();
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use cali_api::kubernetes::SERVICE_ACCOUNT_LABEL_PREFIX;
 use cali_api::selector::Selector;
-use cali_api::v3::{DEFAULT_TIER, Order, TierAction};
+use cali_api::v3::{self, DEFAULT_TIER, Order, TierAction};
 use cali_api::{AnyResource, Cidr, Key};
 use foldhash::HashMap;
 
@@ -59,11 +59,26 @@ pub(super) enum Decided {
 type Applies = [[bool; 2]; 4];
 
 struct Policy {
-    source: Arc<AnyResource>,
+    rules: Packed,
     tier: Arc<str>,
     order: Option<Order>,
     applies: Applies,
     selector: Selector,
+}
+
+/// Rules for ingress and egress as somebody wrote them, as JSON: all policies of the cluster are kept, and few of them are in force
+/// on this node.
+struct Packed(Box<[u8]>);
+
+impl Packed {
+    fn of(ingress: &[v3::Rule], egress: &[v3::Rule]) -> Result<Self, String> {
+        let text = serde_json::to_vec(&(ingress, egress)).map_err(|error| error.to_string())?;
+        Ok(Self(text.into()))
+    }
+
+    fn open(&self) -> Result<[Vec<v3::Rule>; 2], String> {
+        serde_json::from_slice(&self.0).map_err(|error| format!("rules: {error}"))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -160,11 +175,7 @@ impl Local {
 
     /// Adds a policy or changes it. With a selector that cannot be used, the error is returned and
     /// the former version stays.
-    pub(super) fn set_policy(
-        &mut self,
-        key: &Key,
-        source: &Arc<AnyResource>,
-    ) -> Result<(), String> {
+    pub(super) fn set_policy(&mut self, key: &Key, source: &AnyResource) -> Result<(), String> {
         let Some(policy) = read_policy(source)? else {
             self.remove_policy(key);
             return Ok(());
@@ -199,9 +210,9 @@ impl Local {
         }
     }
 
-    /// The object behind a policy.
-    pub(super) fn policy(&self, key: &Key) -> Option<&Arc<AnyResource>> {
-        self.policies.get(key).map(|policy| &policy.source)
+    /// A policy's rules for ingress and egress.
+    pub(super) fn rules(&self, key: &Key) -> Option<Result<[Vec<v3::Rule>; 2], String>> {
+        self.policies.get(key).map(|policy| policy.rules.open())
     }
 
     /// Number of policies.
@@ -310,7 +321,7 @@ impl Local {
 }
 
 /// What selects and places a policy; `None` for what is no policy.
-fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
+fn read_policy(source: &AnyResource) -> Result<Option<Policy>, String> {
     let accounts = |text: &str| -> Result<Selector, String> {
         let selector = if text.is_empty() {
             Selector::all()
@@ -320,7 +331,7 @@ fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
         Ok(selector.with_label_prefix(SERVICE_ACCOUNT_LABEL_PREFIX))
     };
     let none = [false; 2];
-    Ok(match &**source {
+    Ok(match source {
         AnyResource::NetworkPolicy(policy) => {
             let spec = &policy.spec;
             let namespace = policy.metadata.namespace.as_deref().unwrap_or_default();
@@ -332,7 +343,7 @@ fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
                 .and(accounts(&spec.service_account_selector)?);
             let directions = [spec.applies_to_ingress(), spec.applies_to_egress()];
             Some(Policy {
-                source: source.clone(),
+                rules: Packed::of(&spec.ingress, &spec.egress)?,
                 tier: spec.tier_name().into(),
                 order: spec.order,
                 applies: [none, none, none, directions],
@@ -355,7 +366,7 @@ fn read_policy(source: &Arc<AnyResource>) -> Result<Option<Policy>, String> {
                 (false, false, false) => [none, none, none, directions],
             };
             Some(Policy {
-                source: source.clone(),
+                rules: Packed::of(&spec.ingress, &spec.egress)?,
                 tier: spec.tier_name().into(),
                 order: spec.order,
                 applies,

@@ -9,6 +9,7 @@ mod items;
 mod labels;
 mod local;
 mod members;
+mod numbered;
 mod output;
 mod rules;
 mod services;
