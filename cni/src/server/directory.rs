@@ -307,7 +307,7 @@ mod tests {
     use super::*;
 
     fn pod(uid: &str, mirror: Option<&str>) -> Pod {
-        let mut pod = Pod::default();
+        let mut pod = Pod::named("pod", cali_api::kubernetes::PodSpec::default());
         pod.metadata.uid = Some(uid.to_owned());
         if let Some(mirror) = mirror {
             let annotation = (MIRROR.to_owned(), mirror.to_owned());
