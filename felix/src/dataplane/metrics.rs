@@ -127,6 +127,6 @@ mod tests {
         assert_eq!(metrics.policy_latency.get_sample_count(), 1);
         assert!((metrics.policy_latency.get_sample_sum() - 0.05).abs() < 1e-6);
         assert_eq!(metrics.transaction.get_sample_count(), 4);
-        assert_eq!(registry.gather().len(), 4);
+        assert_eq!(registry.gather().len(), 5);
     }
 }
