@@ -1,7 +1,7 @@
 //! `calictl label` and `calictl patch`: small changes of one stored resource.
 
 use crate::change::change_stored;
-use crate::resources::{key, parse_kind};
+use crate::resources::{Kinds, key, parse_kind};
 use crate::{connection, output};
 use anyhow::{Context, Result, bail};
 use cali_api::AnyResource;
@@ -10,7 +10,10 @@ use serde_json::Value;
 
 #[derive(Debug, Args)]
 pub(crate) struct Label {
+    /// Kind: `node`, `ippool`, `hep`, ...
+    #[arg(value_parser = Kinds, hide_possible_values = true)]
     kind: String,
+    /// Name of the resource
     name: String,
     /// `key=value`, or `key` with --remove
     label: String,
@@ -20,13 +23,17 @@ pub(crate) struct Label {
     /// Take the label away
     #[arg(long)]
     remove: bool,
+    /// Namespace of namespaced kinds; `default` without
     #[arg(short, long)]
     namespace: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Patch {
+    /// Kind: `node`, `ippool`, `hep`, ...
+    #[arg(value_parser = Kinds, hide_possible_values = true)]
     kind: String,
+    /// Name of the resource
     name: String,
     /// The patch, in JSON or YAML
     #[arg(short, long)]
@@ -34,6 +41,7 @@ pub(crate) struct Patch {
     /// How it is meant; `strategic` is `merge` for these kinds, as none of them has a strategy
     #[arg(short = 't', long = "type", value_enum, default_value_t = PatchType::Strategic)]
     kind_of_patch: PatchType,
+    /// Namespace of namespaced kinds; `default` without
     #[arg(short, long)]
     namespace: Option<String>,
 }

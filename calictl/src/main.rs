@@ -200,4 +200,30 @@ mod tests {
     fn no_command_gives_one_flag_two_meanings() {
         Arguments::command().debug_assert();
     }
+
+    #[test]
+    fn every_word_that_can_be_typed_is_explained() {
+        fn walk(command: &clap::Command, silent: &mut Vec<String>) {
+            let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+            for argument in command.get_arguments() {
+                if argument
+                    .get_help()
+                    .is_none_or(|help| help.to_string().is_empty())
+                {
+                    silent.push(format!("{name}: {}", argument.get_id()));
+                }
+            }
+            if command.get_about().is_none() {
+                silent.push(name.to_owned());
+            }
+            for inner in command.get_subcommands() {
+                walk(inner, silent);
+            }
+        }
+        let mut command = Arguments::command();
+        command.build();
+        let mut silent = Vec::new();
+        walk(&command, &mut silent);
+        assert_eq!(silent, Vec::<String>::new());
+    }
 }

@@ -22,6 +22,7 @@ pub(crate) struct Routes {
     /// Only what is not in the kernel as it should be
     #[arg(long)]
     problems: bool,
+    /// How it is printed
     #[arg(short, long, value_enum, default_value_t = Form::Table)]
     output: Form,
 }

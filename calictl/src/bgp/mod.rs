@@ -31,6 +31,7 @@ pub(crate) enum Command {
     Routes(routes::Routes),
     /// Everything about one neighbor
     Neighbor {
+        /// Its address
         address: IpAddr,
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
@@ -48,7 +49,10 @@ pub(crate) enum Command {
         file: PathBuf,
     },
     /// Ask a neighbor for its routes again, without ending the session
-    Refresh { address: IpAddr },
+    Refresh {
+        /// Its address
+        address: IpAddr,
+    },
 }
 
 pub(crate) async fn run(command: &Command) -> Result<()> {

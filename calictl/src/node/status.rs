@@ -27,6 +27,7 @@ pub(crate) struct Status {
     /// How long other nodes may take to answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     timeout: u64,
+    /// How it is printed
     #[arg(short, long, value_enum, default_value_t = Form::Table)]
     output: Form,
 }

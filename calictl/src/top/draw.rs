@@ -21,6 +21,21 @@ const HEADER: [&str; 9] = [
     "DENIED",
     "POLICY p50 / p99",
 ];
+const STATE: usize = 1;
+const VERSION: usize = 2;
+const UPTIME: usize = 3;
+/// With a blank between two columns, 99 cells.
+const WIDTHS: [Constraint; 9] = [
+    Constraint::Min(12),
+    Constraint::Length(9),
+    Constraint::Length(9),
+    Constraint::Length(8),
+    Constraint::Length(9),
+    Constraint::Length(9),
+    Constraint::Length(7),
+    Constraint::Length(11),
+    Constraint::Length(17),
+];
 /// Lines of the list of troubles, with its border.
 const TROUBLES: u16 = 9;
 
@@ -40,27 +55,21 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, now: u64, colour: bool)
     ])
     .areas(frame.area());
     frame.render_widget(Paragraph::new(summary(&rows)).style(bold()), head);
+    let columns = columns(frame.area().width);
     let shown = rows.iter().skip(model.first).map(|row| {
         let cells = cells(row);
-        let state = Cell::from(cells[1].clone()).style(style(row.state, colour));
-        let mut cells: Vec<Cell<'_>> = cells.into_iter().map(Cell::from).collect();
-        cells[1] = state;
-        Cells::new(cells)
+        Cells::new(columns.iter().map(|column| {
+            let cell = Cell::from(cells[*column].clone());
+            match *column {
+                STATE => cell.style(style(row.state, colour)),
+                _ => cell,
+            }
+        }))
     });
-    let widths = [
-        Constraint::Min(12),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Length(8),
-        Constraint::Length(11),
-        Constraint::Length(9),
-        Constraint::Length(7),
-        Constraint::Length(12),
-        Constraint::Length(18),
-    ];
-    let heading = Cells::new(HEADER).style(Style::new().add_modifier(Modifier::DIM));
+    let heading = Cells::new(columns.iter().map(|column| HEADER[*column]))
+        .style(Style::new().add_modifier(Modifier::DIM));
     frame.render_widget(
-        Table::new(shown, widths)
+        Table::new(shown, columns.iter().map(|column| WIDTHS[*column]))
             .header(heading)
             .block(Block::new().borders(Borders::TOP)),
         nodes,
@@ -84,6 +93,18 @@ pub(super) fn draw(frame: &mut Frame<'_>, model: &Model, now: u64, colour: bool)
         Paragraph::new(help).style(Style::new().add_modifier(Modifier::DIM)),
         foot,
     );
+}
+
+/// The columns that fit: on a narrow screen those go that say least about trouble.
+fn columns(width: u16) -> Vec<usize> {
+    let left_out: &[usize] = match width {
+        99.. => &[],
+        89.. => &[VERSION],
+        _ => &[VERSION, UPTIME],
+    };
+    (0..HEADER.len())
+        .filter(|column| !left_out.contains(column))
+        .collect()
 }
 
 /// The same as text.
@@ -206,6 +227,16 @@ mod tests {
         let model = sample();
         terminal
             .draw(|frame| draw(frame, &model, 4604, true))
+            .expect("drawn");
+        insta::assert_snapshot!(terminal.backend());
+    }
+
+    #[test]
+    fn a_screen_of_eighty_columns_cuts_nothing_that_says_what_is_wrong() {
+        let mut terminal = Terminal::new(TestBackend::new(80, 14)).expect("a terminal");
+        let model = sample();
+        terminal
+            .draw(|frame| draw(frame, &model, 4604, false))
             .expect("drawn");
         insta::assert_snapshot!(terminal.backend());
     }

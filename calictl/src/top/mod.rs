@@ -41,7 +41,11 @@ const KEYS: Duration = Duration::from_millis(100);
 pub(crate) async fn run(top: &Top) -> Result<ExitCode> {
     let store = connection::open().await?;
     let nodes = reports::names(store.as_ref(), &top.node).await?;
-    let mut model = Model::of(&nodes, Duration::from_secs(top.interval.into()));
+    let mut model = Model::of(
+        &nodes,
+        Duration::from_secs(top.interval.into()),
+        crate::node::now()?,
+    );
     if top.once || !std::io::stdout().is_terminal() {
         let limit = cali_lab::patient(Duration::from_secs(top.timeout.max(1)));
         let now = crate::node::now()?;

@@ -32,6 +32,8 @@ impl Order {
 pub(super) struct Model {
     nodes: BTreeMap<String, Node>,
     interval: Duration,
+    /// When the nodes were asked first.
+    asked: u64,
     pub(super) order: Order,
     /// The first row that is shown.
     pub(super) first: usize,
@@ -75,13 +77,14 @@ pub(super) enum State {
 }
 
 impl Model {
-    pub(super) fn of(nodes: &[String], interval: Duration) -> Self {
+    pub(super) fn of(nodes: &[String], interval: Duration, now: u64) -> Self {
         Self {
             nodes: nodes
                 .iter()
                 .map(|name| (name.clone(), Node::default()))
                 .collect(),
             interval,
+            asked: now,
             order: Order::Trouble,
             first: 0,
         }
@@ -129,7 +132,7 @@ impl Model {
         let mut rows: Vec<Row> = self
             .nodes
             .iter()
-            .map(|(name, node)| node.row(name, now, late))
+            .map(|(name, node)| node.row(name, now, late, self.asked))
             .collect();
         // Equal ones keep the order of their names.
         match self.order {
@@ -149,7 +152,7 @@ impl Model {
 }
 
 impl Node {
-    fn row(&self, name: &str, now: u64, late: u64) -> Row {
+    fn row(&self, name: &str, now: u64, late: u64, asked: u64) -> Row {
         let mut row = Row {
             name: name.to_owned(),
             state: State::Asked,
@@ -167,6 +170,13 @@ impl Node {
             row.troubles.push(reason.clone());
         }
         let Some((report, at)) = &self.last else {
+            let waited = now.saturating_sub(asked);
+            if row.state == State::Asked && waited > late {
+                row.state = State::Silent;
+                row.troubles.push(format!(
+                    "no answer for {waited} s: cali-node does not run there, or does not reach the datastore"
+                ));
+            }
             return row;
         };
         let (node, figures) = (&report.node, &report.figures);
@@ -264,7 +274,7 @@ pub(super) mod tests {
     /// Four nodes: well, with a session down, not ready, and silent.
     pub(in crate::top) fn sample() -> Model {
         let names = ["n1", "n2", "n3", "n4"].map(str::to_owned);
-        let mut model = Model::of(&names, Duration::from_secs(3));
+        let mut model = Model::of(&names, Duration::from_secs(3), 4590);
         model.on_report("n1", report("n1", true, 100), 4600);
         model.on_report("n1", report("n1", true, 160), 4603);
         let mut down = report("n2", true, 0);
@@ -308,6 +318,15 @@ pub(super) mod tests {
             rows.iter().find(|row| row.name == "n1").expect("n1").denied,
             (None, Some(5))
         );
+    }
+
+    #[test]
+    fn a_node_that_never_reports_is_silent_after_a_while() {
+        let model = Model::of(&["n1".to_owned()], Duration::from_secs(3), 100);
+        assert_eq!(model.rows(103)[0].state, State::Asked);
+        let row = &model.rows(130)[0];
+        assert_eq!(row.state, State::Silent);
+        assert!(row.troubles[0].starts_with("no answer for 30 s"), "{row:?}");
     }
 
     #[test]
