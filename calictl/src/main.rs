@@ -216,7 +216,10 @@ mod tests {
             if command.get_about().is_none() {
                 silent.push(name.to_owned());
             }
-            for inner in command.get_subcommands() {
+            for inner in command
+                .get_subcommands()
+                .filter(|inner| !inner.is_hide_set())
+            {
                 walk(inner, silent);
             }
         }

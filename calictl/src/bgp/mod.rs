@@ -24,6 +24,7 @@ use std::path::PathBuf;
 pub(crate) enum Command {
     /// All neighbors, with how many routes each of them sends and gets
     Peers {
+        /// How it is printed
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
@@ -33,6 +34,7 @@ pub(crate) enum Command {
     Neighbor {
         /// Its address
         address: IpAddr,
+        /// How it is printed
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
@@ -40,6 +42,7 @@ pub(crate) enum Command {
     Explain {
         /// An address or a prefix; the longest prefix around it that has a route is explained
         destination: String,
+        /// How it is printed
         #[arg(short, long, value_enum, default_value_t = Output::Table)]
         output: Output,
     },

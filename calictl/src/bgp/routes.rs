@@ -24,6 +24,7 @@ pub(crate) struct Routes {
     /// Best routes that this neighbor is not sent, with the reason
     #[arg(long, value_name = "ADDRESS", group = "peer")]
     pub(super) withheld: Option<IpAddr>,
+    /// How it is printed
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub(super) output: Output,
 }
