@@ -110,9 +110,26 @@ pub struct RuntimeConfig {
     /// Capability `portMappings`: ports of the host that lead to the container.
     #[serde(rename = "portMappings", default)]
     pub port_mappings: Option<Vec<AskedPort>>,
+    /// Capability `bandwidth`.
+    #[serde(default)]
+    pub bandwidth: Option<Bandwidth>,
     /// Capability `mac`: Ethernet address of the container's interface.
     #[serde(default)]
     pub mac: Option<String>,
+}
+
+/// Limits of a container's traffic.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Bandwidth {
+    /// Bits per second towards the container; 0: no limit.
+    pub ingress_rate: u64,
+    /// Bits at once.
+    pub ingress_burst: u64,
+    /// Bits per second from the container; 0: no limit.
+    pub egress_rate: u64,
+    /// Bits at once.
+    pub egress_burst: u64,
 }
 
 /// One wish of `portMappings`, as written; [`crate::nat::ports`] judges it.

@@ -10,6 +10,7 @@
 //!
 //! What it does not do: routes and policy on the host, and address allocation itself (`cali-ipam`).
 
+pub mod bandwidth;
 pub mod config;
 mod durable;
 pub mod nat;

@@ -326,6 +326,28 @@ kernel_test! {
         assert_eq!(node.keeper.attachments().await.len(), 2);
     }
 
+    async fn bandwidth_is_limited_in_both_directions() {
+        const BYTES: usize = 1_500_000;
+        let node = Node::new("cniband").await;
+        let pod = TestNs::new("cnipod");
+        node.host.ip("address add 192.0.2.1/32 dev lo");
+        // 4 Mbit/s, and 64 KiB at once: all but that takes 2.8 s at least.
+        node.pod("p", json!({"kubernetes.io/ingress-bandwidth": "4M", "kubernetes.io/egress-bandwidth": "4M"})).await;
+        let result = node.call(&Call::new("ADD", "p", "c1", pod.name())).ok();
+        let own = address(&result, 0);
+        let floor = std::time::Duration::from_millis(2_500);
+        let took = support::transfer(&node.host, &pod, own, BYTES);
+        assert!(took > floor, "towards the pod: {took:?}\n{}", node.host.run("tc", &["-s", "qdisc"]));
+        let took = support::transfer(&pod, &node.host, "192.0.2.1".parse().unwrap(), BYTES);
+        assert!(took > floor, "from the pod: {took:?}\n{}", pod.run("tc", &["-s", "qdisc"]));
+        assert!(pod.run("tc", &["qdisc"]).contains("tbf"));
+        let free = TestNs::new("cnipod");
+        node.pod("q", json!({})).await;
+        node.call(&Call::new("ADD", "q", "c2", free.name())).ok();
+        assert!(!free.run("tc", &["qdisc"]).contains("tbf"), "nobody else is held back");
+        assert_eq!(node.host.run("tc", &["qdisc"]).matches("tbf").count(), 1);
+    }
+
     async fn a_pod_of_the_same_name_that_is_gone_is_not_taken_for_the_new_one() {
         let node = Node::new("cniuid").await;
         let pod = TestNs::new("cnipod");

@@ -229,6 +229,12 @@ pub trait Datastore: Send + Sync {
         Ok(())
     }
 
+    /// Says on a node's own object whether its network serves pods (the condition `NetworkUnavailable` of Kubernetes); in
+    /// stores that have no place for it nothing happens.
+    async fn tell_network(&self, _node: &str, _serves: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Creates the object or replaces what stands there, whatever its revision.
     ///
     /// What other writers own is kept: `status` where the given object has none, and on native Kubernetes objects the

@@ -187,6 +187,26 @@ async fn nodes_are_annotations(server: &ApiServer, store: &Store) {
         matches!(&told, WatchEvent::Put(v) if v.object.key() == key),
         "{told:?}"
     );
+    // The condition of the network stands beside those of others, and is written when it changes only.
+    let condition = || {
+        let output = server
+            .kubectl(&["get", "node", "n1", "-o", "json"])
+            .output();
+        let node: Value = serde_json::from_slice(&output.expect("kubectl").stdout).expect("JSON");
+        let conditions = node["status"]["conditions"].as_array().cloned();
+        let mut ours = conditions.unwrap_or_default();
+        ours.retain(|c| c["type"] == "NetworkUnavailable");
+        assert_eq!(ours.len(), 1, "{node}");
+        let revision = node["metadata"]["resourceVersion"].clone();
+        (ours.remove(0)["status"].clone(), revision)
+    };
+    store.tell_network("n1", true).await.expect("tell");
+    let (status, revision) = condition();
+    assert_eq!(status, "False");
+    store.tell_network("n1", true).await.expect("tell");
+    assert_eq!(condition().1, revision);
+    store.tell_network("n1", false).await.expect("tell");
+    assert_eq!(condition().0, "True");
 }
 
 async fn namespaces_are_profiles(store: &Store) {

@@ -36,6 +36,7 @@ pub mod nflog;
 pub mod nft;
 pub mod probe;
 pub mod process;
+pub mod qdisc;
 pub mod reconcile;
 pub mod route;
 mod rtnl;

@@ -95,7 +95,7 @@ impl Netlink {
         &self.inner.low_rate
     }
 
-    fn socket(&self) -> MutexGuard<'_, Socket> {
+    pub(crate) fn socket(&self) -> MutexGuard<'_, Socket> {
         // A panic while the lock was held left at worst unread answers, which later requests skip by sequence number.
         self.inner
             .route

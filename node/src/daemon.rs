@@ -10,6 +10,7 @@
 //! | MTU | pools, settings, devices | a file for the CNI server; interfaces of running pods |
 //! | status reports | what the parts say, `bgpd` | CalicoNodeStatus resources that name this node |
 //! | word | tunnels, MTU | what this node receives, in the Node resource |
+//! | network condition | whether the dataplane is ready | `NetworkUnavailable` of the own node (Kubernetes) |
 //! | warnings | what cannot be enforced | Events beside the objects (Kubernetes) |
 //! | sockets | | status; best paths of `bgpd` |
 //! | CNI install | whether the dataplane is ready | plugin and configuration where the runtime looks for them |
@@ -53,7 +54,7 @@ use crate::status_socket::{self, Identity, NodeAddresses, Sources};
 use crate::supervisor::{Program, Supervisor};
 use crate::tunnel_addresses::TunnelAddresses;
 use crate::warnings;
-use crate::word::Teller;
+use crate::word::{self, Teller};
 
 /// Why the daemon could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -120,9 +121,10 @@ pub async fn run(
         () = stop => Ok(()),
     };
     match &result {
-        // Orderly: the speaker goes too, silently.
+        // Orderly: the speaker goes too, silently. New pods are to go elsewhere until the next start.
         Ok(()) => {
             tracing::info!("stopping; the kernel stays as it is");
+            word::tell_shutdown(running.datastore.as_ref(), &settings.node_name).await;
             if let Some(supervisor) = running.supervisor {
                 supervisor.stop().await;
             }
@@ -170,6 +172,7 @@ impl Parts {
 
 /// What must live as long as the daemon and has no end of its own.
 struct Running {
+    datastore: Arc<dyn Datastore>,
     supervisor: Option<Supervisor>,
     _cni: Server,
     _dataplane: Dataplane,
@@ -239,6 +242,12 @@ async fn start(
         pods,
     };
     parts.run("word", teller.run());
+    let network = word::tell_network(
+        datastore.clone(),
+        settings.node_name.clone(),
+        handle.state(),
+    );
+    parts.run("network condition", network);
 
     let warnings = warnings::run(
         datastore.clone(),
@@ -255,6 +264,7 @@ async fn start(
         .await
         .map_err(DaemonError::Reserve)?;
     let sink = Endpoints::new(handle.clone(), &netlink).map_err(kernel("connection tracking"))?;
+    let at_the_end = datastore.clone();
     let cni = CniSettings::new(settings.node_name.clone());
     let cni = Server::start(cni, datastore, keeper, netlink, Arc::new(sink))?;
 
@@ -327,6 +337,7 @@ async fn start(
     )?;
     parts.run("changes", fan_out.run(source));
     Ok(Running {
+        datastore: at_the_end,
         supervisor,
         _cni: cni,
         _dataplane: dataplane,

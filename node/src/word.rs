@@ -17,6 +17,8 @@ use tokio::sync::watch;
 
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(2);
+/// How long an orderly end may wait for the datastore.
+const AT_THE_END: Duration = Duration::from_secs(3);
 /// Conflicts after which a write is given up until the next attempt.
 const ATTEMPTS: usize = 20;
 
@@ -137,6 +139,33 @@ impl Teller {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// Says on the node's object that its network serves pods, once rules and routes stand. Kubernetes keeps pods away from a
+/// node that says otherwise. Ends only when the dataplane ends.
+pub async fn tell_network(
+    datastore: Arc<dyn Datastore>,
+    node: String,
+    mut state: watch::Receiver<Arc<State>>,
+) -> String {
+    if state.wait_for(|state| state.ready).await.is_ok() {
+        while let Err(error) = datastore.tell_network(&node, true).await {
+            tracing::warn!(%error, "cannot say that the network serves pods; trying again");
+            tokio::time::sleep(RETRY).await;
+        }
+        while state.changed().await.is_ok() {}
+    }
+    "the dataplane has ended".to_owned()
+}
+
+/// Says that the network is about to be without a keeper. Best effort, and bounded: whoever stops this daemon waits.
+pub async fn tell_shutdown(datastore: &dyn Datastore, node: &str) {
+    let told = tokio::time::timeout(AT_THE_END, datastore.tell_network(node, false)).await;
+    match told {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "cannot say that this node's network stops"),
+        Err(_) => tracing::warn!("cannot say in time that this node's network stops"),
     }
 }
 

@@ -21,6 +21,7 @@ use super::pods::{self, Known, Standing, Who};
 use super::publish::{News, Publisher};
 use super::sink::{Endpoint, EndpointSink, Leaving};
 use super::translations::Translations;
+use crate::bandwidth;
 use crate::config::Config;
 use crate::nat::{self, PortMapping, Translation};
 use crate::request::{Addresses, addresses, hardware_address};
@@ -206,6 +207,7 @@ impl Calls {
                 mac: cali_api::MacAddr(wired.pod_mac.0),
             },
         )?;
+        self.limit_bandwidth(job, &workload, pod, &wired);
         let endpoint = Endpoint {
             workload: workload.clone(),
             host_index: wired.host_index,
@@ -232,6 +234,35 @@ impl Calls {
         self.publisher
             .tell(job.who.clone(), News::Up(Box::new(workload)));
         Ok(render(&added(job, &wish, &wired), &job.config.cni_version))
+    }
+
+    /// Limits both directions. A limit that cannot be set is no reason to keep the pod from running.
+    fn limit_bandwidth(
+        &self,
+        job: &Job<'_>,
+        workload: &WorkloadEndpoint,
+        pod: &Netlink,
+        wired: &Wired,
+    ) {
+        let asked = job.config.runtime_config.bandwidth;
+        let buckets = bandwidth::buckets(workload.spec.qos_controls.as_ref(), asked);
+        let host = buckets
+            .ingress
+            .map(|bucket| self.host.limit_rate(wired.host_index, &bucket));
+        let inside = buckets
+            .egress
+            .map(|bucket| match pod.link_by_name(&job.request.ifname)? {
+                Some(link) => pod.limit_rate(link.index, &bucket),
+                None => Ok(()),
+            });
+        for error in [host, inside].into_iter().flatten().filter_map(Result::err) {
+            tracing::warn!(
+                container = job.request.container_id,
+                %error,
+                kernel_lacks_tbf = error.is_not_found(),
+                "the pod's bandwidth is not limited as asked"
+            );
+        }
     }
 
     /// Leads ports and addresses of the host to the container.

@@ -2,12 +2,12 @@
 //! writes routes, and the real executable.
 
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::net::IpAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use cali_api::{AnyResource, Key, Kind};
@@ -322,6 +322,27 @@ pub(crate) fn address(result: &Value, index: usize) -> IpAddr {
         .as_str()
         .unwrap_or_else(|| panic!("no address in {result}"));
     text.split('/').next().unwrap().parse().unwrap()
+}
+
+/// How long it takes until so many bytes have come in at the other end.
+pub(crate) fn transfer(from: &TestNs, to: &TestNs, at: IpAddr, bytes: usize) -> Duration {
+    let listener = to
+        .netns()
+        .run(move || TcpListener::bind((at, 0)).unwrap())
+        .unwrap();
+    let at = listener.local_addr().unwrap();
+    let mut stream = from
+        .netns()
+        .run(move || TcpStream::connect_timeout(&at, PATIENCE).unwrap())
+        .unwrap();
+    let started = Instant::now();
+    let sender = std::thread::spawn(move || stream.write_all(&vec![7; bytes]).unwrap());
+    let (mut incoming, _) = listener.accept().unwrap();
+    let mut all = Vec::new();
+    incoming.read_to_end(&mut all).unwrap();
+    sender.join().unwrap();
+    assert_eq!(all.len(), bytes);
+    started.elapsed()
 }
 
 /// Waits until the condition holds.

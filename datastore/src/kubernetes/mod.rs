@@ -665,6 +665,31 @@ impl Datastore for Kubernetes {
         }
     }
 
+    async fn tell_network(&self, node: &str, serves: bool) -> Result<(), Error> {
+        let cluster = self.cluster().await?;
+        let key = Key::cluster(Kind::K8sNode, node);
+        // Read whole: conditions are none of what is kept of a Node elsewhere.
+        let stands = cluster.at(&key)?.get(node, &GetParams::default());
+        let stands = match cluster.send(stands).await {
+            Ok(stands) => stands,
+            Err(error) => return Err(error.unavailable(format!("read {key}"))),
+        };
+        let Some(patch) = node::network_condition(&stands, serves, SystemTime::now()) else {
+            return Ok(());
+        };
+        // Conditions are merged by their type, so that those of others stay.
+        let request = cluster.at(&key)?.patch_subresource(
+            "status",
+            node,
+            &PatchParams::default(),
+            &Patch::Strategic(&patch),
+        );
+        match cluster.send(request).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.unavailable(format!("write the conditions of {key}"))),
+        }
+    }
+
     async fn secret(&self, namespace: &str, name: &str) -> Result<Option<Secret>, Error> {
         #[derive(Deserialize)]
         struct Body {

@@ -1,10 +1,15 @@
 //! Calico's Node as a view of Kubernetes' Node: written as annotations. Pure; reading is `cali_api::kubernetes::node`.
 
 use std::fmt::Display;
+use std::time::SystemTime;
 
 use cali_api::kubernetes::{self, annotation};
 use cali_api::{AnyResource, StringMap, v3};
 use serde_json::{Map, Value, json};
+
+use crate::timestamp;
+
+const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
 
 /// The annotations by which a Node's fields are stored.
 fn annotations(node: &v3::Node) -> Vec<(String, Option<String>)> {
@@ -92,6 +97,28 @@ pub(super) fn patch(origin: &kubernetes::Node, node: &v3::Node) -> Option<Value>
         }
     }
     (!wanted.is_empty()).then(|| json!({"metadata": {"annotations": wanted}}))
+}
+
+/// The patch of a Node's status that says whether its network serves pods, in Calico's words; `None` if it says so.
+pub(super) fn network_condition(node: &Value, serves: bool, now: SystemTime) -> Option<Value> {
+    let (status, reason, message) = if serves {
+        ("False", "CalicoIsUp", "Cali is running on this node")
+    } else {
+        ("True", "CalicoIsDown", "Cali is shutting down on this node")
+    };
+    let conditions = node.pointer("/status/conditions").and_then(Value::as_array);
+    let stands = conditions.into_iter().flatten().any(|condition| {
+        condition["type"] == NETWORK_UNAVAILABLE
+            && condition["status"] == status
+            && condition["reason"] == reason
+    });
+    let now = timestamp::format(now);
+    (!stands).then(|| {
+        json!({"status": {"conditions": [{
+            "type": NETWORK_UNAVAILABLE, "status": status, "reason": reason, "message": message,
+            "lastHeartbeatTime": now, "lastTransitionTime": now,
+        }]}})
+    })
 }
 
 #[cfg(test)]

@@ -159,7 +159,7 @@ pub fn plan_install(
     }))
 }
 
-/// The list that we write: one plugin, which serves host ports itself.
+/// The list that we write: one plugin, which serves host ports and bandwidth itself.
 fn render_list(mtu: u32, ipv6: bool) -> String {
     let list = json!({
         "name": "k8s-pod-network",
@@ -172,7 +172,7 @@ fn render_list(mtu: u32, ipv6: bool) -> String {
                 "assign_ipv4": "true",
                 "assign_ipv6": if ipv6 { "true" } else { "false" },
             },
-            "capabilities": { "portMappings": true },
+            "capabilities": { "portMappings": true, "bandwidth": true },
             // k3s' ServiceLB forwards packets inside its pods.
             "container_settings": { "allow_ip_forwarding": true },
         }],
