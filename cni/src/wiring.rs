@@ -67,13 +67,17 @@ pub(crate) fn host_side(host: &Netlink, alias: &str) -> Result<Option<Link>> {
 }
 
 /// Makes the pair. What a failure leaves is removed again. A host side of the same name is a left-over of an earlier
-/// sandbox of the same pod and gives way; an interface of the same name in the pod does not.
+/// sandbox of the same pod and gives way; an interface of the same name in the pod does not,
+/// unless it is the other end of such a left-over.
 pub(crate) async fn create(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result<Wired> {
-    if pod.link_by_name(&wish.pod_name)?.is_some() {
+    let stale = host.link_by_name(&wish.host_name)?;
+    if let Some(inside) = pod.link_by_name(&wish.pod_name)?
+        && !is_half_made(host, pod, stale.as_ref(), &inside)?
+    {
         let name = format!("{} in the pod", wish.pod_name);
         return Err(cali_netlink::Error::errno("create", name, Errno::EEXIST));
     }
-    if let Some(stale) = host.link_by_name(&wish.host_name)? {
+    if let Some(stale) = stale {
         host.delete_link(stale.index).await?;
     }
     let v6 = wish.addresses.iter().any(IpAddr::is_ipv6);
@@ -98,6 +102,18 @@ pub(crate) async fn create(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result
             Err(error)
         }
     }
+}
+
+/// The two are the ends of one pair that somebody of us was killed over before it had its alias.
+fn is_half_made(host: &Netlink, pod: &Netlink, side: Option<&Link>, inside: &Link) -> Result<bool> {
+    let Some(side) = side else {
+        return Ok(false);
+    };
+    Ok(side.kind == LinkKind::Veth
+        && side.alias.is_none()
+        && side.parent == Some(inside.index)
+        && side.link_netns.is_some()
+        && side.link_netns == host.number_of(pod.netns())?)
 }
 
 async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) -> Result<Wired> {

@@ -185,6 +185,17 @@ kernel_test! {
         assert!(pod.ip("-br link").contains("eth0"), "it is left alone");
     }
 
+    async fn a_pair_that_was_half_made_gives_way() {
+        let node = Node::new("cnihalf").await;
+        let pod = TestNs::new("cnipod");
+        node.pod("p", json!({})).await;
+        let host_name = cali_api::kubernetes::interface_name("test", "p");
+        // As it stands when the daemon is killed before the pair has its alias.
+        node.host.ip(&format!("link add {host_name} type veth peer name eth0 netns {}", pod.name()));
+        node.call(&Call::new("ADD", "p", "c1", pod.name())).ok();
+        assert!(node.host.ip(&format!("-d link show {host_name}")).contains("alias c1/eth0"));
+    }
+
     async fn garbage_collection_frees_what_has_no_interface_and_is_not_listed() {
         let node = Node::new("cnigc").await;
         let pods: Vec<TestNs> = (0..3).map(|_| TestNs::new("cnipod")).collect();
