@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
+.PHONY: image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -16,6 +16,12 @@ setup: ## install the system packages that the other targets need
 
 build: setup ## build every program
 	cargo build --workspace --bins
+
+image: ## the image for Kubernetes: an archive for docker, podman, containerd and k3s, of an optimised build (ARCH=amd64|arm64)
+	@scripts/image
+
+deb: ## a Debian package for hosts without Kubernetes
+	@scripts/deb
 
 lab: build ## bring up three nodes on this machine and show what runs there
 	$(SUDO) $(BIN)/calictl lab up $(LAB) --show

@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod mrt;
 pub mod passwords;
 pub mod policy;
+pub mod program;
 pub mod reach;
 pub mod rib;
 mod session;

@@ -16,6 +16,7 @@ pub mod facts;
 pub mod gc;
 pub mod host_endpoints;
 pub mod judge;
+pub mod program;
 pub mod run;
 pub mod settings;
 

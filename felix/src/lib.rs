@@ -14,4 +14,5 @@ pub mod compile;
 pub mod conformance;
 pub mod dataplane;
 pub mod iptables;
+pub mod program;
 pub mod verdict;

@@ -13,6 +13,7 @@ pub mod fan_out;
 pub mod health;
 pub mod mtu;
 pub mod pod_links;
+pub mod program;
 pub mod report;
 pub mod routes_socket;
 pub mod startup;

@@ -61,6 +61,7 @@ mod tests {
         "cali-node",
         "cali-controllers",
         "calictl",
+        "cali-image",
         "cali-tests",
         "cali-bench",
     ];

@@ -6,6 +6,7 @@
 
 mod arrows;
 pub mod bgp;
+mod documentation;
 pub mod kernel;
 pub mod lab;
 mod observability;

@@ -19,6 +19,7 @@ pub mod cache;
 pub mod client;
 pub mod config;
 pub mod digest;
+pub mod program;
 pub mod secrets;
 pub mod server;
 pub mod source;

@@ -190,6 +190,18 @@ impl ApiServer {
         self.settings().connect().await.expect("a client")
     }
 
+    /// A client of another user.
+    ///
+    /// # Panics
+    /// If the kubeconfig cannot be used.
+    pub async fn client_of(&self, kubeconfig: PathBuf) -> Client {
+        let settings = Settings {
+            kubeconfig: Some(kubeconfig),
+            ..Settings::default()
+        };
+        settings.connect().await.expect("a client")
+    }
+
     /// Applies manifests (a file with several documents of any kind) server-side, as JSON values.
     ///
     /// # Panics

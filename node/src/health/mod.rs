@@ -26,6 +26,7 @@ use cali_telemetry::{Endpoint, Expectation, Health, Registry, Reporter, Serving}
 use tokio::sync::watch;
 use typha::config::{ConfigError, Env};
 
+use crate::report::figures;
 use crate::status_socket::Sources;
 
 /// Between two looks at the parts.
@@ -83,6 +84,10 @@ pub struct Snapshot {
     pub waiting: usize,
     /// Remote tunnel endpoints in the kernel.
     pub tunnel_endpoints: usize,
+    /// Changes of policy that were enforced so far.
+    pub policy_changes: u64,
+    /// From a change of policy to its enforcement: median and 99th percentile, in milliseconds; `None` before the first.
+    pub policy_latency_ms: Option<[f64; 2]>,
     /// Seconds since the Unix epoch.
     pub now: u64,
 }
@@ -131,6 +136,7 @@ pub async fn start(
     if settings.health == settings.metrics {
         endpoint = endpoint.metrics(registry.clone());
     }
+    let counted = registry.clone();
     let served = match settings.health {
         Some(address) => Some(endpoint.serve(address).await?),
         None => None,
@@ -151,7 +157,7 @@ pub async fn start(
             // Nobody can ask, so nothing is looked at.
             return std::future::pending().await;
         }
-        observe(sources, parts, snapshots).await
+        observe(sources, &counted, parts, snapshots).await
     };
     Ok((servers, observed))
 }
@@ -162,6 +168,7 @@ struct Parts {
 
 async fn observe(
     sources: Sources,
+    registry: &Registry,
     parts: Parts,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
 ) -> String {
@@ -170,7 +177,7 @@ async fn observe(
         if sources.dataplane.routes().apply(Vec::new()).await.is_err() {
             return "the writer of routes has ended".to_owned();
         }
-        let snapshot = take(&sources).await;
+        let snapshot = take(&sources, registry).await;
         let reasons: Vec<String> = snapshot
             .node
             .readiness
@@ -198,13 +205,14 @@ fn decides(part: &str) -> bool {
     matches!(part, "policy" | "bgpd")
 }
 
-async fn take(sources: &Sources) -> Snapshot {
+async fn take(sources: &Sources, registry: &Registry) -> Snapshot {
     let state = sources.dataplane.state().borrow().clone();
     let bgp = if sources.identity.bgp {
         bgp_status().await
     } else {
         None
     };
+    let (policy_changes, policy_latency_ms) = figures::policy_latency(registry);
     Snapshot {
         node: sources.status(),
         bgp,
@@ -212,6 +220,8 @@ async fn take(sources: &Sources) -> Snapshot {
         routes: state.routes.desired,
         waiting: state.routes.waiting.len(),
         tunnel_endpoints: state.tunnels.endpoints,
+        policy_changes,
+        policy_latency_ms,
         now: std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs()),

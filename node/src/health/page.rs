@@ -98,6 +98,16 @@ fn cards(out: &mut String, snapshot: &Snapshot) {
     }
     card(snapshot.tunnel_endpoints.to_string(), "tunnel endpoints");
     card(
+        snapshot.policy_changes.to_string(),
+        "policy changes enforced",
+    );
+    if let Some([median, most]) = snapshot.policy_latency_ms {
+        card(
+            format!("{} / {}", milliseconds(median), milliseconds(most)),
+            "ms to enforce one, at most, in half / 99 % of them",
+        );
+    }
+    card(
         snapshot.node.quarantined.len().to_string(),
         "objects in quarantine",
     );
@@ -206,6 +216,15 @@ fn endpoints(out: &mut String, all: &[EndpointStatus]) {
     out.push_str("</table></div>");
 }
 
+/// The bounds of the histogram's buckets: two digits say it all.
+fn milliseconds(value: f64) -> String {
+    if value < 10.0 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.0}")
+    }
+}
+
 fn age(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
@@ -271,6 +290,8 @@ mod tests {
             routes: 3,
             waiting: 0,
             tunnel_endpoints: 2,
+            policy_changes: 12,
+            policy_latency_ms: Some([2.5, 50.0]),
             now: 4000,
         };
         let page = render(Some(&snapshot));
@@ -278,6 +299,7 @@ mod tests {
         assert!(page.contains("route 10.0.0.0/26"), "{page}");
         assert!(page.contains("up 1 h 5 min"), "{page}");
         assert!(page.contains("and 5 more"), "{page}");
+        assert!(page.contains("<b>2.5 / 50</b>"), "{page}");
         assert!(!page.contains("shop/<b>"), "{page}");
         let first = page.find("no route").expect("the bad endpoint is listed");
         assert!(first < page.find("&lt;b&gt;0<").unwrap(), "{page}");

@@ -7,7 +7,7 @@ use cali_netlink::nft::{Expr, Family, ListedRule, TableName, Verdict};
 use cali_netlink::{NetNs, Nft};
 use cali_telemetry::Registry;
 use felix::dataplane::State;
-use prometheus::proto::{Histogram, MetricFamily};
+use prometheus::proto::{Histogram, Metric, MetricFamily};
 
 /// The dataplane's name for the time until a change is enforced.
 const LATENCY: &str = "felix_policy_enforced_seconds";
@@ -17,17 +17,10 @@ const ENDED: &str = "felix_forbidden_flows_ended_total";
 /// Blocking: reads the rules of the kernel.
 pub(super) fn take(registry: &Registry, netns: &NetNs, state: &Arc<State>) -> Figures {
     let families = registry.gather();
-    let first = |name: &str| {
-        let family = families.iter().find(|family| family.name() == name);
-        family.and_then(|family: &MetricFamily| family.get_metric().first())
-    };
-    let latency = first(LATENCY).map(|metric| metric.get_histogram());
+    let (policy_changes, policy_latency_ms) = latency(&families);
     Figures {
-        policy_changes: latency.map_or(0, Histogram::get_sample_count),
-        policy_latency_ms: latency.and_then(|latency| {
-            let ms = |share| Some(quantile(latency, share)? * 1000.0);
-            Some([ms(0.5)?, ms(0.99)?])
-        }),
+        policy_changes,
+        policy_latency_ms,
         denied_packets: rules(netns).map(|rules| denied(&rules)),
         // A counter of whole flows.
         #[expect(
@@ -35,10 +28,30 @@ pub(super) fn take(registry: &Registry, netns: &NetNs, state: &Arc<State>) -> Fi
             clippy::cast_sign_loss,
             reason = "a count"
         )]
-        flows_ended: first(ENDED).map_or(0.0, |metric| metric.get_counter().get_value()) as u64,
+        flows_ended: first(&families, ENDED).map_or(0.0, |metric| metric.get_counter().get_value())
+            as u64,
         endpoints: state.endpoints.len() as u64,
         routes: state.routes.desired as u64,
     }
+}
+
+fn first<'a>(families: &'a [MetricFamily], name: &str) -> Option<&'a Metric> {
+    let family = families.iter().find(|family| family.name() == name);
+    family.and_then(|family| family.get_metric().first())
+}
+
+/// How many changes of policy were enforced, and the time that took: median and 99th percentile, in milliseconds.
+pub(crate) fn policy_latency(registry: &Registry) -> (u64, Option<[f64; 2]>) {
+    latency(&registry.gather())
+}
+
+fn latency(families: &[MetricFamily]) -> (u64, Option<[f64; 2]>) {
+    let latency = first(families, LATENCY).map(|metric| metric.get_histogram());
+    let shares = latency.and_then(|latency| {
+        let ms = |share| Some(quantile(latency, share)? * 1000.0);
+        Some([ms(0.5)?, ms(0.99)?])
+    });
+    (latency.map_or(0, Histogram::get_sample_count), shares)
 }
 
 fn rules(netns: &NetNs) -> Option<Vec<ListedRule>> {

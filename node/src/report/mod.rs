@@ -4,7 +4,7 @@
 //! Who cannot reach the node's sockets reads it there: `calictl node status --node` makes such a resource, waits for the
 //! report, and deletes it.
 
-mod figures;
+pub(crate) mod figures;
 mod schedule;
 mod shape;
 
