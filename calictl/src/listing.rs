@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn items_one_by_one_make_the_document() {
-        let items = vec![
+        let items = [
             json!({"a": {"b": ["x", "two\nlines\n", {}]}, "c": []}),
             json!({"a": "- no list: {}", "d": {"e": null, "f": [[1], [2]]}}),
         ];
