@@ -6,6 +6,7 @@ use std::fmt::Display;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use cali_netlink::conntrack::Conntrack;
 use cali_netlink::testing::eventually;
 use felix::compile::{Compiler, Program};
 use policy_lab::{Lab, Place, batch};
@@ -176,18 +177,24 @@ fn packets_that_leave_the_pools_get_the_nodes_address_if_the_pool_says_so() {
         pool("v6", "fd65::/64", false),
     ];
     lab.enforce(&program(&lab.pods, &pools));
-    for (v4, to, seen) in [
-        (true, &lab.world, "192.0.2.1".parse().expect("an address")),
-        (false, &lab.world, lab.pods[0].address(false)),
-        (true, &lab.pods[1], lab.pods[0].address(true)),
+    // Each with a port of its own: a program that another test starts may hold a former listener for a moment.
+    for (port, v4, to, seen) in [
+        (
+            4000,
+            true,
+            &lab.world,
+            "192.0.2.1".parse().expect("an address"),
+        ),
+        (4001, false, &lab.world, lab.pods[0].address(false)),
+        (4002, true, &lab.pods[1], lab.pods[0].address(true)),
     ] {
         let listener = to
             .ns
             .netns()
-            .run(|| TcpListener::bind("[::]:4000"))
+            .run(|| TcpListener::bind(SocketAddr::new("::".parse().expect("::"), port)))
             .expect("enter")
             .expect("listen");
-        let address = SocketAddr::new(to.address(v4), 4000);
+        let address = SocketAddr::new(to.address(v4), port);
         let connect = || TcpStream::connect_timeout(&address, LIMIT);
         let _stream = lab.pods[0]
             .ns
@@ -198,4 +205,43 @@ fn packets_that_leave_the_pools_get_the_nodes_address_if_the_pool_says_so() {
         let (_, from) = listener.accept().expect("a connection");
         assert_eq!(from.ip().to_canonical(), seen, "seen by {address}");
     }
+}
+
+#[test]
+fn what_carries_other_packets_between_nodes_is_not_tracked() {
+    const OTHER: u16 = 4790;
+    const OUTER: [u16; 3] = [4789, 51820, 51821];
+    let mut lab = Lab::new(1);
+    let configuration = json!({"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration",
+        "metadata": {"name": "default"}, "spec": {"wireguardEnabled": true, "wireguardEnabledV6": true}});
+    lab.enforce(&program(&lab.pods, &[configuration]));
+    let bound = |ns: &cali_netlink::NetNs, port: u16| {
+        let socket = ns.run(|| UdpSocket::bind(SocketAddr::new("::".parse().expect("::"), port)));
+        let socket = socket.expect("enter").expect("bind");
+        socket.set_read_timeout(Some(LIMIT)).expect("a limit");
+        socket
+    };
+    for port in OUTER.into_iter().chain([OTHER]) {
+        let here = bound(lab.node.netns(), port);
+        for node in ["::ffff:192.0.2.1", "2001:db8::1"] {
+            let there = bound(lab.world.ns.netns(), 0);
+            let node = SocketAddr::new(node.parse().expect("an address"), port);
+            // Both directions, so that either hook has seen the flow.
+            there.send_to(b"there", node).expect("sent");
+            let (_, peer) = here.recv_from(&mut [0; 8]).expect("there");
+            here.send_to(b"back", peer).expect("sent");
+            there.recv_from(&mut [0; 8]).expect("back");
+        }
+    }
+    let flows = Conntrack::open(lab.node.netns()).expect("conntrack").dump();
+    let ports: Vec<u16> = flows
+        .expect("flows")
+        .iter()
+        .map(|flow| flow.original.destination_port)
+        .filter(|port| *port == OTHER || OUTER.contains(port))
+        .collect();
+    assert_eq!(
+        ports, [OTHER; 2],
+        "one of each family, and of no other port"
+    );
 }
