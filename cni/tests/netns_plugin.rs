@@ -436,4 +436,31 @@ kernel_test! {
         }).await;
         soon("the endpoint", async || node.sink.up.lock().unwrap().len() == 1).await;
     }
+
+    async fn what_an_earlier_run_left_half_made_is_left_to_the_next_add() {
+        let mut node = Node::new("cnihalf").await;
+        let pods = [TestNs::new("cnipod"), TestNs::new("cnipod")];
+        for (name, pod) in ["half", "whole"].into_iter().zip(&pods) {
+            node.pod(name, json!({})).await;
+            node.call(&Call::new("ADD", name, &format!("c-{name}"), pod.name())).ok();
+            soon("the annotation", async || node.annotations(name).await.contains_key(POD_IP)).await;
+        }
+        node.stop();
+        for name in ["half", "whole"] {
+            let key = cali_api::Key::namespaced(cali_api::Kind::K8sPod, "test", name);
+            let mut stored = node.store.get(&key).await.unwrap().object.as_ref().clone();
+            stored.metadata_mut().annotations.clear();
+            node.store.update(stored).await.unwrap();
+        }
+        // As a daemon leaves it that dies before it has set the interface up.
+        let half = cali_api::kubernetes::interface_name("test", "half");
+        node.host.ip(&format!("link set {half} down"));
+        node.sink.up.lock().unwrap().clear();
+        node.start();
+        // They are looked at in this order.
+        soon("the annotation", async || node.annotations("whole").await.contains_key(POD_IP)).await;
+        soon("the endpoint", async || !node.sink.up.lock().unwrap().is_empty()).await;
+        assert_eq!(node.sink.up.lock().unwrap().len(), 1);
+        assert!(!node.annotations("half").await.contains_key(POD_IP));
+    }
 }

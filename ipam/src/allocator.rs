@@ -391,9 +391,13 @@ impl Allocator {
 
     /// Takes back all addresses of a handle and forgets the handle. An unknown handle is no error.
     pub async fn release_handle(&self, handle: &str) -> Result<Vec<IpAddr>, Error> {
+        let blocks = self.blocks_of_handle(handle).await?;
+        if blocks.is_empty() {
+            return Ok(Vec::new());
+        }
         let clock = self.clock(&self.objects.configuration().await?);
         let mut released = Vec::new();
-        for cidr in self.blocks_of_handle(handle).await? {
+        for cidr in blocks {
             let freed = self
                 .edit_block(&cidr, |block| block.release_handle(handle, clock))
                 .await?;

@@ -279,6 +279,32 @@ async fn a_lost_journal_is_rebuilt_from_the_store() {
     );
 }
 
+/// A process that is killed between the writes of a handle and of its block leaves a count that is too high.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handle_that_counts_too_much_goes_with_its_owner() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with_pool(folder.path()).await;
+    let keeper = keeper(&store, folder.path(), "n1").await;
+    keeper.acquire(&ask("net.pod", "n1", &[])).await.unwrap();
+    soon("the write", keeper.settled()).await.unwrap();
+    let handles = || async { store.list(Kind::IPAMHandle, None).await.unwrap().items };
+    let found = handles().await.into_iter().find_map(|item| {
+        let AnyResource::IPAMHandle(handle) = item.object.as_ref() else {
+            unreachable!()
+        };
+        (handle.spec.handle_id == "net.pod").then(|| handle.clone())
+    });
+    let mut handle = found.unwrap();
+    for count in handle.spec.block.values_mut() {
+        *count += 1;
+    }
+    store.apply((*handle).into()).await.unwrap();
+    keeper.release("net.pod").await.unwrap();
+    soon("the release", keeper.settled()).await.unwrap();
+    // That of the reserve.
+    assert_eq!(handles().await.len(), 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disabled_pool_loses_its_reserve_but_not_its_pods() {
     let folder = tempfile::tempdir().unwrap();

@@ -216,24 +216,28 @@ impl Calls {
             0 => self.settings.wait_for_policy,
             seconds => Duration::from_secs(seconds),
         };
-        match tokio::time::timeout(limit, self.sink.endpoint_up(endpoint)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => {
-                return Err(failure_of(
-                    code::TRY_AGAIN,
-                    "route and policy could not be programmed",
-                    &e,
-                ));
-            }
-            Err(_) => {
-                let msg = format!("route and policy were not programmed within {limit:?}");
-                return Err(failure(code::TRY_AGAIN, msg));
-            }
-        }
+        self.program(endpoint, limit).await?;
         self.translate(job, &workload, addresses, ports)?;
         self.publisher
             .tell(job.who.clone(), News::Up(Box::new(workload)));
         Ok(render(&added(job, &wish, &wired), &job.config.cni_version))
+    }
+
+    /// Returns once route and policy are in the kernel.
+    pub(super) async fn program(&self, endpoint: Endpoint, limit: Duration) -> Result<(), Failure> {
+        match tokio::time::timeout(limit, self.sink.endpoint_up(endpoint)).await {
+            Ok(programmed) => programmed.map_err(|e| {
+                failure_of(
+                    code::TRY_AGAIN,
+                    "route and policy could not be programmed",
+                    &e,
+                )
+            }),
+            Err(_) => {
+                let msg = format!("route and policy were not programmed within {limit:?}");
+                Err(failure(code::TRY_AGAIN, msg))
+            }
+        }
     }
 
     /// Limits both directions. A limit that cannot be set is no reason to keep the pod from running.

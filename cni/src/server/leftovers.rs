@@ -13,7 +13,7 @@ use super::pods::{self, Standing, Who};
 use super::publish::News;
 use super::sink::Endpoint;
 use crate::config::Config;
-use crate::spec::{code, failure, failure_of};
+use crate::spec::{code, failure};
 
 impl Calls {
     /// Frees what belongs to none of the valid attachments; never the address of an interface that still exists.
@@ -135,6 +135,11 @@ impl Calls {
         else {
             return Ok(());
         };
+        // An ADD brings the interface up before it is answered. This one was cut off, and the runtime asks again: what
+        // can never be programmed must not keep it waiting.
+        if !link.up {
+            return Ok(());
+        }
         let alias = link.alias.unwrap_or_default();
         let Some((container_id, ifname)) = alias.split_once('/') else {
             return Ok(());
@@ -184,13 +189,6 @@ impl Calls {
         };
         self.publisher
             .tell(who.clone(), News::Up(Box::new(workload)));
-        let programmed = self.sink.endpoint_up(endpoint).await;
-        programmed.map_err(|e| {
-            failure_of(
-                code::TRY_AGAIN,
-                "route and policy could not be programmed",
-                &e,
-            )
-        })
+        self.program(endpoint, self.settings.wait_for_policy).await
     }
 }

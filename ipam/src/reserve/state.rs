@@ -51,7 +51,8 @@ pub enum Record {
         /// The addresses.
         addresses: Vec<IpAddr>,
     },
-    /// A handle that this node does not know is to be released in the datastore.
+    /// A handle that this node does not know is to be released in the datastore, as one whose owner is gone
+    /// ([`Record::Free`]).
     ReleaseHandle {
         /// The handle.
         handle: String,
@@ -286,6 +287,10 @@ impl State {
             } => self.assign(owner, addresses, *stored),
             Record::Free { handle } => {
                 if let Some(attachment) = self.attachments.remove(handle) {
+                    // A process killed between two writes may have left the handle a count too high; nobody else looks.
+                    if handle != GHOST {
+                        self.tombstones.insert(handle.clone());
+                    }
                     for held in attachment.addresses {
                         self.dirty.insert(held.address, held.clone());
                         self.free.push_back(held);
@@ -445,6 +450,19 @@ mod tests {
             state.free().cloned().collect::<Vec<_>>(),
             [held(2), held(1)]
         );
+    }
+
+    #[test]
+    fn the_handle_of_an_owner_that_is_gone_leaves_a_tombstone() {
+        let mut state = state(&[1]);
+        let assign = state
+            .plan_assign(&Owner::new("a.1"), &[want(&["one"])])
+            .unwrap();
+        state.apply(&assign);
+        for record in state.plan_free("a.1", false) {
+            state.apply(&record);
+        }
+        assert_eq!(state.tombstones().collect::<Vec<_>>(), ["a.1"]);
     }
 
     #[test]

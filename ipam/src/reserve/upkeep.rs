@@ -99,9 +99,10 @@ async fn once(inner: &Arc<Inner>, audit: bool) -> Result<(), Error> {
             tracing::info!(block = %cidr, "gave up an empty block of a pool that no longer selects this node");
         }
     }
-    release_tombstones(inner).await?;
     trim(inner, &situation).await?;
     sync(inner, &situation).await?;
+    // After the blocks: what is left in a handle then is what the journal does not know, or a count too high.
+    release_tombstones(inner).await?;
     refill(inner, &situation).await
 }
 
@@ -225,16 +226,15 @@ async fn release_tombstones(inner: &Arc<Inner>) -> Result<(), Error> {
     let handles: Vec<String> = inner
         .read(|state| state.tombstones().map(str::to_owned).collect())
         .await;
-    for handle in handles {
-        let released = inner.allocator.release_handle(&handle).await?;
+    for handle in &handles {
+        let released = inner.allocator.release_handle(handle).await?;
         if !released.is_empty() {
             tracing::info!(handle, addresses = ?released, "released addresses that the journal did not know");
         }
-        inner
-            .change(|_| (vec![Record::HandleReleased { handle }], ()))
-            .await?;
     }
-    Ok(())
+    let done = |handle| Record::HandleReleased { handle };
+    let records = handles.into_iter().map(done).collect();
+    inner.change(|_| (records, ())).await
 }
 
 async fn trim(inner: &Arc<Inner>, situation: &Situation) -> Result<(), Error> {
