@@ -1,9 +1,9 @@
 //! Automatic host endpoints: what is planned, and the real program that keeps them.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use std::net::IpAddr;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cali_api::v3::{AutoHostEndpointConfig, Node};
@@ -12,6 +12,7 @@ use cali_controllers::host_endpoints::{CREATED_BY, Plan, plan};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
 use serde_json::{Value, json};
+use support::Replica;
 
 const BOUND: Duration = Duration::from_secs(60);
 
@@ -121,30 +122,6 @@ fn templates_choose_nodes_and_addresses() {
     );
 }
 
-/// The program; killed when dropped.
-struct Program(Child);
-
-impl Program {
-    fn start(database: &Path, name: &str) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_cali-controllers"))
-            .args(["--name", name, "--lease-seconds", "1"])
-            .env("DATASTORE_TYPE", "sqlite")
-            .env("CALI_SQLITE_PATH", database)
-            .env("RUST_LOG", "warn")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self(child)
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Waits until the datastore holds these host endpoints, each with the label `zone`.
 async fn until(store: &Sqlite, wanted: &[(&str, &str)]) {
     let end = Instant::now() + BOUND;
@@ -188,12 +165,12 @@ async fn the_program_follows_nodes_and_the_setting_and_hands_over_to_another_rep
     };
     store.apply(node("n1", "a").into()).await.unwrap();
     put(setting("Enabled")).await;
-    let first = Program::start(&database, "first");
+    let first = Replica::start(&database, "first");
     until(&store, &[("n1-auto-hep", "a")]).await;
     store.apply(node("n2", "b").into()).await.unwrap();
     until(&store, &[("n1-auto-hep", "a"), ("n2-auto-hep", "b")]).await;
     drop(first);
-    let _second = Program::start(&database, "second");
+    let _second = Replica::start(&database, "second");
     store.apply(node("n1", "c").into()).await.unwrap();
     store
         .delete(&Key::cluster(Kind::Node, "n2"), None)

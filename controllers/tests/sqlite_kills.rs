@@ -2,10 +2,10 @@
 //! deleted node and deleted pods while another node goes on working; nothing in use is touched.
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,33 +18,9 @@ use cali_datastore::sqlite::Sqlite;
 use cali_ipam::tunnel::Tunnel;
 use cali_ipam::{Allocator, Owner, Request, names};
 use serde_json::json;
+use support::Replica;
 
 const BOUND: Duration = Duration::from_secs(60);
-
-/// A running replica; killed when dropped.
-struct Replica(Child);
-
-impl Replica {
-    fn start(database: &Path, name: &str) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_cali-controllers"))
-            .args(["--name", name, "--lease-seconds", "1"])
-            .env("DATASTORE_TYPE", "sqlite")
-            .env("CALI_SQLITE_PATH", database)
-            .env("RUST_LOG", "warn")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self(child)
-    }
-}
-
-impl Drop for Replica {
-    fn drop(&mut self) {
-        // SIGKILL.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn pod(name: &str, node: &str, address: IpAddr) -> AnyResource {
     AnyResource::from_json(json!({

@@ -306,24 +306,14 @@ async fn attempt(capability: Capability, netns: &NetNs) -> Result<(), Error> {
 fn nf_tables(netns: &NetNs) -> Result<(), Error> {
     let mut transaction = Transaction::new(TableName::new(Family::Inet, "probe"));
     transaction.add_table();
-    commit(netns, transaction)
+    Nft::open(netns)?.commit_all(transaction)
 }
 
 fn flowtable(netns: &NetNs) -> Result<(), Error> {
     let mut transaction = Transaction::new(TableName::new(Family::Inet, "probe-flow"));
     transaction.add_table();
     transaction.add_flowtable("probe", 0, []);
-    commit(netns, transaction)
-}
-
-fn commit(netns: &NetNs, transaction: Transaction) -> Result<(), Error> {
-    match Nft::open(netns)?.commit(transaction) {
-        Ok(_) => Ok(()),
-        Err(rejected) => match rejected.failures.into_iter().next() {
-            Some(failure) => Err(failure.error),
-            None => Ok(()),
-        },
-    }
+    Nft::open(netns)?.commit_all(transaction)
 }
 
 #[cfg(test)]

@@ -5,6 +5,9 @@ mod tests {
     use std::collections::BTreeSet;
     use std::path::{Path, PathBuf};
 
+    use crate::lab::repository;
+    use crate::sources::{METRICS, files};
+
     /// Folders of packages whose programs read variables.
     const READING: [&str; 7] = [
         "node",
@@ -18,27 +21,9 @@ mod tests {
     const VARIABLES: [&str; 9] = [
         "FELIX_", "TYPHA_", "CALI_", "CALICO_", "CNI_", "ETCD_", "IP_", "IP6_", "BGP_",
     ];
-    const METRICS: [&str; 5] = ["felix_", "typha_", "bgp_", "cali_", "ipam_"];
-
-    fn repository() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-    }
 
     fn read(path: &Path) -> String {
         std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    }
-
-    fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                found.extend(files(&path, extension));
-            } else if path.extension().is_some_and(|end| end == extension) {
-                found.push(path);
-            }
-        }
-        found
     }
 
     /// The book's pages and those at the top of the repository.

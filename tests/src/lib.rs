@@ -10,6 +10,8 @@ mod documentation;
 pub mod kernel;
 pub mod lab;
 mod observability;
+#[cfg(test)]
+mod sources;
 pub mod table;
 pub mod traffic;
 pub mod wire;

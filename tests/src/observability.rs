@@ -3,34 +3,19 @@
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::path::{Path, PathBuf};
 
     use crate::lab::repository;
+    use crate::sources::{METRICS, files};
 
-    /// Beginnings of our metrics' names.
-    const OURS: [&str; 5] = ["felix_", "typha_", "bgp_", "cali_", "ipam_"];
     /// What Prometheus adds to the name of a histogram.
     const OF_HISTOGRAMS: [&str; 3] = ["_bucket", "_count", "_sum"];
     /// Folders of packages whose programs serve metrics.
     const SERVING: [&str; 5] = ["node", "felix", "bgpd", "typha", "controllers"];
 
-    fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                found.extend(files(&path, extension));
-            } else if path.extension().is_some_and(|e| e == extension) {
-                found.push(path);
-            }
-        }
-        found
-    }
-
     fn metrics_in(text: &str) -> BTreeSet<String> {
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
         text.split(|c| !word(c))
-            .filter(|word| OURS.iter().any(|prefix| word.starts_with(prefix)))
+            .filter(|word| METRICS.iter().any(|prefix| word.starts_with(prefix)))
             .map(|word| {
                 let plain = OF_HISTOGRAMS.iter().find_map(|s| word.strip_suffix(s));
                 plain.unwrap_or(word).to_owned()

@@ -21,13 +21,13 @@ use cali_netlink::nft::{
     nat_flag,
 };
 
+use cali_netlink::nft::matching::{cmp, family, load_address};
+
 use super::Translation;
 
 const DESTINATION_PRIORITY: i32 = -105;
 const SOURCE_PRIORITY: i32 = 105;
 const GUARD_PRIORITY: i32 = -300;
-/// `NFPROTO_IPV4`, `NFPROTO_IPV6`.
-const NFPROTO: [u8; 2] = [2, 10];
 /// `RTN_LOCAL` (`include/uapi/linux/rtnetlink.h`).
 const LOCAL: u32 = 2;
 
@@ -218,41 +218,6 @@ pub(crate) fn transaction<'a>(
     transaction
 }
 
-fn cmp(op: CmpOp, value: Key) -> Expr {
-    Expr::Cmp {
-        op,
-        sreg: Reg::R1,
-        value,
-    }
-}
-
-fn family(v4: bool) -> [Expr; 2] {
-    let number = NFPROTO[usize::from(!v4)];
-    [
-        Expr::Meta {
-            key: Meta::NfProto,
-            dreg: Reg::R1,
-        },
-        cmp(CmpOp::Eq, Key::byte(number)),
-    ]
-}
-
-/// Loads an address of the packet (RFC 791 §3.1, RFC 8200 §3).
-fn address(source: bool, v4: bool, dreg: Reg) -> Expr {
-    let (offset, len) = match (v4, source) {
-        (true, true) => (12, 4),
-        (true, false) => (16, 4),
-        (false, true) => (8, 16),
-        (false, false) => (24, 16),
-    };
-    Expr::Payload {
-        base: Base::Network,
-        offset,
-        len,
-        dreg,
-    }
-}
-
 /// Loads protocol and destination port into two words.
 fn service(first: u8) -> [Expr; 2] {
     [
@@ -293,7 +258,7 @@ fn destination_rule(kind: Kind, v4: bool) -> Option<Rule> {
         Kind::AnyAddress => {
             if !v4 {
                 // A packet that comes from ::1 can never leave on another interface.
-                exprs.push(address(false, false, Reg::R1));
+                exprs.push(load_address(false, false, Reg::R1));
                 exprs.push(cmp(
                     CmpOp::Neq,
                     Key::ip(IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])),
@@ -308,10 +273,10 @@ fn destination_rule(kind: Kind, v4: bool) -> Option<Rule> {
             exprs.extend(service(0));
         }
         Kind::OneAddress => {
-            exprs.push(address(false, v4, Reg::R1));
+            exprs.push(load_address(false, v4, Reg::R1));
             exprs.extend(service(words(v4)));
         }
-        Kind::Floating => exprs.push(address(false, v4, Reg::R1)),
+        Kind::Floating => exprs.push(load_address(false, v4, Reg::R1)),
         Kind::Hairpin | Kind::FloatingHairpin | Kind::Target => return None,
     }
     exprs.push(lookup(kind, v4, true));
@@ -335,8 +300,8 @@ fn sources(has: impl Fn(Kind, bool) -> bool) -> Vec<Rule> {
     for v4 in [true, false] {
         let ends = |kind, yields| {
             let mut exprs = family(v4).to_vec();
-            exprs.push(address(true, v4, Reg::word(0)));
-            exprs.push(address(false, v4, Reg::word(words(v4))));
+            exprs.push(load_address(true, v4, Reg::word(0)));
+            exprs.push(load_address(false, v4, Reg::word(words(v4))));
             exprs.push(lookup(kind, v4, yields));
             exprs
         };
@@ -362,7 +327,7 @@ fn sources(has: impl Fn(Kind, bool) -> bool) -> Vec<Rule> {
     if has(Kind::Target, true) {
         let mut exprs = family(true).to_vec();
         exprs.extend(loopback(true));
-        exprs.push(address(false, true, Reg::R1));
+        exprs.push(load_address(false, true, Reg::R1));
         exprs.push(lookup(Kind::Target, true, false));
         exprs.push(masquerade);
         rules.push(Rule::new(exprs).comment("this host by 127.0.0.1"));
@@ -373,7 +338,7 @@ fn sources(has: impl Fn(Kind, bool) -> bool) -> Vec<Rule> {
 /// The address is in 127.0.0.0/8.
 fn loopback(source: bool) -> [Expr; 3] {
     [
-        address(source, true, Reg::R1),
+        load_address(source, true, Reg::R1),
         Expr::Bitwise {
             sreg: Reg::R1,
             dreg: Reg::R1,

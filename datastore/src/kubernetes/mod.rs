@@ -156,15 +156,7 @@ impl Kubernetes {
             };
             // The first list's revision: a watch from there tells what the second list holds once more, and misses nothing.
             revision.get_or_insert(at);
-            for decoded in found
-                .into_iter()
-                .flat_map(|item| decode(*source, kind, item))
-            {
-                match decoded {
-                    Ok(object) => items.push(object),
-                    Err(bad) => undecodable.push(bad),
-                }
-            }
+            sort_out(*source, kind, found, &mut items, &mut undecodable);
         }
         items.sort_by_key(|item: &Versioned| item.object.key());
         Ok(List {
@@ -192,12 +184,7 @@ impl Kubernetes {
         let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
         let mut tasks = JoinSet::new();
         for told in kinds.iter().copied() {
-            let sources = if viewed(told).is_empty() {
-                vec![told]
-            } else {
-                viewed(told).to_vec()
-            };
-            for source in sources {
+            for source in sources(&told).iter().copied() {
                 let probe = cluster.page(source, Scope::default(), None, 1).await?;
                 if let (Some(page), Some(from)) = (&probe, number) {
                     // A revision from before a backup was restored, or of another cluster.
@@ -449,6 +436,25 @@ fn sources(kind: &Kind) -> &[Kind] {
     }
 }
 
+/// What was found becomes objects of `kind`; what cannot be read is kept apart.
+fn sort_out(
+    source: Kind,
+    kind: Kind,
+    found: Vec<Value>,
+    items: &mut Vec<Versioned>,
+    undecodable: &mut Vec<Undecodable>,
+) {
+    for decoded in found
+        .into_iter()
+        .flat_map(|item| decode(source, kind, item))
+    {
+        match decoded {
+            Ok(object) => items.push(object),
+            Err(bad) => undecodable.push(bad),
+        }
+    }
+}
+
 /// The object of which a profile is a view.
 fn profile_source(name: &str) -> Option<Key> {
     if let Some(namespace) = name.strip_prefix(kubernetes::NAMESPACE_PROFILE_PREFIX) {
@@ -514,15 +520,7 @@ impl Datastore for Kubernetes {
             None => (Vec::new(), NOT_SERVED.to_owned(), None),
         };
         let (mut items, mut undecodable) = (Vec::new(), Vec::new());
-        for decoded in found
-            .into_iter()
-            .flat_map(|item| decode(source, kind, item))
-        {
-            match decoded {
-                Ok(object) => items.push(object),
-                Err(bad) => undecodable.push(bad),
-            }
-        }
+        sort_out(source, kind, found, &mut items, &mut undecodable);
         let next = match next {
             Some(token) => Some(PageToken(format!("{at} {token}"))),
             None => (at + 1 < sources.len()).then(|| PageToken(format!("{} ", at + 1))),

@@ -22,16 +22,13 @@ pub(super) struct Numbered {
 }
 
 impl Numbered {
-    /// The number of a key.
-    pub(super) fn number(&self, key: &Key) -> Option<u32> {
-        let hash = self.hasher.hash_one(key);
-        let is = |number: &u32| self.key(*number) == Some(key);
+    /// The number of a key, of which this is the hash.
+    fn find(&self, hash: u64, key: &Key) -> Option<u32> {
+        let is = |number: &u32| {
+            let slot = self.slots.get(*number as usize).and_then(Option::as_ref);
+            slot.is_some_and(|(known, _)| known == key)
+        };
         self.numbers.find(hash, is).copied()
-    }
-
-    fn key(&self, number: u32) -> Option<&Key> {
-        let slot = self.slots.get(number as usize)?;
-        slot.as_ref().map(|(key, _)| key)
     }
 
     /// What has the number.
@@ -42,7 +39,8 @@ impl Numbered {
 
     /// Puts an item in the place of what the key had, which is returned.
     pub(super) fn put(&mut self, key: &Key, item: Item) -> (u32, Item) {
-        if let Some(number) = self.number(key)
+        let hash = self.hasher.hash_one(key);
+        if let Some(number) = self.find(hash, key)
             && let Some(Some((_, known))) = self.slots.get_mut(number as usize)
         {
             return (number, std::mem::replace(known, item));
@@ -52,7 +50,6 @@ impl Numbered {
             namespace: key.namespace.as_deref().map(|ns| self.namespaces.get(ns)),
             name: Arc::clone(&key.name),
         };
-        let hash = self.hasher.hash_one(&key);
         let number = match self.free.pop() {
             Some(number) => {
                 self.slots[number as usize] = Some((key, item));
@@ -74,12 +71,9 @@ impl Numbered {
     /// Takes an item out.
     pub(super) fn remove(&mut self, key: &Key) -> Option<(u32, Item)> {
         let hash = self.hasher.hash_one(key);
-        let slots = &self.slots;
-        let is = |number: &u32| {
-            let slot = slots.get(*number as usize).and_then(Option::as_ref);
-            slot.is_some_and(|(known, _)| known == key)
-        };
-        let (number, _) = self.numbers.find_entry(hash, is).ok()?.remove();
+        let number = self.find(hash, key)?;
+        let is = |known: &u32| *known == number;
+        self.numbers.find_entry(hash, is).ok()?.remove();
         let (_, item) = self.slots.get_mut(number as usize)?.take()?;
         self.free.push(number);
         Some((number, item))
@@ -109,6 +103,7 @@ mod tests {
             ports: Box::default(),
         };
         let mut all = Numbered::default();
+        let number_of = |all: &Numbered, key: &Key| all.find(all.hasher.hash_one(key), key);
         for number in 0..1000 {
             assert_eq!(
                 all.put(&key(number), item(number)),
@@ -122,12 +117,12 @@ mod tests {
         }
         for number in 0..1000 {
             let there = number % 2 == 1;
-            assert_eq!(all.number(&key(number)).is_some(), there, "{number}");
+            assert_eq!(number_of(&all, &key(number)).is_some(), there, "{number}");
             assert_eq!(all.item(number).is_some(), there, "{number}");
         }
         let (number, _) = all.put(&key(5000), item(5000));
         assert!(number < 1000, "a number is used again");
         assert_eq!(all.item(number), Some(&item(5000)));
-        assert_eq!(all.number(&key(5000)), Some(number));
+        assert_eq!(number_of(&all, &key(5000)), Some(number));
     }
 }

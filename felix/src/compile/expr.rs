@@ -7,12 +7,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use cali_api::Cidr;
+use cali_netlink::nft::matching;
+pub(super) use cali_netlink::nft::matching::cmp;
 use cali_netlink::nft::{Base, CmpOp, Ct, Expr, Key, Meta, Reg, Verdict, ct_state};
 
 use crate::calc::{IpVersion, PortRange};
-
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
 
 /// Which end of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,31 +20,13 @@ pub(super) enum Side {
     Destination,
 }
 
-pub(super) fn cmp(op: CmpOp, value: Key) -> Expr {
-    Expr::Cmp {
-        op,
-        sreg: Reg::R1,
-        value,
-    }
-}
-
 fn eq_or_not(negated: bool) -> CmpOp {
     if negated { CmpOp::Neq } else { CmpOp::Eq }
 }
 
 /// `meta nfproto ipv4|ipv6`.
 pub(super) fn family(version: IpVersion) -> [Expr; 2] {
-    let number = match version {
-        IpVersion::V4 => NFPROTO_IPV4,
-        IpVersion::V6 => NFPROTO_IPV6,
-    };
-    [
-        Expr::Meta {
-            key: Meta::NfProto,
-            dreg: Reg::R1,
-        },
-        cmp(CmpOp::Eq, Key::byte(number)),
-    ]
+    matching::family(version == IpVersion::V4)
 }
 
 /// `meta l4proto [!=] number`.
@@ -61,18 +42,7 @@ pub(super) fn protocol(number: u8, negated: bool) -> [Expr; 2] {
 
 /// Loads an address.
 pub(super) fn load_address(side: Side, version: IpVersion, dreg: Reg) -> Expr {
-    let (offset, len) = match (version, side) {
-        (IpVersion::V4, Side::Source) => (12, 4),
-        (IpVersion::V4, Side::Destination) => (16, 4),
-        (IpVersion::V6, Side::Source) => (8, 16),
-        (IpVersion::V6, Side::Destination) => (24, 16),
-    };
-    Expr::Payload {
-        base: Base::Network,
-        offset,
-        len,
-        dreg,
-    }
+    matching::load_address(side == Side::Source, version == IpVersion::V4, dreg)
 }
 
 /// Loads a port.

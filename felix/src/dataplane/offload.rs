@@ -179,7 +179,7 @@ impl Offload {
         }
         let mut transaction = Transaction::new(offload_table());
         transaction.delete_table();
-        match self.commit(transaction) {
+        match self.nft.commit_all(transaction) {
             Ok(()) => self.stands = Stands::Nothing,
             Err(error) if error.is_not_found() => self.stands = Stands::Nothing,
             Err(error) => {
@@ -248,7 +248,7 @@ impl Offload {
             _ => None,
         };
         // Where more devices alone are refused, somebody has changed the table.
-        let extended = extension.is_some_and(|extension| self.commit(extension).is_ok());
+        let extended = extension.is_some_and(|extension| self.nft.commit_all(extension).is_ok());
         if !extended {
             self.rebuild(&wanted)?;
         }
@@ -263,20 +263,12 @@ impl Offload {
 
     fn rebuild(&mut self, wanted: &Plan) -> Result<(), Error> {
         let stands = self.stands != Stands::Nothing;
-        match self.commit(wanted.build(stands)) {
+        match self.nft.commit_all(wanted.build(stands)) {
             // Somebody else has taken it away.
-            Err(error) if stands && error.is_not_found() => self.commit(wanted.build(false)),
+            Err(error) if stands && error.is_not_found() => {
+                self.nft.commit_all(wanted.build(false))
+            }
             done => done,
-        }
-    }
-
-    fn commit(&self, transaction: Transaction) -> Result<(), Error> {
-        match self.nft.commit(transaction) {
-            Ok(_) => Ok(()),
-            Err(rejected) => match rejected.failures.into_iter().next() {
-                Some(failure) => Err(failure.error),
-                None => Ok(()),
-            },
         }
     }
 

@@ -92,6 +92,20 @@ impl Nft {
         }
     }
 
+    /// [`Self::commit`] for whoever has nothing to leave out: the first objection is the error.
+    ///
+    /// # Errors
+    /// The kernel's reason.
+    pub fn commit_all(&self, transaction: Transaction) -> Result<()> {
+        match self.commit(transaction) {
+            Ok(_) => Ok(()),
+            Err(rejected) => match rejected.failures.into_iter().next() {
+                Some(failure) => Err(failure.error),
+                None => Ok(()),
+            },
+        }
+    }
+
     fn dump<T>(
         &self,
         object: String,

@@ -9,6 +9,7 @@ mod expr;
 mod expr_wire;
 pub mod foreign;
 mod handle;
+pub mod matching;
 mod message;
 mod model;
 mod set;
