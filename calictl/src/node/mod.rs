@@ -1,6 +1,7 @@
 //! `calictl node`: the node that this command runs on.
 
 mod checksystem;
+mod leftovers;
 mod path;
 pub(crate) mod reports;
 pub(crate) mod status;
@@ -21,6 +22,10 @@ pub(crate) enum Command {
         #[arg(short = 'f', long, value_name = "PATH")]
         kernel_config: Option<std::path::PathBuf>,
     },
+    /// Remove what Calico or flannel has left on this host; shows what it would do, and does it with --yes
+    Takeover(leftovers::Takeover),
+    /// Remove every trace of Cali from this host; shows what it would do, and does it with --yes
+    Cleanup(leftovers::Cleanup),
     /// Collect what somebody needs who is to find a fault of this node: one archive, secrets masked
     Diags(diags::node::Diags),
 }
@@ -35,6 +40,8 @@ pub(crate) async fn run(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Status(arguments) => status::run(arguments).await,
         Command::Checksystem { .. } => checksystem::run().await,
+        Command::Takeover(arguments) => leftovers::takeover(arguments).await,
+        Command::Cleanup(arguments) => leftovers::cleanup(arguments).await,
         Command::Diags(arguments) => diags::node::run(arguments).await,
     }
 }
