@@ -36,9 +36,11 @@ pub(crate) struct Get {
     #[arg(short = 'A', long, visible_short_alias = 'a')]
     all_namespaces: bool,
     /// ps, wide, yaml, json, name, custom-columns=NAME,..., custom-columns=HEADING:.path,..., jsonpath=TEMPLATE,
-    /// jsonpath-file=FILE, go-template=TEMPLATE, go-template-file=FILE. Go templates: fields, variables, if, range, with,
-    /// pipelines and the functions and, or, not, eq, ne, lt, le, gt, ge, len, index, slice, print, println, printf, join,
-    /// exists, base64decode, urlquery; no define, template, block, break, continue
+    /// jsonpath-file=FILE, go-template=TEMPLATE, go-template-file=FILE
+    ///
+    /// Go templates have fields, variables, if, range, with, pipelines and the functions and, or, not, eq, ne, lt, le, gt, ge,
+    /// len, index, slice, print, println, printf, join, exists, base64decode, urlquery; no define, template, block, break,
+    /// continue.
     #[arg(short, long, default_value = "ps", value_name = "FORMAT")]
     pub(crate) output: Format,
     /// Only what has these labels: `app=web,tier!=db`, or a selector: `app in {'web', 'api'}`

@@ -25,6 +25,7 @@ mod manifests;
 mod node;
 mod output;
 mod programmed;
+mod progress;
 mod resources;
 mod routes;
 mod shell;
@@ -70,7 +71,7 @@ enum Command {
     Diff(flow::Diff),
     /// Follow the flows of this node's pods: allowed or denied, and why
     Flows(flow::Flows),
-    /// Every route of this node that is Cali's: where it leads, who owns it, from which resource it comes
+    /// Every route of this node, or of others, that is Cali's: where it leads, who owns it, from which resource it comes
     Routes(routes::Routes),
     /// Look at this node
     #[command(subcommand)]
@@ -174,7 +175,7 @@ fn in_runtime(command: Command) -> Result<ExitCode> {
             Command::Trace(arguments) => return flow::trace(&arguments).await,
             Command::Diff(arguments) => return flow::diff(&arguments).await,
             Command::Flows(arguments) => return flow::flows(&arguments).await,
-            Command::Routes(arguments) => routes::run(&arguments).await?,
+            Command::Routes(arguments) => return routes::run(&arguments).await,
             Command::Node(command) => return node::run(&command).await,
             Command::Top(arguments) => return top::run(&arguments).await,
             Command::Cluster(command) => diags::cluster::run(&command).await?,

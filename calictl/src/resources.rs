@@ -2,6 +2,7 @@
 
 use crate::change::change_stored;
 use crate::manifests::{self, Document};
+use crate::progress::Progress;
 use crate::{connection, output};
 use anyhow::{Context, Result, anyhow, bail};
 use cali_api::{AnyResource, Key, Kind};
@@ -103,7 +104,9 @@ pub(crate) async fn write(verb: Verb, files: &Files) -> Result<()> {
         if files.dry_run {
             return rehearse(store.as_ref(), verb, &documents).await;
         }
+        let progress = Progress::of(documents.len(), "Writing resources");
         for (done, document) in documents.iter().enumerate() {
+            progress.step();
             let written = write_one(store.as_ref(), verb, document.value.clone()).await;
             let written = written
                 .map_err(|error| document.error(error))
@@ -216,8 +219,10 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
     };
     let store = connection::open().await?;
     let mut deleted = Vec::new();
+    let progress = Progress::of(keys.len(), "Deleting resources");
     // What others refer to goes last: files list it first.
     for key in keys.iter().rev() {
+        progress.step();
         match store.delete(key, None).await {
             Ok(_) => deleted.push(key.kind),
             Err(Error::NotFound { .. }) if delete.skip_not_exists => {}
@@ -231,6 +236,7 @@ pub(crate) async fn delete(delete: &Delete) -> Result<()> {
             }
         }
     }
+    drop(progress);
     output::line(success("deleted", &deleted));
     Ok(())
 }

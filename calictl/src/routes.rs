@@ -1,15 +1,21 @@
-//! `calictl routes`: the routes of this node that are Cali's, each with its owner and the resource that it comes from.
+//! `calictl routes`: the routes of a node that are Cali's, each with its owner and the resource that it comes from.
 
 use crate::bgp_table::table_of_used;
+use crate::node::reports::{self, Answer};
 use crate::node::status::Local;
 use crate::output::{self, Form};
-use crate::sockets;
+use crate::{connection, sockets};
 use anyhow::{Context, Result, bail};
 use cali_api::Cidr;
 use cali_control::paths::run_dir;
-use cali_control::status::{BgpStatus, NodeRequest, NodeResponse, OwnedRoute};
+use cali_control::status::{
+    BgpStatus, NodeRequest, NodeResponse, OwnedRoute, ReportQuery, RouteQuery,
+};
 use clap::Args;
+use serde_json::{Value, json};
 use std::net::IpAddr;
+use std::process::ExitCode;
+use std::time::Duration;
 
 #[derive(Debug, Args)]
 pub(crate) struct Routes {
@@ -22,6 +28,15 @@ pub(crate) struct Routes {
     /// Only what is not in the kernel as it should be
     #[arg(long)]
     problems: bool,
+    /// Of this node of the cluster, wherever it is (repeatable): it is asked by way of the datastore
+    #[arg(long, value_name = "NAME", conflicts_with = "all")]
+    node: Vec<String>,
+    /// Of every node of the cluster, one after the other
+    #[arg(long)]
+    all: bool,
+    /// How long other nodes may take to answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    timeout: u64,
     /// How it is printed
     #[arg(short, long, value_enum, default_value_t = Form::Table)]
     output: Form,
@@ -44,7 +59,7 @@ const OWNERS: [(&str, &str); 5] = [
     ("bgp", "BGP"),
 ];
 
-pub(crate) async fn run(wanted: &Routes) -> Result<()> {
+pub(crate) async fn run(wanted: &Routes) -> Result<ExitCode> {
     if let Some(owner) = &wanted.owner
         && !OWNERS.iter().any(|(word, _)| word == owner)
     {
@@ -53,6 +68,9 @@ pub(crate) async fn run(wanted: &Routes) -> Result<()> {
             "no owner is called {owner:?}: --owner is {}",
             words.join(", ")
         );
+    }
+    if wanted.all || !wanted.node.is_empty() {
+        return of_others(wanted).await;
     }
     let mut routes = match sockets::node(&run_dir(), NodeRequest::Routes).await {
         Ok(NodeResponse::Routes(routes)) => routes,
@@ -66,29 +84,117 @@ pub(crate) async fn run(wanted: &Routes) -> Result<()> {
         }
         Err(error) => return Err(error.context("cali-node does not answer")),
     };
-    routes.retain(|route| wanted.wants(route));
-    routes.sort_by_key(|route| (route.prefix.addr(), route.prefix.prefix_len()));
+    let query = wanted.query();
+    routes.retain(|route| query.wants(route));
+    sort(&mut routes);
     if wanted.output == Form::Json {
         output::line(serde_json::to_string_pretty(&routes)?);
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     // Only for the peers' names: without bgpd the routes are as they are.
     let bgp = Local::ask().await.ok().and_then(|local| local.bgp);
     output::write(render(&routes, bgp.as_ref(), wanted.output == Form::Wide));
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends with 1 if a node says nothing.
+async fn of_others(wanted: &Routes) -> Result<ExitCode> {
+    let store = connection::open().await?;
+    let nodes = reports::names(store.as_ref(), &wanted.node).await?;
+    let limit = cali_lab::patient(Duration::from_secs(wanted.timeout.max(1)));
+    let query = ReportQuery {
+        routes: Some(wanted.query()),
+    };
+    let answers = reports::ask(&store, &nodes, &query, limit).await?;
+    let told: Vec<(String, Result<Told, String>)> = answers
+        .into_iter()
+        .map(|(name, answer)| (name, told(answer, limit)))
+        .collect();
+    if wanted.output == Form::Json {
+        let list: Vec<Value> = told
+            .iter()
+            .map(|(name, told)| json_of(name, told))
+            .collect();
+        output::line(serde_json::to_string_pretty(&list)?);
+    } else {
+        let texts: Vec<String> = told
+            .iter()
+            .map(|(name, told)| text_of(name, told, wanted.output == Form::Wide))
+            .collect();
+        output::write(texts.join("\n"));
+    }
+    Ok(if told.iter().any(|(_, told)| told.is_err()) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// What another node told of its routes.
+struct Told {
+    routes: Vec<OwnedRoute>,
+    /// More than fit into its answer.
+    left_out: usize,
+    bgp: Option<BgpStatus>,
+}
+
+/// The routes in a node's answer, or why there are none.
+fn told(answer: Answer, limit: Duration) -> Result<Told, String> {
+    let report = match answer {
+        Answer::Report(report) => report,
+        // What it keeps for others has no owners.
+        Answer::Standing(_) => return Err(reports::silence(limit)),
+        Answer::Silent(problem) => return Err(problem),
+    };
+    let packed = report
+        .routes
+        .ok_or_else(|| format!("version {} does not tell its routes", report.node.version))?;
+    let mut routes = packed
+        .unpack()
+        .map_err(|error| format!("it answers what cannot be read: {error}"))?;
+    sort(&mut routes);
+    Ok(Told {
+        routes,
+        left_out: packed.left_out,
+        bgp: report.bgp,
+    })
+}
+
+fn json_of(name: &str, told: &Result<Told, String>) -> Value {
+    match told {
+        Ok(told) => json!({"node": name, "routes": told.routes, "leftOut": told.left_out}),
+        Err(problem) => json!({"node": name, "routes": null, "problem": problem}),
+    }
+}
+
+fn text_of(name: &str, told: &Result<Told, String>, wide: bool) -> String {
+    match told {
+        Ok(told) => {
+            let table = render(&told.routes, told.bgp.as_ref(), wide);
+            let more = match told.left_out {
+                0 => String::new(),
+                count => format!(
+                    "{} more do not fit into the answer: ask for some, as in `calictl routes 10.0.1.0/24 --node {name}`\n",
+                    counted(count)
+                ),
+            };
+            format!("Node {name}\n{table}{more}")
+        }
+        Err(problem) => format!("Node {name}\nDoes not report: {problem}\n"),
+    }
+}
+
+fn sort(routes: &mut [OwnedRoute]) {
+    routes.sort_by_key(|route| (route.prefix.addr(), route.prefix.prefix_len()));
 }
 
 impl Routes {
-    fn wants(&self, route: &OwnedRoute) -> bool {
-        let around = self.destination.is_none_or(|wanted| {
-            route.prefix.contains_cidr(&wanted) || wanted.contains_cidr(&route.prefix)
-        });
-        around
-            && self
-                .owner
-                .as_ref()
-                .is_none_or(|owner| *owner == route.source)
-            && (!self.problems || !route.programmed || route.problem.is_some())
+    fn query(&self) -> RouteQuery {
+        RouteQuery {
+            around: self.destination,
+            owner: self.owner.clone(),
+            problems: self.problems,
+        }
     }
 }
 
@@ -197,7 +303,7 @@ fn in_kernel(route: &OwnedRoute) -> String {
 mod tests {
     use super::*;
     use crate::bgp::sample;
-    use cali_control::status::{PeerKind, PeerStatus, RouteHop};
+    use cali_control::status::{NodeReport, PackedRoutes, PeerKind, PeerStatus, RouteHop};
 
     fn route(prefix: &str, source: &str, because: &str) -> OwnedRoute {
         OwnedRoute {
@@ -268,14 +374,60 @@ mod tests {
     }
 
     #[test]
+    fn another_node_tells_its_routes_or_why_it_cannot() {
+        let answer = |routes: Option<PackedRoutes>| {
+            let node = cali_control::status::NodeStatus {
+                node: "n2".into(),
+                version: "0".into(),
+                pid: 1,
+                started_at: 0,
+                ipv4: None,
+                ipv6: None,
+                readiness: Vec::new(),
+                quarantined: Vec::new(),
+                notices: Vec::new(),
+                bgpd_pid: None,
+            };
+            Answer::Report(Box::new(NodeReport {
+                node,
+                bgp: None,
+                figures: Default::default(),
+                routes,
+            }))
+        };
+        let packed = PackedRoutes {
+            left_out: 7,
+            ..PackedRoutes::pack(&all(), 10_000)
+        };
+        let limit = Duration::from_secs(10);
+        let text = |answer| text_of("n2", &told(answer, limit), false);
+        let table = render(&all(), None, false);
+        let more = "7 routes more do not fit into the answer: ask for some, as in `calictl routes 10.0.1.0/24 --node n2`\n";
+        assert_eq!(
+            text(answer(Some(packed))),
+            format!("Node n2\n{table}{more}")
+        );
+        assert_eq!(
+            text(answer(None)),
+            "Node n2\nDoes not report: version 0 does not tell its routes\n"
+        );
+        let silent = Answer::Silent("refused".into());
+        assert_eq!(text(silent), "Node n2\nDoes not report: refused\n");
+    }
+
+    #[test]
     fn an_address_selects_what_is_around_it_and_a_prefix_also_what_is_inside() {
         let shown = |text: &str, owner: Option<&str>, problems| {
             let wanted = Routes {
                 destination: Some(destination(text).expect("a destination")),
                 owner: owner.map(str::to_owned),
                 problems,
+                node: Vec::new(),
+                all: false,
+                timeout: 1,
                 output: Form::Table,
-            };
+            }
+            .query();
             let kept = all().into_iter().filter(|route| wanted.wants(route));
             kept.map(|route| route.prefix.to_string())
                 .collect::<Vec<_>>()

@@ -3,7 +3,7 @@
 
 use crate::output;
 use anyhow::{Context, Result};
-use clap::{Args, Command};
+use clap::{Arg, Args, Command};
 use clap_complete::Shell;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,41 @@ pub(crate) fn completion(completion: &Completion, mut command: Command) {
     let mut script = Vec::new();
     clap_complete::generate(completion.shell, &mut command, "calictl", &mut script);
     output::write(String::from_utf8_lossy(&script));
+    if completion.shell == Shell::Fish {
+        output::write(fish_values(&command));
+    }
+}
+
+/// The values of arguments that are no flags (the kinds), which the generated script leaves out for fish.
+fn fish_values(command: &Command) -> String {
+    let mut script = String::new();
+    for inner in command.get_subcommands() {
+        let condition = format!("__fish_calictl_using_subcommand {}", inner.get_name());
+        script.push_str(&fish_line(inner, &condition));
+        for innermost in inner.get_subcommands() {
+            let condition = format!(
+                "{condition}; and __fish_seen_subcommand_from {}",
+                innermost.get_name()
+            );
+            script.push_str(&fish_line(innermost, &condition));
+        }
+    }
+    script
+}
+
+fn fish_line(command: &Command, condition: &str) -> String {
+    let values: Vec<String> = command
+        .get_positionals()
+        .flat_map(Arg::get_possible_values)
+        .map(|value| value.get_name().to_owned())
+        .collect();
+    if values.is_empty() {
+        return String::new();
+    }
+    format!(
+        "complete -c calictl -n \"{condition}\" -f -a \"{}\"\n",
+        values.join(" ")
+    )
 }
 
 pub(crate) fn man(man: &Man, command: &Command) -> Result<()> {

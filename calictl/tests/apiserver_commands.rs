@@ -4,10 +4,11 @@ mod terminal;
 
 use std::io::Write as _;
 use std::process::Stdio;
+use std::rc::Rc;
 
 use cali_api::schema::{Group, defined, definition};
 use cali_datastore::testing::{ApiServer, Etcd};
-use terminal::{Terminal, kinds};
+use terminal::{Terminal, kinds, suite};
 
 /// What `kubectl` is told is done, or this fails with its words.
 fn kubectl(server: &ApiServer, manifest: &str) {
@@ -109,6 +110,29 @@ async fn every_field_of_every_kind_comes_back_from_the_api_server() {
 async fn a_session_is_the_same_on_a_cluster() {
     let (_server, mut terminal) = cluster(Group::V1).await;
     tokio::task::block_in_place(|| terminal::session(&mut terminal));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_command_prints_on_a_cluster_what_it_always_prints() {
+    let (server, _) = cluster(Group::V1).await;
+    let server = Rc::new(server);
+    tokio::task::block_in_place(|| {
+        for (name, case) in suite::ALL {
+            println!("{name}");
+            let mut terminal = Terminal::new();
+            into_cluster(&mut terminal, &server);
+            let own = Rc::clone(&server);
+            terminal.with_kubectl(move |manifest| kubectl(&own, manifest));
+            terminal.clears();
+            for natives in ["pods --namespace=shop --force --grace-period=0", "nodes"] {
+                let words = format!("delete --all {natives}");
+                let words: Vec<&str> = words.split(' ').collect();
+                let status = server.kubectl(&words).status();
+                assert!(status.expect("start kubectl").success());
+            }
+            case(&mut terminal);
+        }
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,7 @@
 mod terminal;
 
 use cali_datastore::testing::Etcd;
-use terminal::{Terminal, kinds};
+use terminal::{Terminal, kinds, suite};
 
 /// A terminal whose datastore is this server.
 fn terminal_of(server: &Etcd) -> Terminal {
@@ -38,6 +38,17 @@ fn a_cluster_moves_to_etcd_and_back() {
 fn a_session_is_the_same_on_etcd() {
     let server = Etcd::start();
     terminal::session(&mut terminal_of(&server));
+}
+
+#[test]
+fn every_command_prints_on_etcd_what_it_always_prints() {
+    let server = Etcd::start();
+    for (name, case) in suite::ALL {
+        println!("{name}");
+        let mut terminal = terminal_of(&server);
+        terminal.clears();
+        case(&mut terminal);
+    }
 }
 
 #[test]

@@ -9,8 +9,10 @@
 pub mod client;
 pub mod cni;
 pub mod frame;
+mod packed;
 pub mod paths;
 pub mod routes;
 pub mod status;
 
 pub use frame::{Error, FrameReader, FrameWriter, Hello};
+pub use packed::UnpackError;

@@ -337,8 +337,8 @@ pub enum NodeResponse {
     Error(String),
 }
 
-/// Annotation of a CalicoNodeStatus by which `calictl` asks for more than that kind can say: a node that finds it empty
-/// puts a [`NodeReport`] there, as JSON, along with its report.
+/// Annotation of a CalicoNodeStatus by which `calictl` asks for more than that kind can say: a node puts a [`NodeReport`]
+/// there, as JSON, along with its report. What it finds there first, if anything, is a [`ReportQuery`].
 pub const REPORT_ANNOTATION: &str = "projectcalico.org/CaliReport";
 
 /// All that a node says of itself, as the two status sockets would.
@@ -349,6 +349,53 @@ pub struct NodeReport {
     pub bgp: Option<BgpStatus>,
     #[serde(default)]
     pub figures: Figures,
+    /// The routes that were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routes: Option<PackedRoutes>,
+}
+
+/// What is asked of a node beyond its status, as JSON.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportQuery {
+    /// Routes as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routes: Option<RouteQuery>,
+}
+
+/// Which routes; without any of the fields, all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteQuery {
+    /// Those around this prefix and those inside of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub around: Option<Cidr>,
+    /// Those of this [`OwnedRoute::source`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Those that are not in the kernel as they should be.
+    #[serde(default)]
+    pub problems: bool,
+}
+
+impl RouteQuery {
+    /// Whether a route is among them.
+    #[must_use]
+    pub fn wants(&self, route: &OwnedRoute) -> bool {
+        let around = self.around.is_none_or(|wanted| {
+            route.prefix.contains_cidr(&wanted) || wanted.contains_cidr(&route.prefix)
+        });
+        let owned = |owner: &String| *owner == route.source;
+        around
+            && self.owner.as_ref().is_none_or(owned)
+            && (!self.problems || !route.programmed || route.problem.is_some())
+    }
+}
+
+/// Routes in a report: a list of [`OwnedRoute`] as JSON, gzip, base64.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedRoutes {
+    pub packed: String,
+    /// Routes that were asked for and did not fit.
+    pub left_out: usize,
 }
 
 /// What a node has counted since its start.

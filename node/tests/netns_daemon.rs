@@ -14,7 +14,7 @@ use cali_api::v3::{
     NodeRouteSource, NodeStatusClass,
 };
 use cali_api::{AnyResource, Key, Kind};
-use cali_control::status::{NodeReport, REPORT_ANNOTATION};
+use cali_control::status::{NodeReport, OwnedRoute, REPORT_ANNOTATION, ReportQuery, RouteQuery};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
 use cali_ipam::{Allocator, Owner, Request};
@@ -239,6 +239,39 @@ async fn reported(
     }
 }
 
+/// The routes that a node tells by way of the datastore when it is asked for those that BGP brought.
+async fn told_routes(datastore: &Arc<dyn Datastore>, node: &str) -> Vec<OwnedRoute> {
+    let spec = CalicoNodeStatusSpec {
+        node: node.into(),
+        classes: vec![NodeStatusClass::Agent],
+        update_period_seconds: Some(86_400),
+    };
+    let mut asked = CalicoNodeStatus::named("routes", spec);
+    let query = ReportQuery {
+        routes: Some(RouteQuery {
+            owner: Some("bgp".into()),
+            ..RouteQuery::default()
+        }),
+    };
+    let query = serde_json::to_string(&query).unwrap();
+    let annotations = &mut asked.metadata.annotations;
+    annotations.insert(REPORT_ANNOTATION.into(), query);
+    datastore.create(asked.into()).await.unwrap();
+    let key = Key::cluster(Kind::CalicoNodeStatus, "routes");
+    let started = std::time::Instant::now();
+    loop {
+        let stored = datastore.get(&key).await.unwrap().object;
+        let said = &stored.metadata().annotations[REPORT_ANNOTATION];
+        if let Ok(report) = serde_json::from_str::<NodeReport>(said) {
+            let packed = report.routes.unwrap();
+            assert_eq!(packed.left_out, 0);
+            return packed.unpack().unwrap();
+        }
+        assert!(started.elapsed() < LIMIT, "{said}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overlay_works_and_survives_a_kill_of_the_daemon_unchanged() {
     let folder = tempfile::tempdir().unwrap();
@@ -327,6 +360,15 @@ async fn bgp_carries_the_blocks_and_no_kill_is_seen_by_the_peer_or_the_kernel() 
         serde_json::from_str(&asked.metadata.annotations[REPORT_ANNOTATION]).unwrap();
     assert_eq!(report.node.node, "na");
     assert_eq!(report.bgp.unwrap().peers.len(), 1);
+    let told = told_routes(&datastore, "na").await;
+    let told: Vec<(String, &str, bool)> = told
+        .iter()
+        .map(|route| {
+            let prefix = route.prefix.to_string();
+            (prefix, route.because.as_str(), route.programmed)
+        })
+        .collect();
+    assert_eq!(told, [(on_b.clone(), "BGP peer 10.8.0.2", true)]);
     let (before_a, before_b) = (a.kernel(), b.kernel());
     let speaker = a.bgpd().unwrap();
 

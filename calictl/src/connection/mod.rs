@@ -83,8 +83,16 @@ pub(crate) async fn open() -> Result<Arc<dyn Datastore>> {
     Ok(store)
 }
 
-/// How `kubectl` is called for the same cluster; `None` if the datastore is none of Kubernetes.
-pub(crate) fn kubectl() -> Result<Option<Vec<String>>> {
+/// The Kubernetes cluster that is the datastore.
+pub(crate) struct Cluster {
+    /// Its API server.
+    pub(crate) client: kube::Client,
+    /// How `kubectl` is called for it.
+    pub(crate) kubectl: Vec<String>,
+}
+
+/// The cluster; `None` if the datastore is none of Kubernetes.
+pub(crate) async fn cluster() -> Result<Option<Cluster>> {
     let settings = settings(&FLAGS.get().cloned().unwrap_or_default())?;
     if settings
         .get("DATASTORE_TYPE")
@@ -92,6 +100,17 @@ pub(crate) fn kubectl() -> Result<Option<Vec<String>>> {
     {
         return Ok(None);
     }
+    let client =
+        cali_datastore::kubernetes::Settings::from_variables(|name| settings.get(name).cloned())?
+            .connect()
+            .await?;
+    Ok(Some(Cluster {
+        client,
+        kubectl: kubectl(&settings),
+    }))
+}
+
+fn kubectl(settings: &BTreeMap<String, String>) -> Vec<String> {
     let mut words = vec!["kubectl".to_owned()];
     for (flag, name) in [
         ("--kubeconfig", "KUBECONFIG"),
@@ -101,7 +120,7 @@ pub(crate) fn kubectl() -> Result<Option<Vec<String>>> {
             words.push(format!("{flag}={value}"));
         }
     }
-    Ok(Some(words))
+    words
 }
 
 fn settings(flags: &Flags) -> Result<BTreeMap<String, String>> {

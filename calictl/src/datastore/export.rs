@@ -6,6 +6,7 @@ use cali_datastore::Datastore;
 
 use super::archive::{self, ADDRESSES, RESOURCES, portable};
 use crate::output;
+use crate::progress::Progress;
 
 /// Times that the addresses are read until twice the same was read: what was under way when the lock came may still arrive.
 const ATTEMPTS: usize = 5;
@@ -20,11 +21,18 @@ pub(super) async fn run(store: &dyn Datastore) -> Result<()> {
     let information = found
         .context("cannot read what the datastore says of itself")?
         .object;
+    let progress = Progress::open_ended("Reading the addresses");
     let addresses = settled(store).await?;
     let mut resources = Vec::new();
     for kind in moved(store) {
+        progress.now(format!(
+            "Reading {} ({} resources so far)",
+            kind.plural(),
+            addresses.len() + resources.len()
+        ));
         resources.extend(all(store, kind).await?);
     }
+    drop(progress);
     output::write(archive::render(&resources, &information, &addresses)?);
     Ok(())
 }

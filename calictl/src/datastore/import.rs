@@ -18,6 +18,7 @@ use super::export::{all, moved};
 use crate::change::{change, change_stored};
 use crate::manifests::{self, Document};
 use crate::output;
+use crate::progress::Progress;
 
 /// Writes under way at a time.
 const AT_ONCE: usize = 16;
@@ -26,9 +27,12 @@ const AT_ONCE: usize = 16;
 const NAMED: usize = 5;
 
 pub(super) async fn run(store: &Arc<dyn Datastore>, file: &Path) -> Result<()> {
+    let progress = Progress::open_ended(format!("Reading {}", file.display()));
     let archive = Archive::read(file)?;
     ensure_locked(&archive.information, file)?;
+    progress.now("Comparing with the datastore to fill");
     let plan = plan(store.as_ref(), archive).await?;
+    drop(progress);
     let information = plan.information.clone();
     change(store.as_ref(), &super::key(), |stored| {
         let mut object = information.clone();
@@ -38,16 +42,10 @@ pub(super) async fn run(store: &Arc<dyn Datastore>, file: &Path) -> Result<()> {
     })
     .await
     .context("cannot lock the datastore for the import")?;
-    let mut written = plan.resources_there;
-    for (kind, objects) in &plan.resources {
-        written += write_all(store, *kind, objects).await?;
-    }
+    let written = write_all(store, &plan.resources).await? + plan.resources_there;
     output::line(format!("Successfully applied {written} resource(s)"));
     output::line("Importing IPAM resources");
-    let mut written = plan.addresses_there;
-    for (kind, objects) in &plan.addresses {
-        written += write_all(store, *kind, objects).await?;
-    }
+    let written = write_all(store, &plan.addresses).await? + plan.addresses_there;
     output::line(format!("Successfully applied {written} IPAM resource(s)"));
     for left in &plan.left {
         output::line(left);
@@ -233,12 +231,27 @@ fn refuse(in_the_way: &[Key]) -> Result<()> {
     )
 }
 
-/// Writes objects of one kind, several at a time.
+/// Writes objects, one kind after the other.
 async fn write_all(
+    store: &Arc<dyn Datastore>,
+    kinds: &[(Kind, Vec<AnyResource>)],
+) -> Result<usize> {
+    let count = kinds.iter().map(|(_, objects)| objects.len()).sum();
+    let progress = Progress::of(count, "Writing");
+    for (kind, objects) in kinds {
+        progress.now(format!("Writing {}", kind.plural()));
+        write_kind(store, *kind, objects, &progress).await?;
+    }
+    Ok(count)
+}
+
+/// Writes objects of one kind, several at a time.
+async fn write_kind(
     store: &Arc<dyn Datastore>,
     kind: Kind,
     objects: &[AnyResource],
-) -> Result<usize> {
+    progress: &Progress,
+) -> Result<()> {
     let is_view = !store.is_stored(kind);
     let writes = objects.iter().map(|object| {
         let (store, mut object) = (Arc::clone(store), object.clone());
@@ -253,6 +266,7 @@ async fn write_all(
                 metadata.creation_timestamp = None;
                 store.create(object).await.map(drop)
             };
+            progress.step();
             written.with_context(|| {
                 format!(
                     "cannot import {key}; what was written stays, and the import can be run again"
@@ -262,9 +276,8 @@ async fn write_all(
     });
     futures::stream::iter(writes)
         .buffer_unordered(AT_ONCE)
-        .try_collect::<Vec<()>>()
+        .try_collect()
         .await
-        .map(|done| done.len())
 }
 
 /// Gives a Node of Kubernetes what Calico's Node says.

@@ -5,6 +5,7 @@
 
 pub(crate) mod cluster;
 mod commands;
+mod kubernetes;
 mod mask;
 pub(crate) mod node;
 
@@ -18,6 +19,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use crate::output;
+use crate::progress::Progress;
 
 /// More of one piece is cut off, in octets; of a log, the beginning.
 const PIECE_LIMIT: usize = 16 << 20;
@@ -29,6 +31,8 @@ pub(super) struct Archive<W: Write> {
     at: SystemTime,
     contents: String,
     failures: usize,
+    pieces: usize,
+    progress: Progress,
 }
 
 impl<W: Write> Archive<W> {
@@ -39,6 +43,8 @@ impl<W: Write> Archive<W> {
             at,
             contents: String::new(),
             failures: 0,
+            pieces: 0,
+            progress: Progress::open_ended("Collecting"),
         }
     }
 
@@ -64,6 +70,7 @@ impl<W: Write> Archive<W> {
     /// A piece that could not be had.
     pub(super) fn lacks(&mut self, name: &str, reason: &str) {
         self.failures += 1;
+        self.progress.now(format!("Collecting; no {name}"));
         self.contents
             .push_str(&format!("{name}: NOT COLLECTED: {}\n", mask::mask(reason)));
     }
@@ -80,6 +87,10 @@ impl<W: Write> Archive<W> {
     }
 
     fn append(&mut self, name: &str, octets: &[u8]) -> Result<()> {
+        self.pieces += 1;
+        let count = self.pieces;
+        self.progress
+            .now(format!("Collecting, {count} pieces so far: {name}"));
         let mut header = tar::Header::new_gnu();
         header.set_size(octets.len() as u64);
         header.set_mode(0o600);

@@ -20,6 +20,7 @@ use cali_ipam::collect::Inventory;
 use clap::Subcommand;
 
 use crate::connection;
+use crate::progress::Progress;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -80,6 +81,7 @@ impl Cluster {
     async fn read() -> Result<Self> {
         let store = connection::open().await?;
         let allocator = Allocator::with_system_time(Arc::clone(&store), "");
+        let _progress = Progress::open_ended("Reading addresses, workloads and nodes");
         let (inventory, facts) = gc::read(&store, &allocator)
             .await
             .context("cannot read the addresses")?;

@@ -14,6 +14,7 @@ use cali_controllers::judge::{Orphan, Verdict};
 use super::Cluster;
 use super::check::{Report, head};
 use crate::output;
+use crate::progress::Progress;
 
 pub(super) async fn one(cluster: &Cluster, address: IpAddr, force: bool) -> Result<()> {
     let found = check(&cluster.inventory, &cluster.facts);
@@ -105,7 +106,9 @@ pub(super) async fn from_reports(cluster: &Cluster, files: &[PathBuf], force: bo
     let found = check(&cluster.inventory, &cluster.facts);
     output::line(format_args!("Releasing {} old IPs...", unused.len()));
     let mut count = 0;
+    let progress = Progress::of(unused.len(), "Releasing addresses");
     for (ip, handle) in &unused {
+        progress.step();
         let Ok(address) = ip.parse::<IpAddr>() else {
             continue;
         };
@@ -121,6 +124,7 @@ pub(super) async fn from_reports(cluster: &Cluster, files: &[PathBuf], force: bo
                 .len();
         }
     }
+    drop(progress);
     output::line(format_args!("Released {count} IPs successfully"));
     let handles = reports
         .iter()

@@ -10,12 +10,13 @@ use anyhow::{Context, Result, bail};
 use cali_api::update::{SyncEvent, Update};
 use cali_api::v3::{CalicoNodeStatus, CalicoNodeStatusSpec, NodeStatusClass};
 use cali_api::{AnyResource, Key, Kind};
-use cali_control::status::{NodeReport, REPORT_ANNOTATION};
+use cali_control::status::{NodeReport, REPORT_ANNOTATION, ReportQuery};
 use cali_datastore::{Datastore, timestamp};
 use futures::StreamExt;
 use tokio::sync::mpsc;
 
 use crate::converted;
+use crate::progress::Progress;
 
 /// Names of what we make begin so; what is left of a run that was killed is known by it.
 const PREFIX: &str = "calictl.";
@@ -35,6 +36,14 @@ pub(crate) enum Answer {
     Standing(Box<CalicoNodeStatus>),
     /// Why there is nothing.
     Silent(String),
+}
+
+/// In words that a node did not answer.
+pub(crate) fn silence(limit: Duration) -> String {
+    format!(
+        "no answer within {} s: cali-node does not run there, or does not reach the datastore",
+        limit.as_secs()
+    )
 }
 
 /// The names of the cluster's nodes, or those given, each of which must be one.
@@ -68,18 +77,26 @@ pub(crate) async fn names(store: &dyn Datastore, given: &[String]) -> Result<Vec
 pub(crate) async fn ask(
     store: &Arc<dyn Datastore>,
     nodes: &[String],
+    query: &ReportQuery,
     limit: Duration,
 ) -> Result<BTreeMap<String, Answer>> {
     let mut questions = Questions::of(nodes);
     let mut events = cali_datastore::sync::start(Arc::clone(store), &[Kind::CalicoNodeStatus]);
+    let progress = Progress::of(nodes.len(), "Waiting for the nodes");
     let conversation = async {
-        questions.refused = pose(store.as_ref(), &questions.names, NEVER_AGAIN).await;
+        let query = match *query == ReportQuery::default() {
+            true => String::new(),
+            false => serde_json::to_string(query).unwrap_or_default(),
+        };
+        questions.refused = pose(store.as_ref(), &questions.names, NEVER_AGAIN, &query).await;
         while !questions.done()
             && let Some(event) = events.recv().await
         {
             if let SyncEvent::Updates(updates) = event {
                 for update in updates {
-                    questions.on_update(&update);
+                    if questions.on_update(&update) {
+                        progress.step();
+                    }
                 }
             }
         }
@@ -91,6 +108,7 @@ pub(crate) async fn ask(
     };
     drop(events);
     withdraw(store.as_ref(), &questions).await;
+    drop(progress);
     if interrupted {
         bail!("interrupted");
     }
@@ -108,7 +126,7 @@ impl Feed {
     pub(crate) async fn start(store: Arc<dyn Datastore>, nodes: &[String], seconds: u32) -> Self {
         let mut questions = Questions::of(nodes);
         let events = cali_datastore::sync::start(Arc::clone(&store), &[Kind::CalicoNodeStatus]);
-        questions.refused = pose(store.as_ref(), &questions.names, seconds).await;
+        questions.refused = pose(store.as_ref(), &questions.names, seconds, "").await;
         Self {
             store,
             events,
@@ -146,6 +164,7 @@ async fn pose(
     store: &dyn Datastore,
     names: &BTreeMap<String, String>,
     seconds: u32,
+    query: &str,
 ) -> BTreeMap<String, String> {
     let made = names.iter().map(|(node, name)| async move {
         let mut object = CalicoNodeStatus::named(
@@ -159,7 +178,7 @@ async fn pose(
         object
             .metadata
             .annotations
-            .insert(REPORT_ANNOTATION.to_owned(), String::new());
+            .insert(REPORT_ANNOTATION.to_owned(), query.to_owned());
         let error = store.create(object.into()).await.err()?;
         Some((node.clone(), format!("it cannot be asked: {error}")))
     });
@@ -215,17 +234,17 @@ impl Questions {
         }
     }
 
-    fn on_update(&mut self, update: &Update) {
+    /// Whether this was the answer of a node.
+    fn on_update(&mut self, update: &Update) -> bool {
         let Some(AnyResource::CalicoNodeStatus(object)) = update.value.as_deref() else {
-            return;
+            return false;
         };
         let node = &object.spec.node;
         if self.names.get(node) == Some(&object.metadata.name) {
             let said = object.metadata.annotations.get(REPORT_ANNOTATION);
             let report = said.and_then(|text| serde_json::from_str(text).ok());
-            self.reports
-                .extend(report.map(|report| (node.clone(), report)));
-            return;
+            return report
+                .is_some_and(|report| self.reports.insert(node.clone(), report).is_none());
         }
         if object.metadata.name.starts_with(PREFIX) {
             let made = object.metadata.creation_timestamp.as_deref();
@@ -235,12 +254,13 @@ impl Questions {
             if age.is_some_and(|age| age > LEFT_OVER) {
                 self.left_over.insert(object.metadata.name.clone());
             }
-            return;
+            return false;
         }
         let reports_sessions = object.spec.classes.contains(&NodeStatusClass::BGP);
         if object.status.is_some() && reports_sessions && self.names.contains_key(node) {
             self.standing.insert(node.clone(), (**object).clone());
         }
+        false
     }
 
     fn done(&self) -> bool {
@@ -257,12 +277,7 @@ impl Questions {
             } else if let Some(standing) = self.standing.remove(node) {
                 Answer::Standing(Box::new(standing))
             } else {
-                Answer::Silent(self.refused.remove(node).unwrap_or_else(|| {
-                    format!(
-                        "no answer within {} s: cali-node does not run there, or does not reach the datastore",
-                        limit.as_secs()
-                    )
-                }))
+                Answer::Silent(self.refused.remove(node).unwrap_or_else(|| silence(limit)))
             };
             answers.insert(node.clone(), answer);
         }
@@ -314,6 +329,7 @@ mod tests {
             },
             bgp: None,
             figures: Figures::default(),
+            routes: None,
         })
         .expect("plain data")
     }

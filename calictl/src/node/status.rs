@@ -6,7 +6,8 @@ use crate::{bgp_table, connection, sockets};
 use anyhow::{Result, bail};
 use cali_control::paths::run_dir;
 use cali_control::status::{
-    BgpRequest, BgpResponse, BgpStatus, NodeRequest, NodeResponse, NodeStatus, SessionState,
+    BgpRequest, BgpResponse, BgpStatus, NodeRequest, NodeResponse, NodeStatus, ReportQuery,
+    SessionState,
 };
 use clap::Args;
 use serde_json::{Value, json};
@@ -85,7 +86,7 @@ async fn of_others(status: &Status) -> Result<ExitCode> {
     let store = connection::open().await?;
     let nodes = reports::names(store.as_ref(), &status.node).await?;
     let limit = cali_lab::patient(Duration::from_secs(status.timeout.max(1)));
-    let answers = reports::ask(&store, &nodes, limit).await?;
+    let answers = reports::ask(&store, &nodes, &ReportQuery::default(), limit).await?;
     let now = super::now()?;
     match status.output {
         Form::Json if status.all || answers.len() > 1 => {
@@ -349,7 +350,12 @@ Note: a kernel without nexthop objects
         };
         let report = |node, bgp| {
             let figures = Figures::default();
-            Answer::Report(Box::new(NodeReport { node, bgp, figures }))
+            Answer::Report(Box::new(NodeReport {
+                node,
+                bgp,
+                figures,
+                routes: None,
+            }))
         };
         let mut kept = CalicoNodeStatus::named("kept", Default::default());
         kept.status = Some(

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use cali_control::status::ReportQuery;
 use clap::Args;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use tokio::sync::mpsc;
@@ -49,7 +50,7 @@ pub(crate) async fn run(top: &Top) -> Result<ExitCode> {
     if top.once || !std::io::stdout().is_terminal() {
         let limit = cali_lab::patient(Duration::from_secs(top.timeout.max(1)));
         let now = crate::node::now()?;
-        for (node, answer) in reports::ask(&store, &nodes, limit).await? {
+        for (node, answer) in reports::ask(&store, &nodes, &ReportQuery::default(), limit).await? {
             match answer {
                 Answer::Report(report) => model.on_report(&node, *report, now),
                 Answer::Silent(reason) => model.on_silence(&node, reason),

@@ -268,6 +268,7 @@ pub(super) mod tests {
                 endpoints: 30,
                 routes: 120,
             },
+            routes: None,
         }
     }
 

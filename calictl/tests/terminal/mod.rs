@@ -4,21 +4,26 @@
 #![allow(dead_code)]
 
 pub(crate) mod kinds;
+pub(crate) mod suite;
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
+use cali_api::Kind;
 use cali_datastore::Datastore;
-use cali_datastore::sqlite::Sqlite;
 use cali_ipam::{Allocator, Owner, Request};
 
 pub(crate) struct Terminal {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) transcript: String,
     environment: Vec<(String, String)>,
+    kubectl: Option<Kubectl>,
 }
+
+/// Applies a manifest as Kubernetes does; see [`Terminal::with_kubectl`].
+type Kubectl = Box<dyn Fn(&str)>;
 
 impl Terminal {
     /// With an embedded store in the folder, `cali.db`.
@@ -27,6 +32,7 @@ impl Terminal {
             folder: tempfile::tempdir().expect("make a folder"),
             transcript: String::new(),
             environment: Vec::new(),
+            kubectl: None,
         };
         let store = terminal.path("cali.db").display().to_string();
         terminal.environment = vec![
@@ -41,6 +47,76 @@ impl Terminal {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         self.environment = environment.iter().map(owned).collect();
         self
+    }
+
+    /// The datastore is a cluster of Kubernetes, whose own objects are made so.
+    pub(crate) fn with_kubectl(&mut self, kubectl: impl Fn(&str) + 'static) {
+        self.kubectl = Some(Box::new(kubectl));
+    }
+
+    /// A node of the cluster, with an address.
+    pub(crate) fn joins(&mut self, node: &str) {
+        let number = node.trim_start_matches('n');
+        if let Some(kubectl) = &self.kubectl {
+            kubectl(&format!(
+                "{{apiVersion: v1, kind: Node, metadata: {{name: {node}}}}}"
+            ));
+        }
+        let manifest = format!(
+            "{{apiVersion: projectcalico.org/v3, kind: Node, metadata: {{name: {node}}}, spec: {{bgp: {{ipv4Address: 10.0.1.{number}/24}}}}}}"
+        );
+        self.file("node.yaml", &manifest);
+        self.prints("apply -f node.yaml");
+    }
+
+    /// A pod of the namespace `shop`, with a label `app` that says its name.
+    pub(crate) fn runs(&mut self, pod: &str, node: &str, address: &str) {
+        if let Some(kubectl) = &self.kubectl {
+            kubectl(&format!(
+                "{{apiVersion: v1, kind: Pod, metadata: {{name: {pod}, namespace: shop, labels: {{app: {pod}}}, \
+                 annotations: {{cni.projectcalico.org/podIP: {address}/32}}}}, \
+                 spec: {{nodeName: {node}, containers: [{{name: c, image: i}}]}}}}"
+            ));
+            return;
+        }
+        self.file(
+            "pod.yaml",
+            &format!(
+                "apiVersion: projectcalico.org/v3\nkind: Profile\nmetadata: {{name: kns.shop}}\n\
+                 spec: {{ingress: [{{action: Allow}}], egress: [{{action: Allow}}]}}\n---\n\
+                 apiVersion: projectcalico.org/v3\nkind: WorkloadEndpoint\n\
+                 metadata: {{name: {node}-k8s-{pod}-eth0, namespace: shop, labels: {{app: {pod}, \
+                 projectcalico.org/namespace: shop, projectcalico.org/orchestrator: k8s, \
+                 projectcalico.org/serviceaccount: default}}}}\n\
+                 spec: {{orchestrator: k8s, node: {node}, pod: {pod}, endpoint: eth0, interfaceName: cali{pod}, \
+                 ipNetworks: [{address}/32], profiles: [kns.shop]}}\n"
+            ),
+        );
+        self.prints("apply -f pod.yaml");
+    }
+
+    /// An empty datastore again, but for what only Kubernetes has.
+    pub(crate) fn clears(&mut self) {
+        self.transcript.clear();
+        runtime().block_on(async {
+            let store = self.store();
+            let kinds = Kind::ALL.iter().copied();
+            for kind in kinds.filter(|kind| !kind.is_native() && store.is_stored(*kind)) {
+                for item in store.list(kind, None).await.expect("a list").items {
+                    let key = item.object.key();
+                    store.delete(&key, None).await.expect("deleted");
+                }
+            }
+        });
+    }
+
+    /// The datastore of the commands. Inside a runtime.
+    fn store(&self) -> Arc<dyn Datastore> {
+        let value = |name: &str| {
+            let mut pairs = self.environment.iter();
+            pairs.find_map(|(known, value)| (known == name).then(|| value.clone()))
+        };
+        cali_datastore::open_with(value).expect("open")
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -144,9 +220,14 @@ impl Terminal {
         self.gives_address(node, pod);
     }
 
-    /// A pod's address of this node, in the embedded store of the folder.
+    /// A pod's address of this node.
     pub(crate) fn gives_address(&self, node: &str, pod: &str) {
-        gives_address(&self.path("cali.db"), node, pod).expect("an address");
+        self.tries_address(node, pod).expect("an address");
+    }
+
+    /// The same, where it may be refused.
+    pub(crate) fn tries_address(&self, node: &str, pod: &str) -> Result<(), cali_ipam::Error> {
+        runtime().block_on(async { give_address(self.store(), node, pod).await })
     }
 }
 
@@ -214,24 +295,28 @@ metadata: {name: deny-db, namespace: shop}
 spec: {selector: tier == 'db', types: [Ingress], ingress: [{action: Deny}]}
 ";
 
-pub(crate) fn gives_address(store: &Path, node: &str, pod: &str) -> Result<(), cali_ipam::Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("a runtime");
-    runtime.block_on(async {
-        let store: Arc<dyn Datastore> = Arc::new(Sqlite::open(store).expect("open"));
-        let allocator = Allocator::with_system_time(store, node);
-        let owner = Owner::new(&format!("k8s-pod-network.{pod}"))
-            .with("node", node)
-            .with("namespace", "default")
-            .with("pod", pod)
-            .with("timestamp", "2026-01-01T00:00:00Z");
-        allocator
-            .assign(&Request::workload(owner, 1, 0))
-            .await
-            .map(drop)
-    })
+        .expect("a runtime")
+}
+
+async fn give_address(
+    store: Arc<dyn Datastore>,
+    node: &str,
+    pod: &str,
+) -> Result<(), cali_ipam::Error> {
+    let allocator = Allocator::with_system_time(store, node);
+    let owner = Owner::new(&format!("k8s-pod-network.{pod}"))
+        .with("node", node)
+        .with("namespace", "default")
+        .with("pod", pod)
+        .with("timestamp", "2026-01-01T00:00:00Z");
+    allocator
+        .assign(&Request::workload(owner, 1, 0))
+        .await
+        .map(drop)
 }
 
 /// Variables before a command, its words, and the file that its output goes to.

@@ -128,7 +128,11 @@ impl Settings {
         Ok(whole.map(|whole| (whole, what)))
     }
 
-    pub(crate) async fn connect(&self) -> Result<Client, Error> {
+    /// A client of the cluster, for what this crate does not do: logs, versions, tables.
+    ///
+    /// # Errors
+    /// If the settings name nothing that can be read. The API server is not asked yet.
+    pub async fn connect(&self) -> Result<Client, Error> {
         let mut config = self.config().await?;
         config.connect_timeout = Some(CONNECT_TIMEOUT);
         Client::try_from(config)

@@ -15,8 +15,8 @@ use cali_api::update::SyncEvent;
 use cali_api::v3::{CalicoNodeStatus, NodeStatusClass};
 use cali_api::{AnyResource, Key, Kind};
 use cali_control::status::{
-    BGP_PROTOCOL, BgpRequest, BgpResponse, NodeReport, OwnedRoute, REPORT_ANNOTATION, RouteStatus,
-    SessionState, VERSION,
+    BGP_PROTOCOL, BgpRequest, BgpResponse, NodeReport, OwnedRoute, PackedRoutes, REPORT_ANNOTATION,
+    ReportQuery, RouteStatus, SessionState, VERSION,
 };
 use cali_control::{client, paths};
 use cali_datastore::{Datastore, Error as DatastoreError};
@@ -49,6 +49,8 @@ pub struct Teller {
 
 /// Kubernetes takes 256 KiB of annotations in all.
 const ANNOTATION_LIMIT: usize = 200 << 10;
+/// Of these for routes.
+const ROUTES_LIMIT: usize = 150 << 10;
 
 /// The node at one moment.
 struct Now {
@@ -87,7 +89,9 @@ impl Teller {
     async fn tell(&self, schedule: &mut Schedule) {
         let due = schedule.take_due(Instant::now());
         let asks = |class| due.iter().any(|asked| asked.classes.contains(&class));
-        let now = self.look(asks(NodeStatusClass::Routes)).await;
+        let with_paths = asks(NodeStatusClass::Routes);
+        let with_routes = with_paths || due.iter().any(|asked| asked.with_query);
+        let now = self.look(with_routes, with_paths).await;
         for asked in due {
             match self.write(&asked.name, &now).await {
                 Ok(()) => {}
@@ -100,7 +104,7 @@ impl Teller {
         }
     }
 
-    async fn look(&self, with_routes: bool) -> Now {
+    async fn look(&self, with_routes: bool, with_paths: bool) -> Now {
         let bgp = match self.ask(BgpRequest::Status).await {
             Some(BgpResponse::Status(status)) => Some(status),
             _ => None,
@@ -110,11 +114,12 @@ impl Teller {
             routes = status_socket::routes(&self.sources)
                 .await
                 .unwrap_or_default();
-            if let Some(BgpResponse::Routes(found)) =
+        }
+        if with_paths
+            && let Some(BgpResponse::Routes(found)) =
                 self.ask(BgpRequest::Routes { within: None }).await
-            {
-                paths = found;
-            }
+        {
+            paths = found;
         }
         let (registry, netns) = (self.registry.clone(), self.netns.clone());
         let state = self.sources.dataplane.state().borrow().clone();
@@ -125,6 +130,7 @@ impl Teller {
                 node: self.sources.status(),
                 bgp,
                 figures: figures.unwrap_or_default(),
+                routes: None,
             },
             routes,
             paths,
@@ -178,9 +184,29 @@ fn reported(mut object: CalicoNodeStatus, now: &Now) -> CalicoNodeStatus {
         now.at,
     ));
     if let Some(annotation) = object.metadata.annotations.get_mut(REPORT_ANNOTATION) {
-        *annotation = text_of(&now.report);
+        *annotation = match serde_json::from_str::<ReportQuery>(annotation) {
+            Ok(query) if query.routes.is_some() => text_of(&with_routes(now, &query)),
+            // Nothing, or what was reported before.
+            _ => text_of(&now.report),
+        };
     }
     object
+}
+
+/// The report with the routes that are asked for; those with a problem stay the longest. Pure.
+fn with_routes(now: &Now, query: &ReportQuery) -> NodeReport {
+    let wanted = query.routes.clone().unwrap_or_default();
+    let mut routes: Vec<OwnedRoute> = now
+        .routes
+        .iter()
+        .filter(|route| wanted.wants(route))
+        .cloned()
+        .collect();
+    routes.sort_by_key(|route| route.programmed && route.problem.is_none());
+    NodeReport {
+        routes: Some(PackedRoutes::pack(&routes, ROUTES_LIMIT)),
+        ..now.report.clone()
+    }
 }
 
 /// A report that fits into an annotation. Where not everything does, peers without a session stay the longest, and a notice
@@ -252,6 +278,7 @@ mod tests {
             },
             bgp: Some(bgp),
             figures: Figures::default(),
+            routes: None,
         };
         let text = text_of(&report);
         assert!(text.len() <= ANNOTATION_LIMIT, "{}", text.len());

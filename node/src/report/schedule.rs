@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cali_api::v3::{CalicoNodeStatus, CalicoNodeStatusSpec, NodeStatusClass};
+use cali_control::status::REPORT_ANNOTATION;
 use tokio::time::Instant;
 
 /// One that is to be written.
@@ -11,13 +12,22 @@ use tokio::time::Instant;
 pub(super) struct Due {
     pub(super) name: String,
     pub(super) classes: Vec<NodeStatusClass>,
+    /// More may be asked for in [`REPORT_ANNOTATION`].
+    pub(super) with_query: bool,
 }
 
 /// Those that name this node.
 #[derive(Debug)]
 pub(super) struct Schedule {
     node: String,
-    asked: BTreeMap<String, (CalicoNodeStatusSpec, Instant)>,
+    asked: BTreeMap<String, Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    spec: CalicoNodeStatusSpec,
+    with_query: bool,
+    due: Instant,
 }
 
 impl Schedule {
@@ -40,29 +50,36 @@ impl Schedule {
             return;
         };
         match self.asked.get(name) {
-            Some((spec, _)) if *spec == object.spec => {}
+            Some(asked) if asked.spec == object.spec => {}
             _ => {
-                self.asked
-                    .insert(name.to_owned(), (object.spec.clone(), now));
+                let query = object.metadata.annotations.get(REPORT_ANNOTATION);
+                let asked = Asked {
+                    spec: object.spec.clone(),
+                    with_query: query.is_some_and(|query| !query.is_empty()),
+                    due: now,
+                };
+                self.asked.insert(name.to_owned(), asked);
             }
         }
     }
 
     /// When something is due.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.asked.values().map(|(_, due)| *due).min()
+        self.asked.values().map(|asked| asked.due).min()
     }
 
     /// What is due; each is due again after its period.
     pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
         let mut taken = Vec::new();
-        for (name, (spec, due)) in &mut self.asked {
-            if *due <= now {
-                let period = u64::from(spec.update_period_seconds.unwrap_or(1).max(1));
-                *due = now + Duration::from_secs(period);
+        for (name, asked) in &mut self.asked {
+            if asked.due <= now {
+                let period = u64::from(asked.spec.update_period_seconds.unwrap_or(1).max(1));
+                asked.due = now + Duration::from_secs(period);
                 taken.push(Due {
                     name: name.clone(),
-                    classes: spec.classes.clone(),
+                    classes: asked.spec.classes.clone(),
+                    // It is answered once.
+                    with_query: std::mem::take(&mut asked.with_query),
                 });
             }
         }
@@ -71,8 +88,10 @@ impl Schedule {
 
     /// It could not be written: it is due at this time.
     pub(super) fn again(&mut self, name: &str, at: Instant) {
-        if let Some((_, due)) = self.asked.get_mut(name) {
-            *due = at.min(*due);
+        if let Some(asked) = self.asked.get_mut(name) {
+            asked.due = at.min(asked.due);
+            // The question may stand there still.
+            asked.with_query = true;
         }
     }
 
