@@ -11,6 +11,8 @@ use cali_api::update::Update;
 use flow_lab::{Conversation, Host, address, gone, pod, run, set};
 
 const CHANGES: u32 = 300;
+/// One change takes `iptables-restore` some 40 ms in an unoptimised build.
+const CHANGES_OF_IPTABLES: u32 = 100;
 const ALLOWED: u16 = 7000;
 const DENIED: u16 = 7001;
 /// A packet that is not dropped is answered at once; on a machine that does other things, somewhat later.
@@ -92,7 +94,8 @@ fn network_set(dice: &mut Dice) -> String {
     )
 }
 
-fn change(dice: &mut Dice) -> Update {
+fn change(dice: &mut Dice, backend: [&str; 2]) -> Update {
+    let [mode, iptables] = backend;
     match dice.below(10) {
         0 => set(&colored(1, dice)),
         1 => set(&colored(2, dice)),
@@ -102,7 +105,7 @@ fn change(dice: &mut Dice) -> Update {
             let action = ["Accept", "Drop"][dice.below(2) as usize];
             set(&format!(
                 r#"{{"apiVersion":"projectcalico.org/v3","kind":"FelixConfiguration","metadata":{{"name":"default"}},
-                "spec":{{"defaultEndpointToHostAction":"{action}"}}}}"#
+                "spec":{{"defaultEndpointToHostAction":"{action}","nftablesMode":"{mode}","iptablesBackend":"{iptables}"}}}}"#
             ))
         }
         5 => gone(&policy(1 + dice.below(12), dice)),
@@ -115,15 +118,30 @@ fn change(dice: &mut Dice) -> Update {
 
 #[test]
 fn no_change_opens_what_is_denied_or_closes_what_is_allowed() {
+    no_gap(["Enabled", "Auto"], CHANGES);
+}
+
+#[test]
+fn nor_does_it_with_iptables_over_nf_tables() {
+    no_gap(["Disabled", "NFT"], CHANGES_OF_IPTABLES);
+}
+
+#[test]
+fn nor_does_it_with_the_legacy_tables() {
+    no_gap(["Disabled", "Legacy"], CHANGES_OF_IPTABLES);
+}
+
+fn no_gap(backend: [&str; 2], changes: u32) {
     run(async {
         let changes = std::env::var("CALI_GAP_CHANGES")
             .ok()
             .and_then(|text| text.parse().ok())
-            .unwrap_or(CHANGES);
+            .unwrap_or(changes);
         let host = Host::new("flgap", 3).await;
         let mut dice = Dice(20);
         let mut all = host.everything();
         all.push(set(&policy(0, &mut dice)));
+        all.push(Host::backend(backend[0], backend[1]));
         host.in_sync(all).await;
         let server = |number: u8, port| {
             let socket = host.inside(number, || {
@@ -182,7 +200,7 @@ fn no_change_opens_what_is_denied_or_closes_what_is_allowed() {
             tokio::task::block_in_place(|| {
                 tokio::runtime::Handle::current().block_on(async {
                     for _ in 0..changes {
-                        host.send(vec![change(&mut dice)]).await;
+                        host.send(vec![change(&mut dice, backend)]).await;
                         host.settled().await;
                         established.goes_on();
                     }
@@ -196,7 +214,9 @@ fn no_change_opens_what_is_denied_or_closes_what_is_allowed() {
                 .expect("its sockets");
         });
         let (probes, answered) = (probes.into_inner(), answered.into_inner());
-        println!("{changes} changes, {probes} probes of each kind, {answered} answered");
+        println!(
+            "{backend:?}: {changes} changes, {probes} probes of each kind, {answered} answered"
+        );
         assert!(
             probes > changes,
             "too few probes to show something: {probes}"

@@ -299,3 +299,49 @@ async fn a_host_port_obeys_the_policy_of_its_container() {
     node.put(policy("192.0.2.2/32")).await;
     becomes(Some("192.0.2.2"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rule_with_action_log_writes_a_line_with_the_words_that_are_set() {
+    let mut node = Node::new().await;
+    node.put(json!({"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration",
+        "metadata": {"name": "default"}, "spec": {"logPrefix": "seen by %k %p", "logActionRateLimit": "1/hour", "logActionRateLimitBurst": 2}}))
+    .await;
+    node.put(
+        json!({"apiVersion": "projectcalico.org/v3", "kind": "NetworkPolicy",
+        "metadata": {"name": "web", "namespace": "test"},
+        "spec": {"selector": "app == 'web'", "ingress": [
+            {"action": "Deny", "protocol": "TCP", "destination": {"ports": [81]}},
+            {"action": "Log", "protocol": "UDP", "destination": {"ports": [53]}}]}}),
+    )
+    .await;
+    node.start();
+    let pod = TestNs::new("cnipod");
+    node.pod("web").await;
+    let address = node.add("web", &pod, &json!({}));
+    node.outside
+        .ip(&format!("route add {address} via 192.0.2.1"));
+    let send = move || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.send_to(b"a", (address, 53)).unwrap();
+        socket.local_addr().unwrap().port()
+    };
+    let ports: Vec<u16> = (0..4)
+        .map(|_| node.outside.netns().run(send).unwrap())
+        .collect();
+    let line = |port: u16| {
+        format!(
+            "seen by NetworkPolicy test/web policy=\"np/test/web\" direction=\"ingress\" rule=1 protocol=17 source=192.0.2.2 source_port={port} destination={address} destination_port=53"
+        )
+    };
+    eventually(LIMIT, || {
+        let log = node.log();
+        let written = |port: &&u16| log.contains(&line(**port));
+        if ports.iter().filter(written).count() == 2 {
+            Ok(())
+        } else {
+            Err(format!("not two lines of {ports:?}\n{log}"))
+        }
+    });
+    // The limit is for all packets of the rule; those beyond it are not written.
+    assert_eq!(node.log().matches("seen by").count(), 2);
+}

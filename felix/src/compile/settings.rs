@@ -8,6 +8,7 @@ use cali_api::v3::{
 };
 use cali_netlink::nft::{Expr, Reject, Verdict};
 
+use super::log::LogRate;
 use crate::calc::PortRange;
 
 /// What becomes of a packet from a workload to its host that policy allowed.
@@ -93,6 +94,8 @@ pub struct Settings {
     pub nat: NatOutgoing,
     /// How packets to service addresses end that nobody serves; `None`: they go where routes lead.
     pub service_loop: Option<DenyAction>,
+    /// How many packets rules with action Log write down; `None`: all.
+    pub log_rate: Option<LogRate>,
 }
 
 /// The mask that Calico uses unless told otherwise.
@@ -147,6 +150,7 @@ impl From<&FelixConfigurationSpec> for Settings {
                 Some(ServiceLoopPrevention::Reject) => Some(DenyAction::Reject),
                 Some(ServiceLoopPrevention::Drop) | None => Some(DenyAction::Drop),
             },
+            log_rate: LogRate::of(spec),
         }
     }
 }

@@ -12,9 +12,9 @@ use cali_netlink::nft::{Expr, Rule as NftRule, Verdict};
 
 use super::collapse::{self, Allowed};
 use super::expr::{self, counter};
-use super::names;
 use super::rule::{Rendered, Sets};
 use super::settings::Settings;
+use super::{log, names};
 use crate::calc::{Action, Direction, Rule, TierDefault, TierPolicies};
 
 /// Where a stack is asked, which decides how it ends.
@@ -109,9 +109,12 @@ impl Stack {
     }
 }
 
+/// Octets of a comment, and of a log prefix (`NFT_USERDATA_MAXLEN`, `NF_LOG_PREFIXLEN`, less the final zero).
+const LONGEST: usize = 127;
+
 /// At most 127 bytes: what `nft` prints of a comment.
 pub(super) fn comment(text: &str) -> String {
-    let mut end = text.len().min(127);
+    let mut end = text.len().min(LONGEST);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
@@ -186,19 +189,20 @@ impl Endings<'_> {
                 None => vec![counter(), Expr::Verdict(Verdict::Return)],
             },
             Action::Log => {
-                let group = match self.direction {
-                    Direction::Ingress => 1,
-                    Direction::Egress => 2,
-                };
-                let prefix = comment(&format!("log {} {} {number}", self.owner, self.direction));
-                vec![
-                    counter(),
-                    Expr::NfLog {
-                        group,
-                        prefix,
-                        snaplen: 128,
-                    },
-                ]
+                let mut exprs = vec![counter()];
+                exprs.extend(self.settings.log_rate.map(|rate| Expr::Limit {
+                    rate: rate.packets.into(),
+                    per: rate.per.duration(),
+                    burst: rate.burst,
+                    bytes: false,
+                    over: false,
+                }));
+                exprs.push(Expr::NfLog {
+                    group: log::group(self.direction),
+                    prefix: log::prefix(self.owner, self.direction, number, LONGEST),
+                    snaplen: 128,
+                });
+                exprs
             }
         }
     }

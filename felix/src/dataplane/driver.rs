@@ -24,6 +24,7 @@ use super::host::{self, Interfaces};
 use super::lockout::{self, Connection, Servers, Situation};
 use super::metrics::Metrics;
 use super::offload::Offload;
+use super::packet_log::PacketLogger;
 use super::resources::Resources;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
 use super::{own_addresses, sockets};
@@ -143,6 +144,7 @@ impl Dataplane {
             endpoints: Endpoints::default(),
             interfaces: Interfaces::default(),
             flows: FlowGuard::open(&netlink),
+            packet_log: PacketLogger::start(netlink.netns()),
             metrics: Metrics::new(&config.metrics),
             netlink,
             tunnel_state: tunnels.state(),
@@ -265,6 +267,7 @@ struct Driver {
     interfaces: Interfaces,
     flows: FlowGuard,
     offload: Offload,
+    packet_log: PacketLogger,
     metrics: Metrics,
     netlink: Netlink,
     tunnel_state: watch::Receiver<TunnelState>,
@@ -611,6 +614,7 @@ impl Driver {
             if let Delta::Settings(spec) = delta {
                 self.resources.on_settings(spec, &mut self.route_inputs);
                 self.offload.configure(spec);
+                self.packet_log.set_prefix(spec.log_prefix.as_deref());
                 if spec.ip_forwarding != Some(Toggle::Disabled)
                     && let Err(error) = host::enable_forwarding(&self.netlink)
                 {

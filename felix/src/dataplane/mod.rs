@@ -25,6 +25,7 @@ mod lockout;
 mod metrics;
 mod offload;
 mod own_addresses;
+mod packet_log;
 mod resources;
 mod ruleset;
 mod sockets;

@@ -12,6 +12,7 @@ use super::render::{Asked, DIRECTIONS, Renderer, VERSIONS, plain, remark};
 use super::rule::{self, Literals};
 use crate::calc::{Action, Direction, Endpoint, Rules};
 use crate::compile::DenyAction;
+use crate::compile::log::{self, LogRate};
 use crate::compile::names::policy_text;
 
 /// Longest prefix of NFLOG (`NF_LOG_PREFIXLEN` is 128; iptables takes 63).
@@ -105,7 +106,7 @@ impl Renderer {
                     Action::Pass if may_pass => format!("-g {}", names::PASS),
                     // A profile has nothing to pass on to: the next profile is asked.
                     Action::Pass => "-j RETURN".to_owned(),
-                    Action::Log => log(owner, direction, number),
+                    Action::Log => log(owner, direction, number, self.settings.common.log_rate),
                 };
                 for matches in rule::matches(rule, version, &mut literals) {
                     let space = if matches.is_empty() { "" } else { " " };
@@ -161,11 +162,23 @@ pub(super) fn places() -> impl Iterator<Item = (Direction, Table)> {
         .flat_map(|direction| TABLES.map(|table| (direction, table)))
 }
 
-fn log(owner: &str, direction: Direction, number: usize) -> String {
-    let group = match direction {
-        Direction::Ingress => 1,
-        Direction::Egress => 2,
-    };
-    let prefix = plain(&format!("log {owner} {direction} {number}"), LOG_PREFIX);
-    format!("-j NFLOG --nflog-group {group} --nflog-prefix \"{prefix}\" --nflog-size 128")
+/// Hands the packet to our group of NFLOG, as often as `logActionRateLimit` says.
+fn log(owner: &str, direction: Direction, number: usize, rate: Option<LogRate>) -> String {
+    let prefix = plain(
+        &log::prefix(owner, direction, number, LOG_PREFIX),
+        LOG_PREFIX,
+    );
+    let limit = rate.map_or_else(String::new, |rate| {
+        let LogRate {
+            packets,
+            per,
+            burst,
+        } = rate;
+        format!(
+            "-m limit --limit {packets}/{} --limit-burst {burst} ",
+            per.text()
+        )
+    });
+    let group = log::group(direction);
+    format!("{limit}-j NFLOG --nflog-group {group} --nflog-prefix \"{prefix}\" --nflog-size 128")
 }
