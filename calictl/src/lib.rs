@@ -121,11 +121,20 @@ fn parse() -> Result<Command> {
     if connection::is_plugin() {
         command = command.bin_name("kubectl calico");
     }
-    let matches = command.get_matches();
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let arguments = command
+        .try_get_matches()
+        .and_then(|matches| Arguments::from_arg_matches(&matches))
+        .unwrap_or_else(|error| leave(&error));
     log(&arguments.connection.log_level)?;
     connection::settle(arguments.connection);
     Ok(arguments.command)
+}
+
+/// Help and the version, or what is wrong with the line. Every failure ends with 1, as that of `calicoctl`.
+fn leave(said: &clap::Error) -> ! {
+    // Nothing can be done about a closed output.
+    let _ = said.print();
+    std::process::exit(i32::from(said.use_stderr()))
 }
 
 /// What the libraries log, on standard error. Calico's levels without a counterpart mean that nothing is logged.

@@ -27,10 +27,14 @@ pub(crate) fn read(
 pub(crate) fn parse(texts: &[(String, String)], namespace: Option<&str>) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     let mut mistakes = Vec::new();
+    let mut unread = 0;
     for (name, text) in texts {
         match manifest::parse(name, text) {
             Ok(parsed) => documents.extend(parsed),
-            Err(errors) => mistakes.extend(errors),
+            Err(errors) => {
+                mistakes.extend(errors);
+                unread += count(text);
+            }
         }
     }
     for document in &mut documents {
@@ -44,8 +48,23 @@ pub(crate) fn parse(texts: &[(String, String)], namespace: Option<&str>) -> Resu
             mistakes.extend(fields.iter().map(|field| document.field_error(field)));
         }
     }
-    refuse(&mistakes)?;
+    refuse(&mistakes, documents.len() + unread)?;
     Ok(documents)
+}
+
+/// How many documents a text has that cannot be read.
+fn count(text: &str) -> usize {
+    let mut count = 0;
+    let mut has_content = false;
+    for line in text.lines() {
+        if line.starts_with("---") {
+            has_content = false;
+        } else if !has_content && !line.trim().is_empty() && !line.trim_start().starts_with('#') {
+            has_content = true;
+            count += 1;
+        }
+    }
+    count
 }
 
 /// Asks the datastore whether it would take all of them, before the first is written.
@@ -64,17 +83,21 @@ pub(crate) async fn check(store: &dyn Datastore, documents: &[Document]) -> Resu
             other => mistakes.push(document.error(other)),
         }
     }
-    refuse(&mistakes)
+    refuse(&mistakes, documents.len())
 }
 
-fn refuse(mistakes: &[manifest::ManifestError]) -> Result<()> {
+fn refuse(mistakes: &[manifest::ManifestError], resources: usize) -> Result<()> {
     if mistakes.is_empty() {
         return Ok(());
     }
     let lines: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
     let these = if mistakes.len() == 1 { "this" } else { "these" };
+    let whole = match resources {
+        0 | 1 => String::new(),
+        count => format!(" with any of the {count} resources"),
+    };
     bail!(
-        "{}\nnothing was done: mend {these} and run the command again",
+        "{}\nnothing was done{whole}: mend {these} and run the command again",
         lines.join("\n")
     )
 }

@@ -5,9 +5,13 @@ mod terminal;
 use std::io::Write as _;
 use std::process::Stdio;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use cali_api::schema::{Group, defined, definition};
 use cali_datastore::testing::{ApiServer, Etcd};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
 use terminal::{Terminal, kinds, suite};
 
 /// What `kubectl` is told is done, or this fails with its words.
@@ -132,6 +136,129 @@ async fn every_command_prints_on_a_cluster_what_it_always_prints() {
             }
             case(&mut terminal);
         }
+    });
+}
+
+/// A kubelet that knows nothing but logs, each of which says what was asked for; its port.
+async fn kubelet() -> u16 {
+    let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
+    let config = rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![own.cert.der().clone()], key)
+        .expect("a configuration");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else {
+                continue;
+            };
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                match stream.read_u8().await {
+                    Ok(octet) => head.push(octet),
+                    Err(_) => break,
+                }
+            }
+            let head = String::from_utf8_lossy(&head);
+            let asked = head.split(' ').nth(1).unwrap_or_default();
+            let text = format!("asked for {asked}\n");
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}",
+                text.len()
+            );
+            // Whoever asks no more has gone.
+            let _ = stream.write_all(answer.as_bytes()).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    port
+}
+
+const AGENT: &str = "\
+apiVersion: v1
+kind: Pod
+metadata:
+  name: cali-node-a
+  namespace: shop
+  labels: {app.kubernetes.io/part-of: cali, app.kubernetes.io/name: cali-node}
+spec:
+  nodeName: node1
+  containers: [{name: node, image: i, env: [{name: ETCD_PASSWORD, value: hunter2}]}]
+---
+apiVersion: v1
+kind: Event
+metadata: {name: cali-node-a.1, namespace: shop}
+involvedObject: {apiVersion: v1, kind: Pod, name: cali-node-a, namespace: shop}
+reason: BackOff
+message: restarting the failed container
+type: Warning
+count: 3
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_archive_of_a_cluster_has_logs_and_descriptions_of_its_pods() {
+    let (server, terminal) = cluster(Group::V1).await;
+    let port = kubelet().await;
+    tokio::task::block_in_place(|| {
+        kubectl(&server, AGENT);
+        let node = format!(
+            "{{\"status\":{{\"addresses\":[{{\"type\":\"InternalIP\",\"address\":\"127.0.0.1\"}}],\
+             \"daemonEndpoints\":{{\"kubeletEndpoint\":{{\"Port\":{port}}}}}}}}}"
+        );
+        let pod = r#"{"status":{"containerStatuses":[{"name":"node","image":"i","imageID":"i","ready":true,"restartCount":2}]}}"#;
+        for (object, status) in [("node/node1", node.as_str()), ("pod/cali-node-a", pod)] {
+            let words = [
+                "patch",
+                object,
+                "-n",
+                "shop",
+                "--subresource=status",
+                "-p",
+                status,
+            ];
+            let done = server.kubectl(&words).status().expect("start kubectl");
+            assert!(done.success());
+        }
+        let said =
+            terminal.prints("PATH=/nowhere cluster diags --since 2h --output cluster.tar.gz");
+        let found = terminal.unpacks("cluster.tar.gz");
+        // Without kubectl there is no way into a pod; everything else is there.
+        assert!(
+            said.contains("\n1 pieces could not be collected"),
+            "{said}\n{}",
+            found["contents.txt"]
+        );
+        let missing = "nodes/node1.tar.gz: NOT COLLECTED: kubectl is not installed";
+        assert!(
+            found["contents.txt"].contains(missing),
+            "{}",
+            found["contents.txt"]
+        );
+        let folder = "pods/cali-node/cali-node-a";
+        let description = &found[&format!("{folder}/description.txt")];
+        for part in [
+            "restartCount: 2",
+            "BackOff",
+            "restarting the failed container",
+        ] {
+            assert!(description.contains(part), "{description}");
+        }
+        assert!(!description.contains("hunter2"), "{description}");
+        let log = &found[&format!("{folder}/node.log")];
+        assert!(
+            log.starts_with("asked for /containerLogs/shop/cali-node-a/node?"),
+            "{log}"
+        );
+        assert!(
+            log.contains("sinceSeconds=7200") && !log.contains("previous"),
+            "{log}"
+        );
+        assert!(found[&format!("{folder}/node.previous.log")].contains("previous=true"));
+        assert!(found["kubernetes/nodes.txt"].starts_with("NAME"));
+        assert!(found["kubernetes/pods.txt"].contains("shop        cali-node-a"));
     });
 }
 

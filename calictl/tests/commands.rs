@@ -159,35 +159,6 @@ fn a_node_that_does_not_run_says_so() {
     insta::assert_snapshot!(terminal.transcript());
 }
 
-/// Names and texts of the pieces of an archive, without its folder.
-fn unpacked(terminal: &Terminal, archive: &str) -> std::collections::BTreeMap<String, String> {
-    let folder = terminal.path(&format!("{archive}.d"));
-    std::fs::create_dir(&folder).expect("a folder");
-    let done = std::process::Command::new("tar")
-        .args(["--strip-components=1", "-xzf"])
-        .arg(terminal.path(archive))
-        .arg("-C")
-        .arg(&folder)
-        .status();
-    assert!(done.expect("start tar").success());
-    let mut found = std::collections::BTreeMap::new();
-    let mut folders = vec![folder.clone()];
-    while let Some(inner) = folders.pop() {
-        for entry in std::fs::read_dir(inner).expect("a folder") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() {
-                folders.push(path);
-                continue;
-            }
-            let text =
-                String::from_utf8_lossy(&std::fs::read(&path).expect("a piece")).into_owned();
-            let name = path.strip_prefix(&folder).expect("inside");
-            found.insert(name.display().to_string(), text);
-        }
-    }
-    found
-}
-
 #[test]
 fn the_archive_of_a_node_has_its_network_and_logs_and_no_secrets() {
     let terminal = fresh();
@@ -210,7 +181,7 @@ fn the_archive_of_a_node_has_its_network_and_logs_and_no_secrets() {
             .prints(line)
             .starts_with("Diags saved to node.tar.gz\n")
     );
-    let found = unpacked(&terminal, "node.tar.gz");
+    let found = terminal.unpacks("node.tar.gz");
     assert!(found["network/routes-v4.txt"].starts_with("$ ip -4 route show table all\n"));
     assert_eq!(found["logs/logs/new.log"], "said password=*** was wrong\n");
     assert!(!found.contains_key("logs/logs/old.log"));
@@ -228,7 +199,7 @@ fn the_archive_of_a_cluster_has_its_resources() {
     let terminal = fresh();
     terminal.prints("apply -f all.yaml");
     terminal.prints("cluster diags --output cluster.tar.gz");
-    let found = unpacked(&terminal, "cluster.tar.gz");
+    let found = terminal.unpacks("cluster.tar.gz");
     assert!(found["resources/ippools.yaml"].contains("10.30.0.0/16"));
     assert!(found["resources/globalnetworkpolicies.yaml"].contains("deny-db"));
     assert!(

@@ -141,26 +141,31 @@ fn render(pages: &[Value]) -> String {
     let array = |value: &Value| value.as_array().cloned().unwrap_or_default();
     let columns = pages.first().map(|page| array(&page["columnDefinitions"]));
     let columns = columns.unwrap_or_default();
-    let headings: Vec<String> = std::iter::once("NAMESPACE".to_owned())
-        .chain(
-            columns
-                .iter()
-                .map(|column| columns::text(&column["name"]).to_uppercase()),
-        )
+    let headings = columns
+        .iter()
+        .map(|column| columns::text(&column["name"]).to_uppercase());
+    let mut headings: Vec<String> = std::iter::once("NAMESPACE".to_owned())
+        .chain(headings)
         .collect();
     let mut rows: Vec<(String, Vec<String>)> = Vec::new();
     for row in pages.iter().flat_map(|page| array(&page["rows"])) {
         let metadata = &row["object"]["metadata"];
         let cells = array(&row["cells"]);
         let cells = cells.iter().map(columns::text);
-        let namespace = columns::text(&metadata["namespace"]);
+        let namespace = metadata["namespace"].as_str().unwrap_or_default();
         rows.push((
             columns::text(&metadata["creationTimestamp"]),
-            std::iter::once(namespace).chain(cells).collect(),
+            std::iter::once(namespace.to_owned()).chain(cells).collect(),
         ));
     }
     rows.sort();
-    let rows: Vec<Vec<String>> = rows.into_iter().map(|(_, cells)| cells).collect();
+    let mut rows: Vec<Vec<String>> = rows.into_iter().map(|(_, cells)| cells).collect();
+    if rows.iter().all(|cells| cells[0].is_empty()) {
+        headings.remove(0);
+        for cells in &mut rows {
+            cells.remove(0);
+        }
+    }
     let headings: Vec<&str> = headings.iter().map(String::as_str).collect();
     columns::render(&headings, &rows)
 }

@@ -20,6 +20,12 @@ static LINE: LazyLock<Regex> = LazyLock::new(|| {
         r"(?im)^(?P<before>[ \t]*(?:- )?)(?P<name>[a-z0-9_.-]*(?:passw(?:or)?d|passphrase|secret|token|api_?key|private_?key|key-data|credential|authorization)[a-z0-9_-]*)(?P<between>: +|=)(?P<value>[^\s].*)$",
     )
 });
+/// A variable of a container: its name on one line, its value on the next.
+static VARIABLE: LazyLock<Regex> = LazyLock::new(|| {
+    regex(
+        r#"(?im)^(?P<before>[ \t]*(?:- )?name: +["']?(?P<name>[a-z0-9_.-]*(?:passw(?:or)?d|passphrase|secret|token|api_?key|private_?key|credential)[a-z0-9_.-]*)["']?[ \t]*\n[ \t]*value: +)(?P<value>\S.*)$"#,
+    )
+});
 static PRIVATE_KEY: LazyLock<Regex> = LazyLock::new(|| {
     regex(r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIVATE KEY-----|\z)")
 });
@@ -38,6 +44,7 @@ pub(super) fn mask(text: &str) -> String {
     let text = PRIVATE_KEY.replace_all(text, format!("$1{MASK}$2"));
     let text = USER.replace_all(&text, format!("${{scheme}}{MASK}$at"));
     let text = JWT.replace_all(&text, MASK);
+    let text = VARIABLE.replace_all(&text, variable);
     let text = LINE.replace_all(&text, line);
     let text = FIELD.replace_all(&text, field);
     blocks(&text)
@@ -53,6 +60,13 @@ fn is_harmless(name: &str, value: &str) -> bool {
         || bare.starts_with('{')
         || bare.starts_with("|")
         || bare.starts_with(">")
+}
+
+fn variable(found: &Captures<'_>) -> String {
+    if is_harmless(&found["name"], &found["value"]) {
+        return found[0].to_owned();
+    }
+    format!("{}{MASK}", &found["before"])
 }
 
 fn line(found: &Captures<'_>) -> String {
@@ -154,6 +168,10 @@ mod tests {
                 "  token: |\n    one\n\n    two\n  after: 1\n",
                 "  token: |\n    ***\n  after: 1\n",
             ),
+            (
+                "env:\n- name: ETCD_PASSWORD\n  value: hunter2\n- name: A\n  value: b\n",
+                "env:\n- name: ETCD_PASSWORD\n  value: ***\n- name: A\n  value: b\n",
+            ),
         ] {
             assert_eq!(mask(text), masked, "{text}");
         }
@@ -165,6 +183,7 @@ mod tests {
             "password: {secretKeyRef: {name: bgp, key: tor}}",
             "secretKeyRef:\n  name: bgp\n",
             "ETCD_KEY_FILE=/etc/etcd/key.pem",
+            "- name: TOKEN_FILE\n  value: /var/run/token\n",
             "tokenFile: /var/run/token",
             "automountServiceAccountToken: true",
             "selector: has(app) && tier == 'db'",

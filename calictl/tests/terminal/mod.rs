@@ -6,6 +6,7 @@
 pub(crate) mod kinds;
 pub(crate) mod suite;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -79,6 +80,12 @@ impl Terminal {
             ));
             return;
         }
+        // As Kubernetes' pods get theirs: of the hash of namespace and name.
+        let interface = match pod {
+            "api" => "cali50d8cbfc60a",
+            "db" => "cali2d7243dcff6",
+            other => panic!("the interface of the pod {other} is not known here"),
+        };
         self.file(
             "pod.yaml",
             &format!(
@@ -88,7 +95,7 @@ impl Terminal {
                  metadata: {{name: {node}-k8s-{pod}-eth0, namespace: shop, labels: {{app: {pod}, \
                  projectcalico.org/namespace: shop, projectcalico.org/orchestrator: k8s, \
                  projectcalico.org/serviceaccount: default}}}}\n\
-                 spec: {{orchestrator: k8s, node: {node}, pod: {pod}, endpoint: eth0, interfaceName: cali{pod}, \
+                 spec: {{orchestrator: k8s, node: {node}, pod: {pod}, endpoint: eth0, interfaceName: {interface}, \
                  ipNetworks: [{address}/32], profiles: [kns.shop]}}\n"
             ),
         );
@@ -207,6 +214,35 @@ impl Terminal {
             })
             .map(|line| format!("{line}\n"))
             .collect()
+    }
+
+    /// Names and texts of the pieces of an archive, without its folder.
+    pub(crate) fn unpacks(&self, archive: &str) -> BTreeMap<String, String> {
+        let folder = self.path(&format!("{archive}.d"));
+        std::fs::create_dir(&folder).expect("a folder");
+        let done = Command::new("tar")
+            .args(["--strip-components=1", "-xzf"])
+            .arg(self.path(archive))
+            .arg("-C")
+            .arg(&folder)
+            .status();
+        assert!(done.expect("start tar").success());
+        let mut found = BTreeMap::new();
+        let mut folders = vec![folder.clone()];
+        while let Some(inner) = folders.pop() {
+            for entry in std::fs::read_dir(inner).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let text =
+                    String::from_utf8_lossy(&std::fs::read(&path).expect("a piece")).into_owned();
+                let name = path.strip_prefix(&folder).expect("inside");
+                found.insert(name.display().to_string(), text);
+            }
+        }
+        found
     }
 
     /// Every kind of Calico, and a pod's address, in the embedded store of the folder.

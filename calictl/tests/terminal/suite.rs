@@ -129,12 +129,22 @@ fn bad_input(terminal: &mut Terminal) {
         "nameless.yaml",
         "apiVersion: projectcalico.org/v3\nkind: IPPool\nspec: {cidr: 10.1.0.0/16}\n",
     );
+    terminal.file(
+        "type.yaml",
+        "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p}\nspec:\n  cidr: 10.0.0.0/16\n  blockSize: large\n",
+    );
+    terminal.file(
+        "scope.yaml",
+        "apiVersion: projectcalico.org/v3\nkind: IPPool\nmetadata: {name: p, namespace: shop}\nspec: {cidr: 10.0.0.0/16}\n",
+    );
     terminal.file("empty.yaml", "# nothing\n");
     terminal
         .types("apply -f syntax.yaml")
         .types("apply -f field.yaml")
         .types("apply -f several.yaml")
         .types("apply -f nameless.yaml")
+        .types("apply -f type.yaml")
+        .types("apply -f scope.yaml")
         .types("apply -f absent.yaml")
         .types("apply -f empty.yaml")
         .types("apply -f empty.yaml --skip-empty")
@@ -292,7 +302,7 @@ fn versions(terminal: &mut Terminal) {
 fn traced(terminal: &mut Terminal) {
     terminal.joins("n1");
     terminal.joins("n2");
-    for (pod, node, address) in [("web", "n1", "10.30.1.1"), ("db", "n2", "10.30.2.1")] {
+    for (pod, node, address) in [("api", "n1", "10.30.1.1"), ("db", "n2", "10.30.2.1")] {
         terminal.runs(pod, node, address);
     }
     terminal.file(
@@ -300,16 +310,16 @@ fn traced(terminal: &mut Terminal) {
         "apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: default}\nspec: {order: 1000000}\n---\n\
          apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\nmetadata: {name: db, namespace: shop}\n\
          spec: {selector: app == 'db', types: [Ingress], ingress: [{action: Allow, protocol: TCP, \
-         source: {selector: app == 'web'}, destination: {ports: [5432]}}]}\n",
+         source: {selector: app == 'api'}, destination: {ports: [5432]}}]}\n",
     );
     filled(terminal)
         .types("get workloadendpoints -n shop")
-        .types("trace shop/web shop/db:5432")
+        .types("trace shop/api shop/db:5432")
         .types("diff -f policy.yaml")
         .types("apply -f policy.yaml")
         .types("diff -f policy.yaml")
-        .types("trace shop/web shop/db:5432")
-        .types("trace shop/web shop/db:80")
+        .types("trace shop/api shop/db:5432")
+        .types("trace shop/api shop/db:80")
         .types("trace 192.0.2.9 shop/db:5432 -v")
         .types("trace shop/gone shop/db:80")
         .types("diff --delete -f policy.yaml");
