@@ -14,7 +14,7 @@ const STYLE: &str = "
 @media(prefers-color-scheme:dark){:root{--fg:#e6e9ef;--dim:#98a2b3;--bg:#14171c;--card:#1d2128;--line:#2f3540;--good:#4ac26b;--bad:#ff7b72;--warn:#d9a50b}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
 main{max-width:64rem;margin:0 auto;padding:2rem 1.25rem}h1{font-size:1.5rem;margin:0}h2{font-size:1rem;margin:2rem 0 .6rem}
-.sub{color:var(--dim);margin:.2rem 0 0}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.75rem;margin-top:1.25rem}
+.sub{color:var(--dim);margin:.2rem 0 0}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.75rem;margin-top:1.25rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem .9rem}.card b{display:block;font-size:1.45rem;font-weight:600}
 .card span{color:var(--dim);font-size:.85rem}table{width:100%;border-collapse:collapse;background:var(--card);border:1px solid var(--line);border-radius:.6rem;overflow:hidden}
 th,td{text-align:left;padding:.45rem .8rem;border-top:1px solid var(--line);vertical-align:top}thead th{border-top:0;color:var(--dim);font-weight:500;font-size:.85rem}
@@ -103,8 +103,8 @@ fn cards(out: &mut String, snapshot: &Snapshot) {
     );
     if let Some([median, most]) = snapshot.policy_latency_ms {
         card(
-            format!("{} / {}", milliseconds(median), milliseconds(most)),
-            "ms to enforce one, at most, in half / 99 % of them",
+            format!("≤ {} / {} ms", milliseconds(median), milliseconds(most)),
+            "until one is enforced: half / 99&nbsp;%",
         );
     }
     card(
@@ -114,19 +114,26 @@ fn cards(out: &mut String, snapshot: &Snapshot) {
     out.push_str("</div>");
 }
 
+/// What is ready in one line, what is not in a table with its reasons.
 fn readiness(out: &mut String, node: &NodeStatus) {
-    out.push_str(
-        "<h2>Parts</h2><div class=scroll><table><thead><tr><th>part<th>state<th>reason</thead>",
-    );
-    for part in &node.readiness {
-        let (class, word) = if part.ready {
-            ("good", "ready")
-        } else {
-            ("warn", "not ready")
-        };
+    let (ready, others): (Vec<_>, Vec<_>) = node.readiness.iter().partition(|part| part.ready);
+    out.push_str("<h2>Parts</h2>");
+    if !ready.is_empty() {
+        let names: Vec<String> = ready.iter().map(|part| escape(&part.part)).collect();
         let _ = write!(
             out,
-            "<tr><td>{}<td class={class}>{word}<td>{}",
+            "<p class=sub><span class=good>ready</span> {}</p>",
+            names.join(" · ")
+        );
+    }
+    if others.is_empty() {
+        return;
+    }
+    out.push_str("<div class=scroll><table><thead><tr><th>part<th>state<th>reason</thead>");
+    for part in others {
+        let _ = write!(
+            out,
+            "<tr><td>{}<td class=warn>not ready<td>{}",
             escape(&part.part),
             escape(part.reason.as_deref().unwrap_or(""))
         );
