@@ -9,6 +9,7 @@
 //! What this crate does not do: decide anything about a resource's meaning (`cali-api`), or cache for others (`typha`).
 
 mod admission;
+mod edit;
 mod error;
 mod store;
 mod stored;
@@ -27,6 +28,7 @@ pub mod timestamp;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use edit::edit;
 pub use error::{Cause, Error};
 pub use store::{
     Applied, Datastore, List, Outcome, Page, PageToken, Secret, Undecodable, Versioned, Warning,

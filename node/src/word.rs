@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cali_api::v3::Node;
-use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error as DatastoreError};
+use cali_api::{Key, Kind};
+use cali_datastore::{Datastore, Error as DatastoreError, edit};
 use felix::dataplane::State;
 use ipip_vxlan::{
     IPIP_DEVICE, RECEIVES_ANNOTATION, Receives, TunnelState, VXLAN_V4_DEVICE, VXLAN_V6_DEVICE,
@@ -19,8 +19,6 @@ use tokio::sync::watch;
 const RETRY: Duration = Duration::from_secs(2);
 /// How long an orderly end may wait for the datastore.
 const AT_THE_END: Duration = Duration::from_secs(3);
-/// Conflicts after which a write is given up until the next attempt.
-const ATTEMPTS: usize = 20;
 
 /// The node's word.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -122,23 +120,7 @@ impl Teller {
 
     async fn write(&self, word: &Word) -> Result<(), DatastoreError> {
         let key = Key::cluster(Kind::Node, self.node.clone());
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let stored = self.datastore.get(&key).await?;
-            let AnyResource::Node(node) = &*stored.object else {
-                return Err(DatastoreError::NotFound { key });
-            };
-            let mut node = (**node).clone();
-            if !tell(&mut node, word) {
-                return Ok(());
-            }
-            match self.datastore.update(node.into()).await {
-                Ok(_) => return Ok(()),
-                Err(DatastoreError::Conflict { .. }) if attempt < ATTEMPTS => {}
-                Err(error) => return Err(error),
-            }
-        }
+        edit(&*self.datastore, &key, |node: &mut Node| tell(node, word)).await
     }
 }
 

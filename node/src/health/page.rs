@@ -306,7 +306,7 @@ mod tests {
         assert!(page.contains("route 10.0.0.0/26"), "{page}");
         assert!(page.contains("up 1 h 5 min"), "{page}");
         assert!(page.contains("and 5 more"), "{page}");
-        assert!(page.contains("<b>2.5 / 50</b>"), "{page}");
+        assert!(page.contains("<b>≤ 2.5 / 50 ms</b>"), "{page}");
         assert!(!page.contains("shop/<b>"), "{page}");
         let first = page.find("no route").expect("the bad endpoint is listed");
         assert!(first < page.find("&lt;b&gt;0<").unwrap(), "{page}");

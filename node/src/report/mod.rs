@@ -19,7 +19,7 @@ use cali_control::status::{
     ReportQuery, RouteStatus, SessionState, VERSION,
 };
 use cali_control::{client, paths};
-use cali_datastore::{Datastore, Error as DatastoreError};
+use cali_datastore::{Datastore, Error as DatastoreError, edit};
 use cali_netlink::NetNs;
 use cali_telemetry::Registry;
 use tokio::sync::mpsc;
@@ -30,8 +30,6 @@ use crate::status_socket::{self, Sources};
 
 /// A report that could not be written is tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
-/// Writes that somebody else's write may undo in a row.
-const ATTEMPTS: usize = 5;
 /// For one answer of `bgpd`.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -157,25 +155,16 @@ impl Teller {
 
     async fn write(&self, name: &str, now: &Now) -> Result<(), DatastoreError> {
         let key = Key::cluster(Kind::CalicoNodeStatus, name);
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let stored = self.datastore.get(&key).await?;
-            let AnyResource::CalicoNodeStatus(object) = &*stored.object else {
-                return Err(DatastoreError::NotFound { key });
-            };
-            let object = reported((**object).clone(), now);
-            match self.datastore.update(object.into()).await {
-                Ok(_) => return Ok(()),
-                Err(DatastoreError::Conflict { .. }) if attempt < ATTEMPTS => {}
-                Err(error) => return Err(error),
-            }
-        }
+        edit(&*self.datastore, &key, |object: &mut CalicoNodeStatus| {
+            report(object, now);
+            true
+        })
+        .await
     }
 }
 
-/// The resource with its report. Pure.
-fn reported(mut object: CalicoNodeStatus, now: &Now) -> CalicoNodeStatus {
+/// Puts the report into the resource. Pure.
+fn report(object: &mut CalicoNodeStatus, now: &Now) {
     object.status = Some(shape::status(
         &object.spec.classes,
         now.report.bgp.as_ref(),
@@ -190,7 +179,6 @@ fn reported(mut object: CalicoNodeStatus, now: &Now) -> CalicoNodeStatus {
             _ => text_of(&now.report),
         };
     }
-    object
 }
 
 /// The report with the routes that are asked for; those with a problem stay the longest. Pure.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use cali_api::update::{SyncEvent, SyncStatus};
 use cali_api::v3::{AllowedUse, IPPool, Node};
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error as DatastoreError};
+use cali_datastore::{Datastore, Error as DatastoreError, edit};
 use cali_ipam::tunnel::Tunnel;
 use cali_ipam::{Allocator, Owner, Request};
 use felix::dataplane::State;
@@ -23,8 +23,6 @@ use self::plan::{Action, Planner, TUNNELS, publish, published};
 
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(5);
-/// Conflicts after which a write of the Node resource is given up until the next round.
-const ATTEMPTS: usize = 20;
 
 /// Why a round did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -199,19 +197,12 @@ impl TunnelAddresses {
     }
 
     async fn write(&self, tunnel: Tunnel, address: Option<IpAddr>) -> Result<(), DatastoreError> {
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let mut node = self.read_node().await?;
-            if published(tunnel, &node) == address {
-                return Ok(());
-            }
-            publish(tunnel, &mut node, address);
-            match self.datastore.update(node.into()).await {
-                Ok(_) => return Ok(()),
-                Err(DatastoreError::Conflict { .. }) if attempt < ATTEMPTS => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let key = Key::cluster(Kind::Node, self.allocator.node());
+        edit(&*self.datastore, &key, |node: &mut Node| {
+            let differs = published(tunnel, node) != address;
+            publish(tunnel, node, address);
+            differs
+        })
+        .await
     }
 }
