@@ -1,5 +1,5 @@
 //! Work that is done once for the whole cluster: garbage collection of addresses, blocks, affinities and handles; automatic
-//! host endpoints.
+//! host endpoints; addresses of LoadBalancer services ([`load_balancer`]).
 //!
 //! - [`facts`] and [`judge`] say who uses an address; [`gc`] decides what is garbage and for how long it must have been,
 //!   and carries that out with compare-and-swap; [`check`] compares everything with everything, for people.
@@ -16,6 +16,7 @@ pub mod facts;
 pub mod gc;
 pub mod host_endpoints;
 pub mod judge;
+pub mod load_balancer;
 pub mod program;
 pub mod run;
 pub mod settings;

@@ -1,5 +1,6 @@
 //! The loop of one replica: leads or waits, and works while it leads.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use crate::election::{Election, Lock, take_turn};
 use crate::error::Error;
 use crate::gc::{self, Collector, Rules};
 use crate::host_endpoints;
+use crate::load_balancer;
 use crate::settings::Settings;
 
 /// Waits between attempts after an error: doubled from the first to the last.
@@ -76,7 +78,11 @@ pub async fn run(
 
 /// What a leader does.
 async fn work(store: Arc<dyn Datastore>) {
-    tokio::join!(collect(Arc::clone(&store)), keep_host_endpoints(store));
+    tokio::join!(
+        collect(Arc::clone(&store)),
+        keep_host_endpoints(Arc::clone(&store)),
+        keep_services(store)
+    );
 }
 
 /// Looks after host endpoints: when a node or the setting changes, and regularly.
@@ -126,6 +132,66 @@ async fn follow_host_endpoints(store: &dyn Datastore) -> Result<(), Error> {
                 tracing::warn!(problem, "automatic host endpoints");
             }
             told = plan.problems;
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, watch.next()).await {
+            // Bookmarks and our own writes come here, too: a pass that finds nothing writes nothing.
+            Ok(Some(Ok(_))) => tokio::time::sleep(GATHER).await,
+            Ok(Some(Err(_)) | None) | Err(_) => return Ok(()),
+        }
+        while let Ok(Some(Ok(_))) = tokio::time::timeout(Duration::ZERO, watch.next()).await {}
+    }
+}
+
+/// Looks after the addresses of LoadBalancer services: when a service, a pool or the setting changes, and regularly.
+async fn keep_services(store: Arc<dyn Datastore>) {
+    let allocator = Allocator::for_load_balancers(Arc::clone(&store));
+    let mut wait = RETRY.0;
+    loop {
+        match follow_services(&store, &allocator).await {
+            Ok(()) => {
+                wait = RETRY.0;
+                tokio::time::sleep(GATHER).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "addresses of services are not looked after");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(RETRY.1);
+            }
+        }
+    }
+}
+
+/// One pass, and one for each change, until it is time to look at everything again.
+async fn follow_services(store: &Arc<dyn Datastore>, allocator: &Allocator) -> Result<(), Error> {
+    // Watched before everything is read, so that no change is missed in between.
+    let from = store.list(Kind::IPPool, None).await;
+    let from = from.map_err(Error::datastore("list pools"))?.revision;
+    let kinds = [
+        Kind::K8sService,
+        Kind::IPPool,
+        Kind::KubeControllersConfiguration,
+    ];
+    let watch = store.watch(&kinds, &from).await;
+    let mut watch = watch.map_err(Error::datastore("watch services"))?;
+    let until = Instant::now() + RECONCILE;
+    let mut told = BTreeMap::new();
+    loop {
+        let settings = Settings::read(store.as_ref()).await?;
+        let done = load_balancer::pass(store, allocator, settings.assign_ips).await?;
+        if done.taken + done.released + done.written > 0 {
+            tracing::info!(
+                taken = done.taken,
+                released = done.released,
+                written = done.written,
+                "addresses of services"
+            );
+        }
+        if done.problems != told {
+            for (service, problem) in &done.problems {
+                tracing::warn!(service, problem, "a service has no address");
+            }
+            told = done.problems;
         }
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, watch.next()).await {

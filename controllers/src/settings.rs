@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cali_api::v3::AutoHostEndpointConfig;
+use cali_api::v3::{AssignIPs, AutoHostEndpointConfig};
 use cali_api::{AnyResource, Key, Kind};
 use cali_datastore::{Datastore, Error as StoreError};
 
@@ -16,23 +16,27 @@ pub struct Settings {
     pub rules: Rules,
     /// Which host endpoints are made.
     pub host_endpoints: AutoHostEndpointConfig,
+    /// Which services get an address.
+    pub assign_ips: AssignIPs,
 }
 
 impl Settings {
     /// Reads the resource; what it does not say has Calico's default.
     pub async fn read(store: &dyn Datastore) -> Result<Self, Error> {
         let key = Key::cluster(Kind::KubeControllersConfiguration, "default");
-        let node = match store.get(&key).await {
+        let controllers = match store.get(&key).await {
             Ok(found) => match found.object.as_ref() {
                 AnyResource::KubeControllersConfiguration(object) => {
-                    object.spec.controllers.node.clone()
+                    Some(object.spec.controllers.clone())
                 }
                 _ => None,
             },
             Err(StoreError::NotFound { .. }) => None,
             Err(source) => return Err(Error::datastore(format!("read {key}"))(source)),
         };
-        let node = node.unwrap_or_default();
+        let controllers = controllers.unwrap_or_default();
+        let node = controllers.node.unwrap_or_default();
+        let balancer = controllers.load_balancer.unwrap_or_default();
         let grace = node.leak_grace_period.map(|g| g.0);
         let mut rules = Rules::default();
         if let Some(grace) = grace {
@@ -41,6 +45,7 @@ impl Settings {
         Ok(Self {
             rules,
             host_endpoints: node.host_endpoint.unwrap_or_default(),
+            assign_ips: balancer.assign_ips.unwrap_or(AssignIPs::AllServices),
         })
     }
 

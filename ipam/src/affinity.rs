@@ -11,7 +11,7 @@ use crate::block::Block;
 use crate::claim::{Seen, Step, next};
 use crate::error::Error;
 use crate::names;
-use crate::objects::{self, Swap};
+use crate::objects::Swap;
 use crate::pools::{self, Pool};
 
 /// An empty block of another node may be taken over after this time; before it, its owner may be about to use it.
@@ -21,7 +21,7 @@ impl Allocator {
     /// Makes a block the node's own: claims it, or takes up a claim that was interrupted. False if it is another's.
     pub async fn claim(&self, cidr: &Cidr) -> Result<bool, Error> {
         let node = self.node().to_owned();
-        let ours = objects::host(&node);
+        let ours = self.affinity();
         let mut renewed = false;
         for _ in 0..ATTEMPTS {
             let affinity = self.objects.affinity(&node, cidr).await?;
@@ -38,7 +38,7 @@ impl Allocator {
             ) {
                 (Step::Done, ..) => return Ok(seen == Seen::Ours),
                 (Step::Announce, ..) => {
-                    let swapped = self.objects.announce(&node, cidr).await?;
+                    let swapped = self.objects.announce(&ours, cidr).await?;
                     renewed = matches!(swapped, Swap::Done(_));
                     swapped
                 }
@@ -100,7 +100,7 @@ impl Allocator {
                 }
             }
         }
-        let ours = objects::host(self.node());
+        let ours = self.affinity();
         let idle = |block: &&Block| {
             let rested = block
                 .claimed_at()
@@ -134,7 +134,26 @@ impl Allocator {
     /// Ends a node's affinity to a block: deletes the block if nobody holds an address in it, otherwise leaves it
     /// without an owner (or, with `only_empty`, leaves everything as it is). True if the affinity has ended.
     pub async fn give_up(&self, node: &str, cidr: &Cidr, only_empty: bool) -> Result<bool, Error> {
-        let owner = objects::host(node);
+        self.give_up_of(&Affinity::host(node), cidr, only_empty)
+            .await
+    }
+
+    /// Gives up those of its own blocks that these addresses were in and that are empty now.
+    pub async fn give_up_empty(&self, addresses: &[std::net::IpAddr]) -> Result<(), Error> {
+        let ours = self.affinity();
+        for (cidr, _) in self.by_block(addresses).await? {
+            self.give_up_of(&ours, &cidr, true).await?;
+        }
+        Ok(())
+    }
+
+    async fn give_up_of(
+        &self,
+        owner: &Affinity,
+        cidr: &Cidr,
+        only_empty: bool,
+    ) -> Result<bool, Error> {
+        let node = &owner.name;
         for _ in 0..ATTEMPTS {
             let Some(affinity) = self.objects.affinity(node, cidr).await? else {
                 return Ok(true);
@@ -143,7 +162,7 @@ impl Allocator {
                 .objects
                 .block(cidr)
                 .await?
-                .filter(|b| b.value.is_owned_by(&owner));
+                .filter(|b| b.value.is_owned_by(owner));
             if let Some(block) = &block {
                 if only_empty && !block.value.is_unused() {
                     // An address was taken after we had announced the end: the owner keeps its block.
@@ -197,7 +216,7 @@ impl Allocator {
             })
         };
         let mut given_up = Vec::new();
-        for affinity in self.objects.affinities(self.node()).await? {
+        for affinity in self.objects.affinities(&self.affinity()).await? {
             if !selected(&affinity.cidr) && self.give_up(self.node(), &affinity.cidr, true).await? {
                 given_up.push(affinity.cidr);
             }

@@ -9,13 +9,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use cali_api::v3::{AllowedUse, IPAMConfigurationSpec};
+use cali_api::v3::{Affinity, AffinityType, AllowedUse, IPAMConfigurationSpec};
 use cali_api::{Cidr, Net};
 use cali_datastore::Datastore;
 
 use crate::block::{Block, Clock, Release};
 use crate::error::{Error, family};
-use crate::objects::{self, Objects, Stored, Swap};
+use crate::names;
+use crate::objects::{Objects, Stored, Swap};
 use crate::owner::Owner;
 use crate::pools::{self, Demand, Pool};
 
@@ -105,6 +106,7 @@ impl Situation {
 pub struct Allocator {
     pub(crate) objects: Objects,
     node: Arc<str>,
+    kind: AffinityType,
     time: TimeSource,
 }
 
@@ -114,7 +116,16 @@ impl Allocator {
         Self {
             objects: Objects::new(store),
             node: node.into(),
+            kind: AffinityType::Host,
             time,
+        }
+    }
+
+    /// Address management for services: its blocks belong to no node (`virtual:load-balancer`, as Calico's).
+    pub fn for_load_balancers(store: Arc<dyn Datastore>) -> Self {
+        Self {
+            kind: AffinityType::Virtual,
+            ..Self::with_system_time(store, names::LOAD_BALANCER)
         }
     }
 
@@ -126,6 +137,14 @@ impl Allocator {
     /// The node that it acts for.
     pub fn node(&self) -> &str {
         &self.node
+    }
+
+    /// The owner of its blocks, as written into them.
+    pub(crate) fn affinity(&self) -> Affinity {
+        Affinity {
+            owner: self.kind,
+            name: self.node.to_string(),
+        }
     }
 
     pub(crate) fn now(&self) -> SystemTime {
@@ -217,7 +236,10 @@ impl Allocator {
             }
         }
         let mut reason = String::new();
-        let limit = situation.configuration.max_blocks() as usize;
+        let limit = match self.kind {
+            AffinityType::Host => situation.configuration.max_blocks() as usize,
+            AffinityType::Virtual => usize::MAX,
+        };
         let mut owned = own.len();
         while assigned.len() < goal {
             if !situation.configuration.auto_allocates() {
@@ -269,7 +291,7 @@ impl Allocator {
         goal: usize,
         assigned: &mut Vec<Assigned>,
     ) -> Result<(), Error> {
-        let ours = objects::host(&self.node);
+        let ours = self.affinity();
         let others: Vec<Cidr> = self
             .objects
             .blocks()
@@ -297,7 +319,7 @@ impl Allocator {
     }
 
     async fn own_blocks(&self, v4: bool) -> Result<Vec<Cidr>, Error> {
-        let affinities = self.objects.affinities(&self.node).await?;
+        let affinities = self.objects.affinities(&self.affinity()).await?;
         Ok(affinities
             .iter()
             .map(|a| a.cidr)
@@ -315,7 +337,7 @@ impl Allocator {
         only_own: bool,
     ) -> Result<Vec<IpAddr>, Error> {
         let clock = self.clock(&situation.configuration);
-        let ours = objects::host(&self.node);
+        let ours = self.affinity();
         let edit = |block: &mut Block| {
             if only_own && !block.is_owned_by(&ours) {
                 return Vec::new();
@@ -344,7 +366,7 @@ impl Allocator {
             self.claim(&cidr).await?;
         }
         let clock = self.clock(&situation.configuration);
-        let ours = objects::host(&self.node);
+        let ours = self.affinity();
         let strict = situation.configuration.strict_affinity;
         let edit = |block: &mut Block| {
             if strict && !block.is_owned_by(&ours) {
@@ -486,7 +508,7 @@ impl Allocator {
         let abandoned = block.affinity().is_none() && block.is_unused();
         let written = if abandoned {
             self.objects
-                .remove(&crate::names::block(&cidr), &stored.revision)
+                .remove(&names::block(&cidr), &stored.revision)
                 .await?
         } else {
             self.objects.update_block(stored, block).await?

@@ -6,6 +6,9 @@ use cali_api::{Cidr, Key, Kind, v3};
 /// Nobody else may take them back while the Node exists.
 pub const JOURNAL_ANNOTATION: &str = "projectcalico.org/address-journal";
 
+/// Calico's virtual node, whose blocks serve LoadBalancer services.
+pub const LOAD_BALANCER: &str = "load-balancer";
+
 /// `10.0.0.0/26` as `10-0-0-0-26`.
 pub fn dashed(cidr: &Cidr) -> String {
     v3::block_name(cidr)

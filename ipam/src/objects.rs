@@ -246,16 +246,16 @@ impl Objects {
         Ok(Some(stored(affinity, &found.revision, |spec| spec)))
     }
 
-    /// The blocks that a node has, or is about to have, an affinity to, in the order of their names.
-    pub(crate) async fn affinities(&self, node: &str) -> Result<Vec<BlockAffinitySpec>, Error> {
+    /// The blocks that an owner has, or is about to have, an affinity to, in the order of their names.
+    pub(crate) async fn affinities(&self, of: &Affinity) -> Result<Vec<BlockAffinitySpec>, Error> {
         let found = self.all(Kind::BlockAffinity).await?;
         Ok(found
             .iter()
             .filter_map(|v| match v.object.as_ref() {
                 AnyResource::BlockAffinity(a)
-                    if a.spec.node == node
+                    if a.spec.node == of.name
                         && !a.spec.deleted
-                        && a.spec.type_ != Some(AffinityType::Virtual) =>
+                        && a.spec.type_.unwrap_or(AffinityType::Host) == of.owner =>
                 {
                     Some(a.spec.clone())
                 }
@@ -264,12 +264,12 @@ impl Objects {
             .collect())
     }
 
-    pub(crate) async fn announce(&self, node: &str, cidr: &Cidr) -> Result<Swap, Error> {
-        let key = names::affinity(node, cidr);
+    pub(crate) async fn announce(&self, owner: &Affinity, cidr: &Cidr) -> Result<Swap, Error> {
+        let key = names::affinity(&owner.name, cidr);
         let spec = BlockAffinitySpec {
             state: BlockAffinityState::Pending,
-            node: node.to_owned(),
-            type_: Some(AffinityType::Host),
+            node: owner.name.clone(),
+            type_: Some(owner.owner),
             cidr: *cidr,
             deleted: false,
         };

@@ -1,11 +1,11 @@
 //! The native kinds. Specifications are those of `k8s_openapi`; the two kinds that have none get
 //! one that holds their top-level fields.
 
-use k8s_openapi::api::core::v1::{LocalObjectReference, ObjectReference};
 pub use k8s_openapi::api::core::v1::{
-    NamespaceSpec, NamespaceStatus, NodeSpec, NodeStatus, PodSpec, PodStatus, ServiceSpec,
-    ServiceStatus,
+    LoadBalancerIngress, LoadBalancerStatus, NamespaceSpec, NamespaceStatus, NodeSpec, NodeStatus,
+    PodSpec, PodStatus, ServiceSpec, ServiceStatus,
 };
+use k8s_openapi::api::core::v1::{LocalObjectReference, ObjectReference};
 pub use k8s_openapi::api::discovery::v1::Endpoint;
 use k8s_openapi::api::discovery::v1::EndpointPort;
 pub use k8s_openapi::api::networking::v1::NetworkPolicySpec;
