@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
+.PHONY: soak-ipam image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -66,6 +66,10 @@ fuzz: setup ## bgpd's decoder and session with damaged streams of real daemons (
 
 fuzz-coverage: setup ## the same led by coverage (libFuzzer), SECONDS_EACH=60; some 10 minutes to build once
 	scripts/fuzz $(or $(SECONDS_EACH),60)
+
+soak-ipam: build ## 20 simulated nodes take 50,000 addresses on SQLite and on etcd, killed at random all the while
+	scripts/peers etcd
+	SOAK=1 cargo test --workspace --test ipam_soak --test etcd_ipam_soak -- --nocapture
 
 bench-policy: setup ## what policy costs: a change, a start, packets (root; SCENARIO=large|small|set|packets, ROUNDS=n)
 	cargo build --release -p cali-bench --bin policy

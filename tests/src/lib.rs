@@ -2,7 +2,8 @@
 //!
 //! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
 //! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by
-//! sequence number; [`wire`] looks at the frames of a link.
+//! sequence number; [`wire`] looks at the frames of a link; [`soak`] kills simulated nodes that share a
+//! cluster's addresses.
 
 mod arrows;
 pub mod bgp;
@@ -10,6 +11,7 @@ mod documentation;
 pub mod kernel;
 pub mod lab;
 mod observability;
+pub mod soak;
 #[cfg(test)]
 mod sources;
 pub mod table;
