@@ -78,48 +78,46 @@ pub async fn run(
 
 /// What a leader does.
 async fn work(store: Arc<dyn Datastore>) {
+    let services = Services {
+        allocator: Allocator::for_load_balancers(Arc::clone(&store)),
+        told: BTreeMap::new(),
+    };
     tokio::join!(
         collect(Arc::clone(&store)),
-        keep_host_endpoints(Arc::clone(&store)),
-        keep_services(store)
+        look_after(Arc::clone(&store), HostEndpoints::default()),
+        look_after(store, services),
     );
 }
 
-/// Looks after host endpoints: when a node or the setting changes, and regularly.
-async fn keep_host_endpoints(store: Arc<dyn Datastore>) {
-    let mut wait = RETRY.0;
-    loop {
-        match follow_host_endpoints(store.as_ref()).await {
-            Ok(()) => {
-                wait = RETRY.0;
-                tokio::time::sleep(GATHER).await;
-            }
-            Err(error) => {
-                tracing::warn!(%error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "host endpoints are not looked after");
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY.1);
-            }
-        }
-    }
+/// What is brought to order at once, after each change of some kinds, and regularly.
+trait Keeper {
+    const WHAT: &'static str;
+    const KINDS: &'static [Kind];
+
+    /// Looks at everything, and changes what has to be changed.
+    fn pass(
+        &mut self,
+        store: &Arc<dyn Datastore>,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
-/// One pass, and one for each change, until it is time to look at everything again.
-async fn follow_host_endpoints(store: &dyn Datastore) -> Result<(), Error> {
-    // Watched before everything is read, so that no change is missed in between.
-    let from = store.list(Kind::Node, None).await;
-    let from = from.map_err(Error::datastore("list nodes"))?.revision;
-    let kinds = [
+/// The host endpoints of nodes.
+#[derive(Default)]
+struct HostEndpoints {
+    told: Vec<String>,
+}
+
+impl Keeper for HostEndpoints {
+    const WHAT: &'static str = "host endpoints";
+    const KINDS: &'static [Kind] = &[
         Kind::Node,
         Kind::KubeControllersConfiguration,
         Kind::HostEndpoint,
     ];
-    let watch = store.watch(&kinds, &from).await;
-    let mut watch = watch.map_err(Error::datastore("watch nodes"))?;
-    let until = Instant::now() + RECONCILE;
-    let mut told = Vec::new();
-    loop {
-        let settings = Settings::read(store).await?;
-        let plan = host_endpoints::pass(store, &settings.host_endpoints).await?;
+
+    async fn pass(&mut self, store: &Arc<dyn Datastore>) -> Result<(), Error> {
+        let settings = Settings::read(store.as_ref()).await?;
+        let plan = host_endpoints::pass(store.as_ref(), &settings.host_endpoints).await?;
         if !plan.put.is_empty() || !plan.delete.is_empty() {
             tracing::info!(
                 written = plan.put.len(),
@@ -127,58 +125,33 @@ async fn follow_host_endpoints(store: &dyn Datastore) -> Result<(), Error> {
                 "host endpoints of nodes"
             );
         }
-        if plan.problems != told {
+        if plan.problems != self.told {
             for problem in &plan.problems {
                 tracing::warn!(problem, "automatic host endpoints");
             }
-            told = plan.problems;
+            self.told = plan.problems;
         }
-        let left = until.saturating_duration_since(Instant::now());
-        match tokio::time::timeout(left, watch.next()).await {
-            // Bookmarks and our own writes come here, too: a pass that finds nothing writes nothing.
-            Ok(Some(Ok(_))) => tokio::time::sleep(GATHER).await,
-            Ok(Some(Err(_)) | None) | Err(_) => return Ok(()),
-        }
-        while let Ok(Some(Ok(_))) = tokio::time::timeout(Duration::ZERO, watch.next()).await {}
+        Ok(())
     }
 }
 
-/// Looks after the addresses of LoadBalancer services: when a service, a pool or the setting changes, and regularly.
-async fn keep_services(store: Arc<dyn Datastore>) {
-    let allocator = Allocator::for_load_balancers(Arc::clone(&store));
-    let mut wait = RETRY.0;
-    loop {
-        match follow_services(&store, &allocator).await {
-            Ok(()) => {
-                wait = RETRY.0;
-                tokio::time::sleep(GATHER).await;
-            }
-            Err(error) => {
-                tracing::warn!(%error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "addresses of services are not looked after");
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY.1);
-            }
-        }
-    }
+/// The addresses of LoadBalancer services.
+struct Services {
+    allocator: Allocator,
+    told: BTreeMap<String, String>,
 }
 
-/// One pass, and one for each change, until it is time to look at everything again.
-async fn follow_services(store: &Arc<dyn Datastore>, allocator: &Allocator) -> Result<(), Error> {
-    // Watched before everything is read, so that no change is missed in between.
-    let from = store.list(Kind::IPPool, None).await;
-    let from = from.map_err(Error::datastore("list pools"))?.revision;
-    let kinds = [
+impl Keeper for Services {
+    const WHAT: &'static str = "addresses of services";
+    const KINDS: &'static [Kind] = &[
         Kind::K8sService,
         Kind::IPPool,
         Kind::KubeControllersConfiguration,
     ];
-    let watch = store.watch(&kinds, &from).await;
-    let mut watch = watch.map_err(Error::datastore("watch services"))?;
-    let until = Instant::now() + RECONCILE;
-    let mut told = BTreeMap::new();
-    loop {
+
+    async fn pass(&mut self, store: &Arc<dyn Datastore>) -> Result<(), Error> {
         let settings = Settings::read(store.as_ref()).await?;
-        let done = load_balancer::pass(store, allocator, settings.assign_ips).await?;
+        let done = load_balancer::pass(store, &self.allocator, settings.assign_ips).await?;
         if done.taken + done.released + done.written > 0 {
             tracing::info!(
                 taken = done.taken,
@@ -187,12 +160,44 @@ async fn follow_services(store: &Arc<dyn Datastore>, allocator: &Allocator) -> R
                 "addresses of services"
             );
         }
-        if done.problems != told {
+        if done.problems != self.told {
             for (service, problem) in &done.problems {
                 tracing::warn!(service, problem, "a service has no address");
             }
-            told = done.problems;
+            self.told = done.problems;
         }
+        Ok(())
+    }
+}
+
+/// Does so for ever; after an error again, later and later.
+async fn look_after<K: Keeper>(store: Arc<dyn Datastore>, mut keeper: K) {
+    let mut wait = RETRY.0;
+    loop {
+        match follow(&store, &mut keeper).await {
+            Ok(()) => {
+                wait = RETRY.0;
+                tokio::time::sleep(GATHER).await;
+            }
+            Err(error) => {
+                tracing::warn!(what = K::WHAT, %error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "not looked after");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(RETRY.1);
+            }
+        }
+    }
+}
+
+/// One pass, and one for each change, until it is time to look at everything again.
+async fn follow<K: Keeper>(store: &Arc<dyn Datastore>, keeper: &mut K) -> Result<(), Error> {
+    // Watched before everything is read, so that no change is missed in between.
+    let from = store.list(Kind::KubeControllersConfiguration, None).await;
+    let from = from.map_err(Error::datastore("list the settings"))?;
+    let watch = store.watch(K::KINDS, &from.revision).await;
+    let mut watch = watch.map_err(Error::datastore("watch for changes"))?;
+    let until = Instant::now() + RECONCILE;
+    loop {
+        keeper.pass(store).await?;
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, watch.next()).await {
             // Bookmarks and our own writes come here, too: a pass that finds nothing writes nothing.

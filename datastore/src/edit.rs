@@ -1,23 +1,41 @@
 //! A change of one stored object that other writers may change at the same time.
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::time::Duration;
+
 use cali_api::{AnyResource, Key};
 
 use crate::{Datastore, Error};
 
 /// Conflicting writes after which it is given up. Each of them means that somebody else got on.
-const ATTEMPTS: usize = 20;
+const ATTEMPTS: u32 = 12;
 
-/// Reads an object, changes it and writes it with compare-and-swap; again if somebody else wrote in between. `change` says
-/// whether there is something to write; it may run several times.
+/// The longest pause after the first conflict, which doubles up to [`LONGEST_PAUSE`]. Without one, writers that are as quick
+/// as each other can lose to one another for as long as they try.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
+/// How long to wait after so many conflicts: anything up to a bound that doubles.
+fn pause(conflicts: u32) -> Duration {
+    let longest = FIRST_PAUSE
+        .saturating_mul(1 << conflicts.saturating_sub(1).min(16))
+        .min(LONGEST_PAUSE);
+    // Every new state has a random seed.
+    let random = RandomState::new().build_hasher().finish();
+    longest.mul_f64(random as f64 / u64::MAX as f64)
+}
+
+/// Reads an object, changes it and writes it with compare-and-swap; again after a short pause if somebody else wrote in
+/// between. `change` says whether there is something to write; it may run several times. Returns whether it wrote.
 ///
 /// # Errors
-/// [`Error::NotFound`] where there is no such object, or one of another type; [`Error::Conflict`] where twenty
+/// [`Error::NotFound`] where there is no such object, or one of another type; [`Error::Conflict`] where twelve
 /// writes lost; what the datastore says otherwise.
 pub async fn edit<T>(
     store: &dyn Datastore,
     key: &Key,
     mut change: impl FnMut(&mut T) -> bool,
-) -> Result<(), Error>
+) -> Result<bool, Error>
 where
     T: Clone + Into<AnyResource>,
     for<'a> &'a T: TryFrom<&'a AnyResource>,
@@ -31,11 +49,16 @@ where
         };
         let mut object = object.clone();
         if !change(&mut object) {
-            return Ok(());
+            return Ok(false);
         }
-        match store.update(object.into()).await {
-            Ok(_) => return Ok(()),
-            Err(Error::Conflict { .. }) if attempt < ATTEMPTS => {}
+        let mut object: AnyResource = object.into();
+        // Whatever `change` made of it: compared with what was read.
+        object.metadata_mut().resource_version = Some(stored.revision);
+        match store.update(object).await {
+            Ok(_) => return Ok(true),
+            Err(Error::Conflict { .. }) if attempt < ATTEMPTS => {
+                tokio::time::sleep(pause(attempt)).await;
+            }
             Err(error) => return Err(error),
         }
     }
@@ -86,9 +109,8 @@ mod tests {
             );
         }
         let before = stored.revision.clone();
-        edit(&store, &key, |_: &mut GlobalNetworkSet| false)
-            .await
-            .expect("nothing to write");
+        let wrote = edit(&store, &key, |_: &mut GlobalNetworkSet| false).await;
+        assert!(matches!(wrote, Ok(false)), "{wrote:?}");
         assert_eq!(store.get(&key).await.expect("the object").revision, before);
     }
 }

@@ -120,7 +120,8 @@ impl Teller {
 
     async fn write(&self, word: &Word) -> Result<(), DatastoreError> {
         let key = Key::cluster(Kind::Node, self.node.clone());
-        edit(&*self.datastore, &key, |node: &mut Node| tell(node, word)).await
+        edit(&*self.datastore, &key, |node: &mut Node| tell(node, word)).await?;
+        Ok(())
     }
 }
 

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cali_api::kubernetes::{self, annotation};
+use cali_api::kubernetes::{self, Pod, annotation};
 use cali_api::v3::WorkloadEndpoint;
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error};
+use cali_datastore::{Datastore, Error, edit};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
@@ -112,44 +112,38 @@ async fn publish(store: &dyn Datastore, node: &str, who: &Who, news: &News) -> R
 }
 
 async fn annotate(store: &dyn Datastore, key: &Key, news: &News) -> Result<(), Error> {
-    loop {
-        let found = match store.get(key).await {
-            // A pod that is gone needs no annotations.
-            Err(Error::NotFound { .. }) => return Ok(()),
-            other => other?,
-        };
-        let AnyResource::K8sPod(pod) = found.object.as_ref() else {
-            return Ok(());
-        };
-        let mut pod = pod.as_ref().clone();
-        match news {
-            News::Up(endpoint) => {
-                let spec = &endpoint.spec;
-                let annotations =
-                    kubernetes::address_annotations(&spec.ip_networks, &spec.container_id);
-                if shows(&pod, &annotations) {
-                    return Ok(());
-                }
-                pod.metadata.annotations.extend(annotations);
+    let told = edit(store, key, |pod: &mut Pod| tell(pod, news)).await;
+    match told {
+        // A pod that is gone needs no annotations.
+        Err(Error::NotFound { .. }) => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+/// Puts the news on the pod; false if it shows them already or they are not of it.
+fn tell(pod: &mut Pod, news: &News) -> bool {
+    match news {
+        News::Up(endpoint) => {
+            let spec = &endpoint.spec;
+            let annotations =
+                kubernetes::address_annotations(&spec.ip_networks, &spec.container_id);
+            if shows(pod, &annotations) {
+                return false;
             }
-            News::Down { container_id } => {
-                if !is_of(&pod, container_id) {
-                    return Ok(());
-                }
-                for name in [
-                    annotation::POD_IP,
-                    annotation::POD_IPS,
-                    annotation::CONTAINER_ID,
-                ] {
-                    pod.metadata.annotations.remove(name);
-                }
-            }
+            pod.metadata.annotations.extend(annotations);
         }
-        pod.metadata.resource_version = Some(found.revision.clone());
-        match store.update(pod.into()).await {
-            Err(Error::Conflict { .. }) => {}
-            Err(Error::NotFound { .. }) => return Ok(()),
-            other => return other.map(|_| ()),
+        News::Down { container_id } => {
+            if !is_of(pod, container_id) {
+                return false;
+            }
+            for name in [
+                annotation::POD_IP,
+                annotation::POD_IPS,
+                annotation::CONTAINER_ID,
+            ] {
+                pod.metadata.annotations.remove(name);
+            }
         }
     }
+    true
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use cali_api::kubernetes::{LoadBalancerIngress, LoadBalancerStatus, Service};
 use cali_api::v3::{AllowedUse, AssignIPs};
 use cali_api::{AnyResource, Key, Kind};
-use cali_datastore::{Datastore, Error as StoreError, Warning};
+use cali_datastore::{Datastore, Error as StoreError, Warning, edit};
 use cali_ipam::{Allocator, Owner, Request};
 
 use crate::error::Error;
@@ -213,20 +213,10 @@ impl Load<'_> {
 
     /// Puts the addresses into the service's status; false if it is gone, or shows them already.
     async fn show(&self, key: &Key, addresses: &[IpAddr]) -> Result<bool, Error> {
-        const ATTEMPTS: usize = 10;
-        for _ in 0..ATTEMPTS {
-            let found = match self.store.get(key).await {
-                Ok(found) => found,
-                Err(StoreError::NotFound { .. }) => return Ok(false),
-                Err(source) => return Err(Error::datastore(format!("read {key}"))(source)),
-            };
-            let AnyResource::K8sService(service) = found.object.as_ref() else {
-                return Ok(false);
-            };
+        let shown = edit(self.store.as_ref(), key, |service: &mut Service| {
             if plan::shown(service) == addresses {
-                return Ok(false);
+                return false;
             }
-            let mut service = service.as_ref().clone();
             let ingress = addresses.iter().map(|address| LoadBalancerIngress {
                 ip: Some(address.to_string()),
                 ..LoadBalancerIngress::default()
@@ -235,15 +225,13 @@ impl Load<'_> {
             status.load_balancer = Some(LoadBalancerStatus {
                 ingress: Some(ingress.collect()),
             });
-            match self.store.update(service.into()).await {
-                Ok(_) => return Ok(true),
-                Err(StoreError::Conflict { .. }) => {}
-                Err(StoreError::NotFound { .. }) => return Ok(false),
-                Err(source) => return Err(Error::datastore(format!("write {key}"))(source)),
-            }
+            true
+        });
+        match shown.await {
+            // Whoever writes it all the time wakes us again.
+            Err(StoreError::NotFound { .. } | StoreError::Conflict { .. }) => Ok(false),
+            other => other.map_err(Error::datastore(format!("write {key}"))),
         }
-        // Whoever writes it all the time wakes us again.
-        Ok(false)
     }
 
     async fn give_back(&self, handle: &str) -> Result<usize, Error> {

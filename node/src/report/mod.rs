@@ -159,7 +159,8 @@ impl Teller {
             report(object, now);
             true
         })
-        .await
+        .await?;
+        Ok(())
     }
 }
 

@@ -203,6 +203,7 @@ impl TunnelAddresses {
             publish(tunnel, node, address);
             differs
         })
-        .await
+        .await?;
+        Ok(())
     }
 }
