@@ -7,15 +7,18 @@
 
 mod policy_lab;
 
-use cali_netlink::testing::run;
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cali_api::NodeName;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_netlink::NetNs;
+use cali_netlink::testing::run;
 use felix::dataplane::{Config, Dataplane};
+use nix::sys::socket::{setsockopt, sockopt};
 use policy_lab::{Lab, Quiet, set};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -62,17 +65,17 @@ fn objects(lab: &Lab) -> Vec<Update> {
     all
 }
 
-/// Datagrams of which each is a flow of its own, over both families.
+/// Datagrams of which each is a flow of its own, over both families. Each carries its number: its place in `sent`.
 struct Stream {
-    sent: AtomicUsize,
-    received: AtomicUsize,
+    sent: Mutex<Vec<Instant>>,
+    received: Mutex<BTreeSet<usize>>,
 }
 
 impl Stream {
     const fn new() -> Self {
         Self {
-            sent: AtomicUsize::new(0),
-            received: AtomicUsize::new(0),
+            sent: Mutex::new(Vec::new()),
+            received: Mutex::new(BTreeSet::new()),
         }
     }
 
@@ -81,8 +84,10 @@ impl Stream {
             for to in to {
                 let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
                 let socket = from.run(|| UdpSocket::bind(any)).unwrap().unwrap();
-                if socket.send_to(b"x", to).is_ok() {
-                    self.sent.fetch_add(1, Ordering::Relaxed);
+                let mut sent = self.sent.lock().unwrap();
+                let number = sent.len().to_be_bytes();
+                if socket.send_to(&number, to).is_ok() {
+                    sent.push(Instant::now());
                 }
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -94,7 +99,8 @@ impl Stream {
         loop {
             match socket.recv_from(&mut data) {
                 Ok(_) => {
-                    self.received.fetch_add(1, Ordering::Relaxed);
+                    let number = usize::from_be_bytes(data);
+                    self.received.lock().unwrap().insert(number);
                 }
                 // Nothing more has come for as long as the limit.
                 Err(_) if done.load(Ordering::Relaxed) => return,
@@ -104,10 +110,18 @@ impl Stream {
     }
 
     fn counts(&self) -> (usize, usize) {
-        (
-            self.sent.load(Ordering::Relaxed),
-            self.received.load(Ordering::Relaxed),
-        )
+        let received = self.received.lock().unwrap();
+        (self.sent.lock().unwrap().len(), received.len())
+    }
+
+    /// The numbers of those that did not come, with the time they were sent, after `start`.
+    fn lost(&self, start: Instant) -> Vec<(usize, Duration)> {
+        let received = self.received.lock().unwrap();
+        let sent = self.sent.lock().unwrap();
+        let all = sent.iter().enumerate();
+        all.filter(|(number, _)| !received.contains(number))
+            .map(|(number, at)| (number, at.saturating_duration_since(start)))
+            .collect()
     }
 }
 
@@ -210,9 +224,12 @@ fn switching_the_backend_leaks_nothing_and_loses_nothing() {
             socket
                 .set_read_timeout(Some(Duration::from_millis(500)))
                 .unwrap();
+            // A receiver that does not get the processor for a while is no loss of ours.
+            setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20)).unwrap();
             socket
         });
-        std::thread::scope(|scope| {
+        let start = Instant::now();
+        let steps = std::thread::scope(|scope| {
             let netns = from.ns.netns();
             for (stream, socket, port) in [
                 (&allowed, &sockets[0], ALLOWED),
@@ -223,6 +240,7 @@ fn switching_the_backend_leaks_nothing_and_loses_nothing() {
                 scope.spawn(move || stream.send(netns, ends(port), sending));
             }
             let switches = async {
+                let mut steps = Vec::new();
                 for _ in 0..2 {
                     for (mode, backend, standing) in [
                         ("Disabled", "NFT", &["nft", "sets"][..]),
@@ -231,10 +249,12 @@ fn switching_the_backend_leaks_nothing_and_loses_nothing() {
                         ("Disabled", "Legacy", &["legacy", "sets"]),
                         ("Auto", "NFT", &["nftables"]),
                     ] {
+                        steps.push((start.elapsed(), standing));
                         send(&updates, vec![settings(mode, backend)]).await;
                         until_standing(&lab, &dataplane, standing).await;
                     }
                 }
+                steps
             };
             // On a thread of its own: the scope's end waits for the others.
             let switched = tokio::task::block_in_place(|| {
@@ -246,16 +266,18 @@ fn switching_the_backend_leaks_nothing_and_loses_nothing() {
             sending.store(true, Ordering::Relaxed);
             std::thread::sleep(Duration::from_millis(200));
             receiving.store(true, Ordering::Relaxed);
-            if let Err(panic) = switched {
-                std::panic::resume_unwind(panic);
-            }
+            switched.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
         let (counts_allowed, counts_denied) = (allowed.counts(), denied.counts());
         println!("allowed: {counts_allowed:?}, denied: {counts_denied:?} (sent, received)");
         assert!(counts_allowed.0 > 100 && counts_denied.0 > 100);
         assert_eq!(
-            counts_allowed.0, counts_allowed.1,
-            "allowed datagrams were lost"
+            counts_allowed.0,
+            counts_allowed.1,
+            "allowed datagrams were lost: {:?}; the steps: {steps:?}; sockets of the receiver: {}{}",
+            allowed.lost(start),
+            to.ns.run("cat", &["/proc/net/udp"]),
+            to.ns.run("cat", &["/proc/net/udp6"]),
         );
         assert_eq!(counts_denied.1, 0, "denied datagrams came through");
     });

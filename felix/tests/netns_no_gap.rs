@@ -14,6 +14,7 @@ const CHANGES: u32 = 300;
 /// One change takes `iptables-restore` some 40 ms in an unoptimised build.
 const CHANGES_OF_IPTABLES: u32 = 100;
 const ALLOWED: u16 = 7000;
+const ALWAYS: &str = r#"{"action":"Allow","protocol":"UDP","destination":{"ports":[7000]}}"#;
 const DENIED: u16 = 7001;
 /// A packet that is not dropped is answered at once; on a machine that does other things, somewhat later.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -54,19 +55,20 @@ fn rule(dice: &mut Dice) -> String {
 
 /// A policy of pods 2 and 3; the first one always allows the one probe.
 fn policy(number: u32, dice: &mut Dice) -> String {
-    let always =
-        format!(r#"{{"action":"Allow","protocol":"UDP","destination":{{"ports":[{ALLOWED}]}}}}"#);
     let mut rules: Vec<String> = (0..dice.below(12)).map(|_| rule(dice)).collect();
     if number == 0 {
         let place = dice.below(u32::try_from(rules.len()).unwrap_or(0) + 1) as usize;
-        rules.insert(place, always);
+        rules.insert(place, ALWAYS.to_owned());
     } else if dice.below(4) == 0 {
         rules.push(rule(dice).replace("Allow", "Log"));
     }
+    policy_of(number, dice.below(5), &rules)
+}
+
+fn policy_of(number: u32, order: u32, rules: &[String]) -> String {
     format!(
         r#"{{"apiVersion":"projectcalico.org/v3","kind":"GlobalNetworkPolicy","metadata":{{"name":"default.p{number}"}},
-        "spec":{{"order":{},"selector":"pod in {{'2','3'}}","types":["Ingress"],"ingress":[{}]}}}}"#,
-        dice.below(5),
+        "spec":{{"order":{order},"selector":"pod in {{'2','3'}}","types":["Ingress"],"ingress":[{}]}}}}"#,
         rules.join(",")
     )
 }
@@ -118,20 +120,34 @@ fn change(dice: &mut Dice, backend: [&str; 2]) -> Update {
 
 #[test]
 fn no_change_opens_what_is_denied_or_closes_what_is_allowed() {
-    no_gap(["Enabled", "Auto"], CHANGES);
+    no_gap(["Enabled", "Auto"], CHANGES, change);
 }
 
 #[test]
 fn nor_does_it_with_iptables_over_nf_tables() {
-    no_gap(["Disabled", "NFT"], CHANGES_OF_IPTABLES);
+    no_gap(["Disabled", "NFT"], CHANGES_OF_IPTABLES, change);
 }
 
 #[test]
 fn nor_does_it_with_the_legacy_tables() {
-    no_gap(["Disabled", "Legacy"], CHANGES_OF_IPTABLES);
+    no_gap(["Disabled", "Legacy"], CHANGES_OF_IPTABLES, change);
 }
 
-fn no_gap(backend: [&str; 2], changes: u32) {
+/// Other rules, in any order, beside the one that allows the probe.
+fn changed_maps(dice: &mut Dice, _: [&str; 2]) -> Update {
+    let mut rules: Vec<String> = (0..8 + dice.below(24)).map(|_| rule(dice)).collect();
+    let place = dice.below(u32::try_from(rules.len()).unwrap_or(0)) as usize;
+    rules.insert(place, ALWAYS.to_owned());
+    set(&policy_of(0, 0, &rules))
+}
+
+/// So many Allow rules become lookups in maps, and each change makes new ones in the place of the former.
+#[test]
+fn nor_does_a_change_of_the_maps_that_allow() {
+    no_gap(["Enabled", "Auto"], CHANGES, changed_maps);
+}
+
+fn no_gap(backend: [&str; 2], changes: u32, change: impl Fn(&mut Dice, [&str; 2]) -> Update) {
     run(async {
         let changes = std::env::var("CALI_GAP_CHANGES")
             .ok()

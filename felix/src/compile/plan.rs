@@ -1,9 +1,14 @@
-//! The transaction that takes the kernel from one program to another.
+//! The transactions that take the kernel from one program to another.
 //!
 //! One batch, in the one order in which every message finds what it needs: new sets and chains,
 //! elements (gone before new, because ranges must not overlap on the way), rules, the ways into
 //! chains; then, backwards, what nobody refers to any more. Rules that are the same on both sides are
 //! not touched and keep their counters.
+//!
+//! Where sets go, what nobody refers to any more makes a second batch. A packet that is under way while the kernel takes
+//! a batch goes on through the rules as they were, but looks up the sets as they are now (`nft_do_chain` reads the
+//! generation once, `nft_set_elem_active` at each look-up): in a set that goes with its rules it would find nothing, and a
+//! packet that is allowed before and after would meet the drop at the end.
 
 use std::sync::Arc;
 
@@ -16,6 +21,8 @@ use super::program::{ChainProgram, Program, SetProgram, Touched, same_ends};
 pub struct Plan {
     /// What to send. It asks the kernel for the handles of the rules that it adds.
     pub transaction: Transaction,
+    /// What to send after that: the removal of sets, and of what they lead to.
+    pub removal: Transaction,
     /// What to tell [`Program::adopt`] once the kernel has taken the transaction.
     pub outcome: PlanOutcome,
 }
@@ -33,7 +40,7 @@ pub struct PlanOutcome {
 impl Plan {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.transaction.is_empty()
+        self.transaction.is_empty() && self.removal.is_empty()
     }
 }
 
@@ -79,6 +86,7 @@ fn same_element(a: &Elem, b: &Elem) -> bool {
 
 struct Planner {
     transaction: Transaction,
+    removal: Transaction,
     outcome: PlanOutcome,
 }
 
@@ -95,6 +103,7 @@ impl Planner {
         transaction.echo_handles();
         Self {
             transaction,
+            removal: Transaction::new(desired.table.clone()),
             outcome: PlanOutcome::default(),
         }
     }
@@ -102,6 +111,7 @@ impl Planner {
     fn finish(self) -> Plan {
         Plan {
             transaction: self.transaction,
+            removal: self.removal,
             outcome: self.outcome,
         }
     }
@@ -134,26 +144,43 @@ impl Planner {
         }
         self.add_elements(&changes, |set| set.data.is_some());
 
-        let gone = |name: &&Arc<str>| {
-            current.chains.contains_key(*name) && !desired.chains.contains_key(*name)
+        self.remove(current, desired, touched);
+    }
+
+    /// What nobody refers to any more.
+    fn remove(&mut self, current: &Program, desired: &Program, touched: &Touched) {
+        let sets: Vec<_> = touched
+            .sets
+            .iter()
+            .filter_map(|name| Some((name, current.sets.get(name)?)))
+            .filter(|(name, _)| !desired.sets.contains_key(*name))
+            .collect();
+        let chains: Vec<_> = touched
+            .chains
+            .iter()
+            .filter_map(|name| Some((name, current.chains.get(name)?)))
+            .filter(|(name, _)| !desired.chains.contains_key(*name))
+            .collect();
+        let into = if sets.is_empty() {
+            &mut self.transaction
+        } else {
+            &mut self.removal
         };
         // Chains may refer to each other, so all are empty before the first one goes.
-        for name in touched.chains.iter().filter(gone) {
-            if !current.chains[name].rules.is_empty() {
-                self.transaction.flush_chain(name);
+        for (name, chain) in &chains {
+            if !chain.rules.is_empty() {
+                into.flush_chain(name);
             }
         }
         // And the elements of a map hold the chains that they lead to.
-        for name in &touched.sets {
-            if let (Some(set), None) = (current.sets.get(name), desired.sets.get(name)) {
-                if set.set.data.is_some() && !set.elements.is_empty() {
-                    self.transaction.flush_set(name);
-                }
-                self.transaction.delete_set(name);
+        for (name, set) in &sets {
+            if set.set.data.is_some() && !set.elements.is_empty() {
+                into.flush_set(name);
             }
+            into.delete_set(name);
         }
-        for name in touched.chains.iter().filter(gone) {
-            self.transaction.delete_chain(name);
+        for (name, _) in &chains {
+            into.delete_chain(name);
         }
     }
 

@@ -52,7 +52,7 @@ impl Nftables {
         })
     }
 
-    /// Brings the kernel to a program with one transaction, and reads back that it is there.
+    /// Brings the kernel to a program, and reads back that it is there.
     ///
     /// # Errors
     /// What the kernel refused, or what differs afterwards.
@@ -63,6 +63,7 @@ impl Nftables {
             let committed = self
                 .nft
                 .commit(plan.transaction)
+                .and_then(|committed| self.nft.commit(plan.removal).map(|_| committed))
                 .map_err(|rejected| format!("{rejected:?}"))?;
             self.current
                 .adopt(desired, &touched, &plan.outcome, &committed.rule_handles);

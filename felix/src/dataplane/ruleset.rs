@@ -165,6 +165,7 @@ impl Ruleset {
     pub fn remove(&mut self) -> Result<(), String> {
         let there = self.nft.tables().map_err(|error| error.to_string())?;
         if there.iter().any(|listed| listed.name == self.table) {
+            self.unhook();
             let mut transaction = Transaction::new(self.table.clone());
             transaction.delete_table();
             self.nft
@@ -173,6 +174,25 @@ impl Ruleset {
         }
         self.current = Program::absent();
         Ok(())
+    }
+
+    /// Empties the chains that packets enter by. A packet that is under way when a transaction is committed still meets the
+    /// rules as they were, but the sets as they are now: where the sets go with the rules, it finds no match in them and
+    /// meets the drop at the end. So nothing may be under way when the sets go.
+    fn unhook(&mut self) {
+        let mut transaction = Transaction::new(self.table.clone());
+        for (name, chain) in &self.current.chains {
+            if chain.chain.base.is_some() {
+                transaction.flush_chain(name);
+            }
+        }
+        if transaction.is_empty() {
+            return;
+        }
+        // A chain that somebody else took away makes this fail; the table goes all the same.
+        if let Err(rejected) = self.nft.commit(transaction) {
+            warn!(%rejected, "the table's base chains cannot be emptied before it goes");
+        }
     }
 
     /// Everything is to be compared with the wish at the next [`Self::apply`]: at start.
@@ -383,7 +403,11 @@ impl Ruleset {
                     "a set or base chain has another type than wanted; building the table anew in one transaction"
                 );
             }
-            match self.nft.commit(plan.transaction) {
+            let committed = self
+                .nft
+                .commit(plan.transaction)
+                .and_then(|committed| self.nft.commit(plan.removal).map(|_| committed));
+            match committed {
                 Ok(committed) => {
                     let timed = |(name, set): (&Arc<str>, &SetProgram)| {
                         set.set.timeout
