@@ -1,5 +1,5 @@
-//! The nf_tables program in the kernel: adopted at start, changed in one transaction per step, put right when somebody
-//! else changes it.
+//! The nf_tables program in the kernel: adopted at start, changed in one transaction per step and a second one for sets
+//! that go ([`crate::compile::Plan`]), put right when somebody else changes it.
 //!
 //! [`Ruleset`] keeps what the kernel is believed to hold, so a step costs what it changes. Rules are compared by the
 //! hash that they carry as user data. A transaction that the kernel refuses is tried again without the objects that
