@@ -1,9 +1,13 @@
 //! The resource definitions in `deploy/crds` are those of the types. `CALI_UPDATE=1` rewrites them.
 
 use std::path::Path;
+use std::sync::LazyLock;
 
 use cali_api::Kind;
 use cali_api::schema::{Group, defined, definition, manifest};
+use cali_api::v3::Port;
+use proptest::prelude::*;
+use regex::Regex;
 use serde_json::{Value, json};
 
 fn spec(kind: Kind, group: Group) -> Value {
@@ -50,8 +54,41 @@ fn rules_are_described_down_to_their_ports() {
     let rule = &spec["properties"]["ingress"]["items"];
     assert_eq!(rule["required"], json!(["action"]));
     let ports = &rule["properties"]["source"]["properties"]["ports"];
-    assert_eq!(ports["items"], json!({"x-kubernetes-int-or-string": true}));
+    assert_eq!(ports["items"]["x-kubernetes-int-or-string"], true);
+    assert_eq!(ports["items"]["maximum"], 65_535);
     assert_eq!(ports["maxItems"], 50);
+}
+
+/// What the pattern of a port says to a text.
+fn is_port(text: &str) -> bool {
+    static PATTERN: LazyLock<Regex> = LazyLock::new(|| {
+        let spec = spec(Kind::GlobalNetworkPolicy, Group::V3);
+        let ports = "/properties/ingress/items/properties/source/properties/ports/items/pattern";
+        let pattern = spec.pointer(ports).and_then(Value::as_str);
+        Regex::new(pattern.expect("a pattern")).expect("a regular expression")
+    });
+    PATTERN.is_match(text)
+}
+
+#[test]
+fn a_text_that_is_no_port_is_refused() {
+    for bad in [
+        "", "65536", "70000", "99999", "80:", ":80", "80:http", "1:2:3", "80-90", "1.5", "-1",
+        "a b", "a/b",
+    ] {
+        assert!(!is_port(bad), "{bad:?}");
+        assert!(bad.parse::<Port>().is_err(), "{bad:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_a_port_to_the_programs_is_one_to_the_api_server(
+        text in "[0-9]{1,7}|0{0,3}[0-9]{1,5}:[0-9]{1,5}|[a-z0-9_.:-]{1,12}|[0-9]{100}[a-zA-Z._-]{0,40}"
+    ) {
+        let known = text.parse::<Port>().is_ok();
+        prop_assert!(!known || is_port(&text), "{text}");
+    }
 }
 
 #[test]

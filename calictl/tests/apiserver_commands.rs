@@ -2,8 +2,6 @@
 
 mod terminal;
 
-use std::io::Write as _;
-use std::process::Stdio;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -16,17 +14,9 @@ use terminal::{Terminal, kinds, suite};
 
 /// What `kubectl` is told is done, or this fails with its words.
 fn kubectl(server: &ApiServer, manifest: &str) {
-    let mut child = server
-        .kubectl(&["apply", "-f", "-"])
-        .stdin(Stdio::piped())
-        .spawn()
-        .expect("start kubectl");
-    let mut input = child.stdin.take().expect("its input");
-    input
-        .write_all(manifest.as_bytes())
-        .expect("write to kubectl");
-    drop(input);
-    assert!(child.wait().expect("its end").success());
+    server
+        .kubectl_says(&["apply", "-f", "-"], manifest)
+        .expect("what is applied");
 }
 
 /// A cluster with a namespace and a node, and a terminal that has it as its datastore.

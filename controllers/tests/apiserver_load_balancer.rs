@@ -2,7 +2,6 @@
 //! `deploy/kubernetes`, one of which is killed.
 #![allow(clippy::unwrap_used)]
 
-use std::io::Write;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -60,21 +59,8 @@ impl Cluster {
     }
 
     fn kubectl(&self, words: &[&str], input: &str) -> String {
-        let mut command = self.server.kubectl(words);
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(input.as_bytes()).unwrap();
-        drop(stdin);
-        let output = child.wait_with_output().unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        assert!(output.status.success(), "{words:?}: {said}");
-        said
+        let said = self.server.kubectl_says(words, input);
+        said.unwrap_or_else(|said| panic!("{words:?}: {said}"))
     }
 
     fn apply(&self, object: &Value) {

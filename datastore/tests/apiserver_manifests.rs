@@ -2,7 +2,6 @@
 //! what their part does and no more; a node writes its own objects and no other's.
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
 use std::time::{Duration, Instant};
 
 use cali_datastore::testing::ApiServer;
@@ -23,29 +22,16 @@ fn overlays() -> Vec<PathBuf> {
     all
 }
 
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
-
-fn kubectl(server: &ApiServer, words: &[&str]) -> Output {
-    server.kubectl(words).output().expect("kubectl")
-}
-
 /// What a user types; typed again where it says that a kind is not there yet.
 fn apply(server: &ApiServer, overlay: &Path) -> String {
     let folder = overlay.display().to_string();
     let words = ["apply", "--server-side", "--validate=strict", "-k", &folder];
     let end = Instant::now() + DEFINED;
     loop {
-        let output = kubectl(server, &words);
-        let said = text(&output);
-        if output.status.success() {
-            return said;
-        }
+        let said = match server.kubectl_says(&words, "") {
+            Ok(said) => return said,
+            Err(said) => said,
+        };
         let waits = said.contains("no matches for kind")
             || said.contains("could not find the requested resource");
         assert!(waits && Instant::now() < end, "{folder}:\n{said}");
@@ -58,11 +44,11 @@ fn may(server: &ApiServer, account: &str, words: &[&str]) -> bool {
     let mut all = vec!["auth", "can-i", &who];
     all.extend(words);
     // Warnings (a kind without namespaces) go to the other stream.
-    let output = kubectl(server, &all);
+    let output = server.kubectl(&all).output().expect("kubectl");
     match String::from_utf8_lossy(&output.stdout).trim() {
         "yes" => true,
         "no" => false,
-        _ => panic!("{words:?}: {}", text(&output)),
+        _ => panic!("{words:?}: {output:?}"),
     }
 }
 
@@ -101,6 +87,7 @@ async fn every_overlay_is_accepted_and_accounts_may_what_they_need() {
         ("cali-node", &["get", "secrets", "-n", "kube-system"], true),
         ("cali-node", &["get", "secrets", "-n", "default"], false),
         ("cali-node", &["delete", "nodes"], false),
+        ("cali-node", &["patch", "nodes"], false),
         ("cali-node", &["create", "pods"], false),
         (
             "cali-node",
@@ -182,23 +169,6 @@ const TWO_NODES: &str = r#"
 {apiVersion: projectcalico.org/v3, kind: CalicoNodeStatus, metadata: {name: of-n2}, spec: {node: n2, classes: [Agent], updatePeriodSeconds: 10}}
 "#;
 
-/// A kubeconfig for `cali-node` with a token as a kubelet hands it to a pod, or one that is bound to none.
-fn as_node(server: &ApiServer, folder: &Path, pod: Option<&str>) -> PathBuf {
-    let mut words = vec!["-n", "kube-system", "create", "token", "cali-node"];
-    if let Some(pod) = pod {
-        words.extend(["--bound-object-kind", "Pod", "--bound-object-name", pod]);
-    }
-    let token = kubectl(server, &words);
-    assert!(token.status.success(), "{}", text(&token));
-    let admin = std::fs::read(server.kubeconfig()).expect("the kubeconfig");
-    let mut config: Value = serde_json::from_slice(&admin).expect("JSON");
-    let token = String::from_utf8_lossy(&token.stdout).trim().to_owned();
-    config["users"][0]["user"] = json!({ "token": token });
-    let path = folder.join(pod.unwrap_or("unbound"));
-    std::fs::write(&path, config.to_string()).expect("a file");
-    path
-}
-
 /// Somebody's requests, and whether the admission policy let them pass.
 struct Requests(kube::Client);
 
@@ -220,13 +190,10 @@ impl Requests {
         }
     }
 
-    async fn patch(&self, path: &str, name: &str, part: Option<&str>, change: &Value) -> bool {
+    /// A change beside the status, where Calico writes of Nodes and Pods.
+    async fn patch(&self, path: &str, name: &str, change: &Value) -> bool {
         let (parameters, change) = (PatchParams::default(), Patch::Merge(change));
-        let at = Request::new(path);
-        let request = match part {
-            Some(part) => at.patch_subresource(part, name, &parameters, &change),
-            None => at.patch(name, &parameters, &change),
-        };
+        let request = Request::new(path).patch_subresource("status", name, &parameters, &change);
         self.refusal(request.expect("a request")).await.is_none()
     }
 
@@ -275,29 +242,28 @@ async fn a_node_writes_its_own_objects_and_no_others() {
     let overlay = overlays().into_iter().find(|path| path.ends_with("k3s"));
     apply(&server, &overlay.expect("the overlay for k3s"));
     let folder = tempfile::tempdir().expect("a folder");
-    let objects = folder.path().join("objects.yaml");
-    std::fs::write(&objects, TWO_NODES).expect("a file");
-    let objects = objects.display().to_string();
-    let made = kubectl(&server, &["apply", "--server-side", "-f", &objects]);
-    assert!(made.status.success(), "{}", text(&made));
+    server
+        .kubectl_says(&["apply", "--server-side", "-f", "-"], TWO_NODES)
+        .expect("two nodes");
 
-    let n1 = Requests::of(&server, as_node(&server, folder.path(), Some("agent"))).await;
+    let token_of = |pod| server.account("cali-node", pod, folder.path());
+    let n1 = Requests::of(&server, token_of(Some("agent"))).await;
     let address =
         json!({"metadata": {"annotations": {"projectcalico.org/IPv4Address": "192.0.2.1/24"}}});
     let condition = json!({"status": {"conditions": [
         {"type": "NetworkUnavailable", "status": "False", "reason": "CalicoIsUp", "message": ""}]}});
     // A policy counts some moments after it is there.
     let limit = Instant::now() + DEFINED;
-    while n1.patch(NODES, "n2", None, &address).await {
+    while n1.patch(NODES, "n2", &address).await {
         assert!(Instant::now() < limit, "another node's address was written");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    assert!(n1.patch(NODES, "n1", None, &address).await);
-    assert!(n1.patch(NODES, "n1", Some("status"), &condition).await);
-    assert!(!n1.patch(NODES, "n2", Some("status"), &condition).await);
+    assert!(n1.patch(NODES, "n1", &address).await);
+    assert!(n1.patch(NODES, "n1", &condition).await);
+    assert!(!n1.patch(NODES, "n2", &condition).await);
     let pod = json!({"metadata": {"annotations": {"cni.projectcalico.org/podIP": "10.0.0.3/32"}}});
-    assert!(n1.patch(PODS, "agent", Some("status"), &pod).await);
-    assert!(!n1.patch(PODS, "elsewhere", Some("status"), &pod).await);
+    assert!(n1.patch(PODS, "agent", &pod).await);
+    assert!(!n1.patch(PODS, "elsewhere", &pod).await);
     let report = |object: &mut Value| object["status"] = json!({"lastUpdated": null});
     assert!(n1.replace(REPORTS, "of-n1", report).await);
     assert!(!n1.replace(REPORTS, "of-n2", report).await);
@@ -328,6 +294,6 @@ async fn a_node_writes_its_own_objects_and_no_others() {
     assert!(n1.delete(AFFINITIES, "n1-10-0-1-0-26").await);
 
     // Without a pod the token is of no node, and nothing is its own.
-    let unbound = Requests::of(&server, as_node(&server, folder.path(), None)).await;
-    assert!(!unbound.patch(NODES, "n1", None, &address).await);
+    let unbound = Requests::of(&server, token_of(None)).await;
+    assert!(!unbound.patch(NODES, "n1", &address).await);
 }

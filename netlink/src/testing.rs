@@ -89,6 +89,18 @@ impl TestNs {
         self.netns.command(program)
     }
 
+    /// The processes that are in it.
+    pub fn pids(&self) -> Vec<i32> {
+        let output = Command::new("ip")
+            .args(["netns", "pids", &self.name])
+            .output();
+        let text = output.map(|output| output.stdout).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        text.split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .collect()
+    }
+
     /// Makes a veth pair with one end here and one in `other`, both up; returns both indices.
     pub async fn veth(&self, name: &str, other: &Self, peer: &str) -> (IfIndex, IfIndex) {
         let kind = NewLinkKind::Veth(VethPeer {

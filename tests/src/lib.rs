@@ -3,14 +3,18 @@
 //! [`lab`] brings a topology up under a name of its own and takes it away again, also when a test fails;
 //! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by
 //! sequence number; [`wire`] looks at the frames of a link; [`soak`] kills simulated nodes that share a
-//! cluster's addresses.
+//! cluster's addresses; [`cluster`] is a node on a real API server, [`cni`] calls the plugin as a container runtime does, [`relay`] lets a
+//! namespace reach a server of loopback.
 
 mod arrows;
 pub mod bgp;
+pub mod cluster;
+pub mod cni;
 mod documentation;
 pub mod kernel;
 pub mod lab;
 mod observability;
+pub mod relay;
 pub mod soak;
 #[cfg(test)]
 mod sources;

@@ -1,11 +1,13 @@
-//! Traffic that notices: a ping that counts losses, a TCP transfer that must not break.
+//! Traffic that notices: a ping that counts losses, a TCP transfer that must not break, and a greeting for whoever gets through.
 
 use crate::lab::Lab;
 use anyhow::{Context, Result, ensure};
+use cali_netlink::NetNs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -245,6 +247,34 @@ impl Drop for Transfer {
             let _ = child.wait();
         }
     }
+}
+
+/// Tells everybody who connects to this port in the namespace from which address he comes, as long as the test runs.
+///
+/// # Panics
+/// If the port is taken.
+pub fn greet(namespace: &NetNs, port: u16) {
+    let listener = namespace.run(move || TcpListener::bind(("0.0.0.0", port)));
+    let listener = listener.expect("the namespace").expect("a free port");
+    std::thread::spawn(move || {
+        while let Ok((mut stream, from)) = listener.accept() {
+            // Who has gone needs no answer.
+            let _ = stream.write_all(from.ip().to_string().as_bytes());
+        }
+    });
+}
+
+/// What somebody in the namespace who connects is told within a second; nothing if nobody listens or lets it.
+pub fn asked(from: &NetNs, to: SocketAddr) -> Option<String> {
+    const LIMIT: Duration = Duration::from_secs(1);
+    let ask = move || {
+        let mut stream = TcpStream::connect_timeout(&to, LIMIT).ok()?;
+        let mut text = String::new();
+        stream.set_read_timeout(Some(60 * LIMIT)).ok()?;
+        stream.read_to_string(&mut text).ok()?;
+        Some(text)
+    };
+    from.run(ask).ok()?
 }
 
 #[cfg(test)]

@@ -5,19 +5,18 @@
     reason = "outside test functions too, this is test code"
 )]
 
-use std::io::Write;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::net::{IpAddr, SocketAddr};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cali_api::AnyResource;
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
-use cali_netlink::NetNs;
 use cali_netlink::testing::{TestNs, eventually};
+use cali_tests::cni::{Runtime, given, told};
 use cali_tests::lab::programs;
+use cali_tests::traffic;
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -28,6 +27,7 @@ struct Node {
     host: TestNs,
     outside: TestNs,
     folder: tempfile::TempDir,
+    runtime: Runtime,
     store: Arc<dyn Datastore>,
     daemon: Option<Child>,
 }
@@ -55,6 +55,7 @@ impl Node {
         let node = Self {
             host,
             outside,
+            runtime: Runtime::new(folder.path(), "test"),
             folder,
             store,
             daemon: None,
@@ -89,11 +90,10 @@ impl Node {
             .open(self.folder.path().join("log"))
             .unwrap();
         let mut command = self.host.netns().command(programs().join("cali-node"));
-        command
+        self.runtime
+            .folders(&mut command)
             .env("NODENAME", NODE)
             .env("CALI_SQLITE_PATH", self.folder.path().join("cali.db"))
-            .env("CALI_RUN_DIR", self.folder.path().join("run"))
-            .env("CALI_STATE_DIR", self.folder.path().join("lib"))
             .env("CALI_CNI_INSTALL", "false")
             .env("NO_DEFAULT_POOLS", "true")
             .env("CALICO_NETWORKING_BACKEND", "none")
@@ -115,43 +115,11 @@ impl Node {
     }
 
     fn plugin(&self, command: &str, name: &str, pod: &TestNs, more: &Value) -> Child {
-        let mut config = json!({"cniVersion": "1.1.0", "name": "k8s-pod-network", "type": "calico",
-            "ipam": {"type": "calico-ipam"}});
-        for (key, value) in more.as_object().unwrap() {
-            config[key] = value.clone();
-        }
-        let mut child = Command::new(programs().join("calico"))
-            .env_clear()
-            .env("CALI_RUN_DIR", self.folder.path().join("run"))
-            .env("CALI_STATE_DIR", self.folder.path().join("lib"))
-            .env("CNI_COMMAND", command)
-            .env("CNI_CONTAINERID", format!("sandbox-{name}"))
-            .env("CNI_NETNS", Path::new("/run/netns").join(pod.name()))
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", programs())
-            .env(
-                "CNI_ARGS",
-                format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=test;K8S_POD_NAME={name}"),
-            )
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(config.to_string().as_bytes()).unwrap();
-        child
+        self.runtime.call(command, name, pod, more)
     }
 
-    /// Repeats an `ADD` as a runtime does, until it succeeds.
     fn add(&self, name: &str, pod: &TestNs, more: &Value) -> IpAddr {
-        eventually(LIMIT, || {
-            let output = self
-                .plugin("ADD", name, pod, more)
-                .wait_with_output()
-                .unwrap();
-            given(&output).ok_or_else(|| format!("{}\n{}", told(&output), self.log()))
-        })
+        self.runtime.add(name, pod, more, || self.log())
     }
 
     fn calictl(&self, args: &[&str]) -> String {
@@ -176,18 +144,6 @@ impl Node {
             }
         });
     }
-}
-
-fn told(output: &Output) -> String {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    text(&output.stdout) + &text(&output.stderr)
-}
-
-/// The address of a successful `ADD`.
-fn given(output: &Output) -> Option<IpAddr> {
-    let result: Value = serde_json::from_slice(&output.stdout).ok()?;
-    let text = result["ips"][0]["address"].as_str()?;
-    text.split('/').next()?.parse().ok()
 }
 
 fn reaches(from: &TestNs, to: IpAddr) -> bool {
@@ -235,27 +191,11 @@ async fn a_killed_daemon_leaves_nothing_that_the_next_add_cannot_finish() {
     let links = node.host.ip("-br link");
     assert_eq!(links.matches("cali").count(), pods.len() + 1, "{links}");
     for (name, pod, _) in &pods {
-        let output = node
-            .plugin("DEL", name, pod, &nothing)
-            .wait_with_output()
-            .unwrap();
-        assert!(output.status.success(), "{}", told(&output));
+        node.runtime.del(name, pod);
     }
     let links = node.host.ip("-br link");
     assert_eq!(links.matches("cali").count(), 1, "{links}");
     node.is_consistent();
-}
-
-/// What somebody who connects is told; nothing if nobody listens or lets it.
-fn asked(from: &NetNs, to: SocketAddr) -> Option<String> {
-    let ask = move || {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(1)).ok()?;
-        let mut text = String::new();
-        stream.set_read_timeout(Some(LIMIT)).ok()?;
-        std::io::Read::read_to_string(&mut stream, &mut text).ok()?;
-        Some(text)
-    };
-    from.run(ask).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -266,19 +206,11 @@ async fn a_host_port_obeys_the_policy_of_its_container() {
     node.pod("web").await;
     let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}});
     node.add("web", &pod, &ports);
-    let listener = pod
-        .netns()
-        .run(|| TcpListener::bind("0.0.0.0:80").unwrap())
-        .unwrap();
-    std::thread::spawn(move || {
-        while let Ok((mut stream, from)) = listener.accept() {
-            let _ = stream.write_all(from.ip().to_string().as_bytes());
-        }
-    });
+    traffic::greet(pod.netns(), 80);
     let to: SocketAddr = "192.0.2.1:8080".parse().unwrap();
     let becomes = |wanted: Option<&str>| {
         eventually(LIMIT, || {
-            let seen = asked(node.outside.netns(), to);
+            let seen = traffic::asked(node.outside.netns(), to);
             if seen.as_deref() == wanted {
                 Ok(())
             } else {

@@ -31,6 +31,16 @@ const TYPES_ONCE: Rule = (
 );
 const ADDRESS_OR_CIDR: Rule = ("isCIDR(self) || isIP(self)", "must be an address or a CIDR");
 
+/// A number up to 65535, a range `a:b`, or a name, which is not made of digits alone.
+const PORT: &str = concat!(
+    "^(",
+    "0*([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])",
+    "(:0*([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?",
+    "|[a-zA-Z_.][a-zA-Z0-9_.-]{0,127}",
+    "|[0-9-][0-9.-]*[a-zA-Z_][a-zA-Z0-9_.-]*",
+    ")$"
+);
+
 const GLOBAL_POLICY: [Rule; 3] = [
     (
         "!(has(self.doNotTrack) && self.doNotTrack && has(self.preDNAT) && self.preDNAT)",
@@ -177,6 +187,12 @@ fn policy(name: &str, schema: &mut Value) -> &'static [Rule] {
             return &[ADDRESS_OR_CIDR];
         }
         Some("ports" | "notPorts") => schema["maxItems"] = json!(50),
+        // A number, or a text that may be one, too (`crate::v3::Port`).
+        Some("ports[]" | "notPorts[]") => {
+            schema["minimum"] = json!(0);
+            schema["maximum"] = json!(u16::MAX);
+            schema["pattern"] = json!(PORT);
+        }
         _ => {}
     }
     &[]

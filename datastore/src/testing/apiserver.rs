@@ -1,7 +1,8 @@
 //! A real kube-apiserver over a real etcd, built by `scripts/kubernetes` (or of `KUBEBUILDER_ASSETS`).
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kube::Client;
@@ -10,6 +11,7 @@ use kube::core::Request;
 use kube::core::params::GetParams;
 use serde_json::{Value, json};
 
+use super::audit::{self, Asked};
 use super::etcd::Etcd;
 use super::process::{Process, START, free_port, script};
 use crate::kubernetes::Settings;
@@ -65,8 +67,21 @@ impl ApiServer {
     /// # Panics
     /// If it cannot be started.
     pub async fn start() -> Self {
-        let programs = PathBuf::from(script(&["kubernetes"]));
+        Self::start_in(tempfile::tempdir().expect("a temporary folder")).await
+    }
+
+    /// As [`ApiServer::start`], and what these users ask for is written down ([`ApiServer::asked`]).
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub async fn start_audited(users: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
+        write(folder.path(), audit::POLICY, &audit::policy(users));
+        Self::start_in(folder).await
+    }
+
+    async fn start_in(folder: tempfile::TempDir) -> Self {
+        let programs = PathBuf::from(script(&["kubernetes"]));
         certificates(folder.path());
         write(
             folder.path(),
@@ -156,6 +171,17 @@ impl ApiServer {
         &mut self.etcd
     }
 
+    /// The port of loopback that it serves.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// What the audited users have asked for since the start, or since this was called last.
+    pub fn asked(&mut self) -> Vec<Asked> {
+        audit::take(self.folder.path())
+    }
+
     /// A kubeconfig of a user who may do everything.
     #[must_use]
     pub fn kubeconfig(&self) -> PathBuf {
@@ -180,6 +206,53 @@ impl ApiServer {
             .arg(self.kubeconfig())
             .args(words);
         command
+    }
+
+    /// What `kubectl` says when it is given this input, on both streams; as an error if it failed.
+    ///
+    /// # Errors
+    /// What `kubectl` said.
+    ///
+    /// # Panics
+    /// If it cannot be run.
+    pub fn kubectl_says(&self, words: &[&str], input: &str) -> Result<String, String> {
+        let mut child = self
+            .kubectl(words)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("start kubectl");
+        let mut stdin = child.stdin.take().expect("its input");
+        // It may end before it has read everything; what it says then counts.
+        let _ = stdin.write_all(input.as_bytes());
+        drop(stdin);
+        let output = child.wait_with_output().expect("the end of kubectl");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        if output.status.success() {
+            Ok(said)
+        } else {
+            Err(said)
+        }
+    }
+
+    /// A kubeconfig of a service account of `kube-system`, written into this folder, with a token as a kubelet hands it to this
+    /// pod; bound to none without one.
+    ///
+    /// # Panics
+    /// If the API server gives no token.
+    pub fn account(&self, account: &str, pod: Option<&str>, folder: &Path) -> PathBuf {
+        let mut words = vec!["-n", "kube-system", "create", "token", account];
+        if let Some(pod) = pod {
+            words.extend(["--bound-object-kind", "Pod", "--bound-object-name", pod]);
+        }
+        let token = self.kubectl_says(&words, "").expect("a token");
+        let admin = std::fs::read(self.kubeconfig()).expect("the kubeconfig");
+        let mut config: Value = serde_json::from_slice(&admin).expect("JSON");
+        config["users"][0]["user"] = json!({ "token": token.trim() });
+        let name = format!("{account}-{}", pod.unwrap_or("unbound"));
+        write(folder, &name, &config.to_string())
     }
 
     /// A client of its own.
@@ -293,5 +366,6 @@ fn launch(programs: &Path, folder: &Path, port: u16, etcd: &str) -> Process {
             "--allow-privileged=true",
         ])
         .arg("-v=0");
+    audit::arguments(folder, &mut command);
     Process::start(&mut command, &folder.join("apiserver.log"))
 }
