@@ -61,7 +61,7 @@ test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM
 	@scripts/setup vm
 	scripts/vm/test
 
-fuzz: setup ## bgpd's decoder and session with damaged streams of real daemons (FACTOR=n: that many times what `test` does)
+fuzz: setup ## bgpd and Typha, either side of it, with damaged streams of real peers (FACTOR=n: that many times what `test` does)
 	FUZZ_FACTOR=$(or $(FACTOR),50) cargo test --workspace --test fuzz_seeds
 
 fuzz-coverage: setup ## the same led by coverage (libFuzzer), SECONDS_EACH=60; some 10 minutes to build once

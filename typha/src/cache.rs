@@ -21,7 +21,7 @@ use cali_api::update::Update;
 use cali_api::{Key, Kind};
 
 use crate::digest::{self, LEAVES, Leaves};
-use crate::wire::{self, Object};
+use crate::wire::{self, MAX_OBJECT, Object};
 
 /// Raw size near which batches made for one client, and pages, are cut.
 pub const CHUNK: usize = 256 * 1024;
@@ -46,6 +46,45 @@ impl FromIterator<Kind> for KindSet {
     fn from_iter<I: IntoIterator<Item = Kind>>(kinds: I) -> Self {
         Self(kinds.into_iter().fold(0, |set, kind| set | Self::bit(kind)))
     }
+}
+
+/// What is made once for all clients with the same subscription, for the subscriptions that were used last. Those that exist are as many as
+/// there are programs; a client that makes up one after the other costs the work, not the memory.
+#[derive(Debug)]
+struct PerSubscription<V>(VecDeque<(KindSet, V)>);
+
+impl<V> Default for PerSubscription<V> {
+    fn default() -> Self {
+        Self(VecDeque::new())
+    }
+}
+
+impl<V: Default> PerSubscription<V> {
+    const MAX: usize = 16;
+
+    fn of(&mut self, kinds: KindSet) -> &mut V {
+        let found = self.0.iter().position(|(other, _)| *other == kinds);
+        let entry = match found.and_then(|at| self.0.remove(at)) {
+            Some(entry) => entry,
+            None => {
+                self.0.truncate(Self::MAX - 1);
+                (kinds, V::default())
+            }
+        };
+        self.0.push_front(entry);
+        &mut self.0[0].1
+    }
+}
+
+/// Why an object is not sent on.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsendable {
+    /// It has no JSON form.
+    #[error("it cannot be encoded")]
+    Encoding(#[from] serde_json::Error),
+    /// No client would take it.
+    #[error("it has {0} bytes, more than {MAX_OBJECT}: it has to be split or made smaller")]
+    TooLarge(usize),
 }
 
 /// Bounds of what is kept for clients that are behind.
@@ -83,7 +122,7 @@ pub struct Cache {
     leaf_changed: Box<[u64]>,
     backlog: VecDeque<Batch>,
     backlog_bytes: usize,
-    pages: HashMap<(KindSet, usize), Page>,
+    pages: PerSubscription<HashMap<usize, Page>>,
     page_count: usize,
     counts: Counts,
 }
@@ -120,7 +159,8 @@ struct Batch {
     last: u64,
     objects: Vec<(Kind, Bytes)>,
     bytes: usize,
-    frames: HashMap<KindSet, Option<Bytes>>,
+    /// Made when the first client takes it; none without an object that concerns it.
+    frames: PerSubscription<Option<Option<Bytes>>>,
 }
 
 #[derive(Debug)]
@@ -161,7 +201,7 @@ impl Cache {
             leaf_changed: vec![0; LEAVES].into_boxed_slice(),
             backlog: VecDeque::new(),
             backlog_bytes: 0,
-            pages: HashMap::new(),
+            pages: PerSubscription::default(),
             page_count: 1,
             counts: Counts::default(),
         }
@@ -209,8 +249,8 @@ impl Cache {
     }
 
     /// Takes changes from the datastore, in order, as one delta (or several, of about [`CHUNK`] bytes). What does not change
-    /// anything is dropped. Returns the keys of objects that could not be encoded (their former version stays).
-    pub fn apply(&mut self, updates: Vec<Update>) -> Vec<(Key, serde_json::Error)> {
+    /// anything is dropped. Returns the keys of objects that cannot be sent (their former version stays).
+    pub fn apply(&mut self, updates: Vec<Update>) -> Vec<(Key, Unsendable)> {
         let mut failed = Vec::new();
         let mut batch = Batch::after(self.head);
         // Of several changes of one key the last one counts.
@@ -257,7 +297,7 @@ impl Cache {
         }
     }
 
-    fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, serde_json::Error)> {
+    fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, Unsendable)> {
         let Update {
             key,
             value,
@@ -272,8 +312,11 @@ impl Cache {
                     return Ok(None);
                 }
                 match serde_json::to_vec(&**value) {
+                    Ok(json) if json.len() > MAX_OBJECT => {
+                        return Err((slot.1, Unsendable::TooLarge(json.len())));
+                    }
                     Ok(json) => Some((Bytes::from(json), digest)),
-                    Err(error) => return Err((slot.1, error)),
+                    Err(error) => return Err((slot.1, error.into())),
                 }
             }
             None if former.is_none() => return Ok(None),
@@ -393,7 +436,7 @@ impl Cache {
     /// Page number `page` of `pages`: the objects that are in it now. None when there are none.
     pub fn page(&mut self, kinds: KindSet, page: usize, pages: usize) -> Option<Bytes> {
         if pages != self.page_count {
-            self.pages.clear();
+            self.pages = PerSubscription::default();
             self.page_count = pages;
         }
         let per = LEAVES / pages;
@@ -402,7 +445,7 @@ impl Cache {
             .max()
             .copied()
             .unwrap_or(0);
-        if let Some(built) = self.pages.get(&(kinds, page))
+        if let Some(built) = self.pages.of(kinds).get(&page)
             && built.built >= changed
         {
             self.counts.pages_shared += 1;
@@ -412,8 +455,8 @@ impl Cache {
         let mut chunk = Vec::new();
         self.collect(kinds, page, pages, &mut chunk);
         let frame = (!chunk.is_empty()).then(|| wire::frame_updates(chunk.iter()));
-        self.pages.insert(
-            (kinds, page),
+        self.pages.of(kinds).insert(
+            page,
             Page {
                 built: self.head,
                 frame: frame.clone(),
@@ -480,15 +523,15 @@ impl Batch {
             last: 0,
             objects: Vec::new(),
             bytes: 0,
-            frames: HashMap::new(),
+            frames: PerSubscription::default(),
         }
     }
 
     fn frame(&mut self, kinds: KindSet) -> Option<Bytes> {
         let objects = &self.objects;
         self.frames
-            .entry(kinds)
-            .or_insert_with(|| {
+            .of(kinds)
+            .get_or_insert_with(|| {
                 let wanted = objects
                     .iter()
                     .filter(|(kind, _)| kinds.contains(*kind))
@@ -497,5 +540,23 @@ impl Batch {
                 Some(wire::frame_updates(wanted))
             })
             .clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subscriptions_that_are_made_up_do_not_add_up_and_the_used_ones_stay() {
+        let set = |number: u64| KindSet(number);
+        let mut made = PerSubscription::<Option<u64>>::default();
+        for number in 0..1000 {
+            *made.of(set(number)) = Some(number);
+            // One that is asked for all the while.
+            assert_eq!(*made.of(set(0)), Some(0));
+            assert!(made.0.len() <= PerSubscription::<Option<u64>>::MAX);
+        }
+        assert_eq!((*made.of(set(999)), *made.of(set(500))), (Some(999), None));
     }
 }

@@ -24,11 +24,15 @@ use prost::encoding::{
 pub const PROTOCOL: u32 = 1;
 /// Largest frame that a server accepts from a client: a hello with 2,048 digests needs 17 KiB.
 pub const MAX_FROM_CLIENT: usize = 64 * 1024;
-/// Largest frame that a client accepts from a server. Batches are cut near 256 KiB; only one large object exceeds that,
-/// and the stores that the objects come from stop at 1.5 MiB.
+/// Largest object that a server sends. etcd stops at 1.5 MiB; the embedded store does not.
+pub const MAX_OBJECT: usize = 4 * 1024 * 1024;
+/// Largest frame that a client accepts from a server. Batches are cut near 256 KiB; only one large object exceeds that.
 pub const MAX_FROM_SERVER: usize = 8 * 1024 * 1024;
 /// Largest payload after decompression.
-pub const MAX_RAW: usize = 16 * 1024 * 1024;
+pub const MAX_RAW: usize = 8 * 1024 * 1024;
+/// Largest sum of the messages of one frame that are no objects: 2,048 stale buckets need 4 KiB. What these hold is decoded into
+/// lists, of up to eight times the size.
+pub const MAX_CONTROL: usize = 64 * 1024;
 /// Most objects in one frame. Batches are cut near 256 KiB and no object is smaller than its key, so that none has as many; the smallest
 /// encodings (two bytes) cannot be blown up to gigabytes.
 pub const MAX_OBJECTS: usize = 65_536;
@@ -65,6 +69,9 @@ pub enum WireError {
     /// See [`MAX_OBJECTS`].
     #[error("more than {MAX_OBJECTS} objects in one frame, or groups")]
     TooMany,
+    /// See [`MAX_CONTROL`].
+    #[error("more than {MAX_CONTROL} bytes of messages other than objects in one frame")]
+    Control,
     /// The envelope holds nothing that this version knows.
     #[error("message of an unknown type")]
     UnknownMessage,
@@ -372,31 +379,58 @@ impl Decoder {
             ),
             flags => return Err(WireError::Flags(flags)),
         };
-        if self.compressed && !few_objects(&payload) {
-            return Err(WireError::TooMany);
+        if self.compressed {
+            affordable(&payload)?;
         }
         let envelope = Envelope::decode(payload).map_err(|e| WireError::Encoding(e.to_string()))?;
         envelope.body.map(Some).ok_or(WireError::UnknownMessage)
     }
 }
 
-/// Counts the objects of a payload without decoding them. Where this walk ends early, decoding ends at the same place, but for groups,
+/// Counts what a payload holds without decoding it. Where this walk ends early, decoding ends at the same place, but for groups,
 /// which the protocol has not: they are refused.
-fn few_objects(payload: &[u8]) -> bool {
-    let mut count = 0;
+fn affordable(payload: &[u8]) -> Result<(), WireError> {
+    let (mut objects, mut control) = (0, 0);
     let mut rest = payload;
     while let Some((tag, body, after)) = next_field(rest) {
         rest = after;
-        let mut fields = if tag == UPDATES_TAG { body } else { &[] };
+        if tag != UPDATES_TAG {
+            control += body.len();
+            if control > MAX_CONTROL {
+                return Err(WireError::Control);
+            }
+            continue;
+        }
+        let mut fields = body;
         while let Some((_, _, after)) = next_field(fields) {
             fields = after;
-            count += 1;
+            objects += 1;
         }
-        if count > MAX_OBJECTS || starts_group(fields) {
-            return false;
+        if objects > MAX_OBJECTS || starts_group(fields) {
+            return Err(WireError::TooMany);
         }
     }
-    !starts_group(rest)
+    if starts_group(rest) {
+        return Err(WireError::TooMany);
+    }
+    Ok(())
+}
+
+/// A text of the other side as it may stand in a line of a log: short, and without control characters.
+pub(crate) fn for_logs(text: &str) -> String {
+    const MAX_CHARS: usize = 200;
+    let mut out = String::new();
+    for c in text.chars().take(MAX_CHARS) {
+        if c.is_control() {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    if text.chars().nth(MAX_CHARS).is_some() {
+        out.push('…');
+    }
+    out
 }
 
 fn starts_group(mut bytes: &[u8]) -> bool {
@@ -547,6 +581,38 @@ mod tests {
         }
         let group = bytes(300_000, &[0x7b, 0x7c]);
         assert_eq!(decode(&group), Err(WireError::TooMany));
+    }
+
+    #[test]
+    fn messages_that_are_no_objects_are_small_also_when_they_come_in_pieces() {
+        let stale = |count: u32| {
+            let start = SyncStart {
+                stale: (0..count).map(|n| n % 100).collect(),
+                ..SyncStart::default()
+            };
+            Envelope {
+                body: Some(Body::SyncStart(start)),
+            }
+            .encode_to_vec()
+        };
+        let decode = |payload: &[u8]| {
+            decode_all(
+                &mut Decoder::from_servers(),
+                &frame_payload(payload, true),
+                4096,
+            )
+        };
+        assert!(decode(&stale(2048)).is_ok());
+        assert_eq!(decode(&stale(1_000_000)), Err(WireError::Control));
+        // protobuf joins what comes in several fields.
+        assert_eq!(decode(&stale(2048).repeat(100)), Err(WireError::Control));
+    }
+
+    #[test]
+    fn texts_of_the_other_side_are_short_and_one_line_in_logs() {
+        assert_eq!(for_logs("shutting down"), "shutting down");
+        assert_eq!(for_logs("a\nERROR b\u{1b}[31mü"), "a\\nERROR b\\u{1b}[31mü");
+        assert_eq!(for_logs(&"ü".repeat(1000)).chars().count(), 201);
     }
 
     proptest::proptest! {

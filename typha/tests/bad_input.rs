@@ -22,7 +22,7 @@ use typha::cache::{Cache, Limits};
 use typha::client::{self, Held, Identity, Output};
 use typha::server::{self, Patience};
 use typha::wire::{
-    Body, ClientHello, Decoder, Goodbye, Interest, MAX_FROM_CLIENT, MAX_FROM_SERVER, Object,
+    self, Body, ClientHello, Decoder, Goodbye, Interest, MAX_FROM_CLIENT, MAX_FROM_SERVER, Object,
     PROTOCOL, Ping, Pong, ResumeToken, ServerHello, SyncDone, SyncStart, Updates, frame,
 };
 
@@ -241,16 +241,22 @@ proptest! {
         let mut known = BTreeMap::new();
         let mut failed = None;
         for piece in stream(&bodies, true, &damage).chunks(step) {
-            failed = conn.on_bytes(now, piece, &mut held).err();
-            while let Some(output) = conn.poll_output() {
-                let Output::Event(SyncEvent::Updates(updates)) = output else { continue };
-                for update in updates {
-                    match update.value {
-                        Some(_) => drop(known.insert(update.key, ())),
-                        None => prop_assert!(known.remove(&update.key).is_some()),
-                    }
+            conn.on_bytes(now, piece);
+            let output = loop {
+                match conn.poll_output(&mut held) {
+                    Ok(Some(Output::Event(SyncEvent::Updates(updates)))) => for update in updates {
+                        match update.value {
+                            Some(_) => drop(known.insert(update.key, ())),
+                            None => prop_assert!(known.remove(&update.key).is_some()),
+                        }
+                    },
+                    // A write may fail: what is held is what was told by then.
+                    Ok(Some(Output::Send(_))) => prop_assert_eq!(known.len(), held.len()),
+                    Ok(Some(_)) => {}
+                    end => break end,
                 }
-            }
+            };
+            failed = output.err();
             if failed.is_some() { break }
         }
         prop_assert_eq!(known.len(), held.len());
@@ -284,6 +290,100 @@ proptest! {
         }
         prop_assert_eq!(seen, sizes.len());
     }
+}
+
+/// One frame with so many objects of so many bytes each, all in all a few hundred on the wire.
+fn bomb(objects: usize, size: usize) -> Bytes {
+    let names = 0..objects;
+    let objects = names.map(|number| {
+        let update = running::update_of_size(number, size);
+        Object {
+            kind: "GlobalNetworkSet".into(),
+            namespace: String::new(),
+            name: update.key.name.to_string(),
+            revision: "1".into(),
+            json: Some(serde_json::to_vec(&*update.value.unwrap()).unwrap().into()),
+        }
+    });
+    frame(
+        Body::Updates(Updates {
+            objects: objects.collect(),
+        }),
+        true,
+    )
+}
+
+#[test]
+fn frames_that_unpack_to_large_ones_are_unpacked_one_at_a_time() {
+    let now = Instant::now();
+    let mut held = Held::default();
+    let mut conn = client::Conn::new(now, &identity(), &held);
+    let greeting = Body::ServerHello(ServerHello {
+        protocol: PROTOCOL,
+        ..ServerHello::default()
+    });
+    let bomb = bomb(3, 2_000_000);
+    let mut octets = frame(greeting, false).to_vec();
+    for _ in 0..30 {
+        octets.extend_from_slice(&bomb);
+    }
+    // 180 MB in what is read at once.
+    assert!(octets.len() < READ, "{} bytes", octets.len());
+    assert!(matches!(
+        conn.poll_output(&mut held),
+        Ok(Some(Output::Send(_)))
+    ));
+    conn.on_bytes(now, &octets);
+    assert!(
+        held.is_empty(),
+        "nothing is unpacked before it is asked for"
+    );
+    let Ok(Some(Output::Event(SyncEvent::Updates(updates)))) = conn.poll_output(&mut held) else {
+        panic!("no updates");
+    };
+    assert_eq!((updates.len(), held.len()), (3, 3));
+}
+
+#[test]
+fn an_object_that_no_client_would_take_is_not_sent_and_holds_nothing_up() {
+    let mut cache = Cache::new(Limits::default());
+    cache.set_in_sync();
+    let small = |number| running::update_of_size(number, 10);
+    assert!(cache.apply(vec![small(1)]).is_empty());
+    let mut large = running::update_of_size(1, wire::MAX_OBJECT);
+    large.revision = "2".into();
+    let failed = cache.apply(vec![large, small(2)]);
+    let (key, error) = &failed[..].first().unwrap();
+    assert_eq!(&*key.name, "set1");
+    assert!(error.to_string().contains("more than 4194304"), "{error}");
+    let just = running::update_of_size(3, wire::MAX_OBJECT - 1000);
+    assert!(cache.apply(vec![just]).is_empty());
+    let mut held = Held::default();
+    let now = Instant::now();
+    let mut theirs = server::Conn::new(now, Patience::default());
+    let mut ours = client::Conn::new(now, &identity(), &held);
+    let mut told = Vec::new();
+    while !ours.is_complete() {
+        while let Some(output) = ours.poll_output(&mut held).unwrap() {
+            match output {
+                Output::Send(frame) => theirs.on_bytes(now, &frame),
+                Output::Event(SyncEvent::Updates(updates)) => {
+                    told.extend(
+                        updates
+                            .into_iter()
+                            .map(|u| (u.key.name.to_string(), u.revision.to_string())),
+                    );
+                }
+                _ => {}
+            }
+        }
+        while let Some(frame) = theirs.poll_transmit(&mut cache) {
+            ours.on_bytes(now, &frame);
+        }
+    }
+    told.sort();
+    let expected = ["set1", "set2", "set3"].map(|name| (name.to_owned(), "1".to_owned()));
+    assert_eq!(told, expected);
 }
 
 #[tokio::test]

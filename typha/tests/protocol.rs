@@ -230,11 +230,9 @@ impl Net {
             moved = true;
             self.sent_to_client += chunk.len();
             link.server.on_written(self.now);
-            link.client
-                .on_bytes(self.now, &chunk, &mut self.held)
-                .unwrap();
+            link.client.on_bytes(self.now, &chunk);
         }
-        while let Some(output) = link.client.poll_output() {
+        while let Some(output) = link.client.poll_output(&mut self.held).unwrap() {
             match output {
                 Output::Send(frame) => link.to_server.extend(frame),
                 Output::Event(event) => self.consumer.on_event(event, &self.datastore),

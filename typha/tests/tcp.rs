@@ -71,7 +71,8 @@ async fn stopped_client_does_not_hold_up_the_others() {
         &identity,
         &client::Held::default(),
     );
-    let Some(client::Output::Send(hello)) = conn.poll_output() else {
+    let Some(client::Output::Send(hello)) = conn.poll_output(&mut client::Held::default()).unwrap()
+    else {
         panic!("the hello is the first output")
     };
     stuck.write_all(&hello).await.unwrap();

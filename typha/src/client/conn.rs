@@ -5,6 +5,7 @@
 //! really gone, and only then a deletion is emitted (mark and sweep, at `SyncDone`). An object that comes
 //! again at the revision that is held is not emitted.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,6 +19,9 @@ use crate::wire::{
     self, Body, ClientHello, Decoder, Interest, Object, PROTOCOL, Pong, ResumeToken, SyncStart,
     WireError,
 };
+
+/// Objects that are reported as undecodable on one connection.
+const MAX_REPORTS: usize = 100;
 
 /// What the consumer has been told. Lives as long as the consumer.
 #[derive(Debug, Default)]
@@ -118,9 +122,12 @@ pub enum ClientError {
     /// A message that has no place here.
     #[error("protocol violation: unexpected {0}")]
     Unexpected(&'static str),
-    /// `SyncStart` with an impossible bucket count.
-    #[error("protocol violation: a snapshot of {0} buckets")]
+    /// `SyncStart` with an impossible bucket count, or buckets beyond it.
+    #[error("protocol violation: a snapshot of {0} buckets, or of one beyond them")]
     Buckets(u32),
+    /// The server went away within a frame.
+    #[error("protocol violation: the stream ends {0} bytes into a frame")]
+    Truncated(usize),
     /// The server speaks another version.
     #[error("server speaks protocol {0}, this client {PROTOCOL}")]
     Version(u32),
@@ -175,6 +182,8 @@ pub struct Conn {
     silence: Duration,
     last_heard: Instant,
     complete: bool,
+    undecodable: usize,
+    failed: Option<ClientError>,
 }
 
 impl Conn {
@@ -198,6 +207,8 @@ impl Conn {
             silence: Duration::from_secs(30),
             last_heard: now,
             complete: false,
+            undecodable: 0,
+            failed: None,
         }
     }
 
@@ -206,9 +217,25 @@ impl Conn {
         self.complete
     }
 
-    /// The next thing to do.
-    pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+    /// The next thing to do; none when more bytes are needed. A frame is decoded when what the former one asked for has been taken: what
+    /// is `held` is then always what was told, also where the connection breaks in between, and however small a frame is that
+    /// unpacks to a large one, there is one of them at a time.
+    ///
+    /// # Errors
+    /// What came is none of the protocol, or the server closes. So it stays.
+    pub fn poll_output(&mut self, held: &mut Held) -> Result<Option<Output>, ClientError> {
+        while self.outputs.is_empty() && self.failed.is_none() {
+            let done = match self.decoder.next_message() {
+                Ok(Some(body)) => self.on_message(body, held),
+                Ok(None) => break,
+                Err(error) => Err(error.into()),
+            };
+            self.failed = done.err();
+        }
+        match (self.outputs.pop_front(), &self.failed) {
+            (None, Some(error)) => Err(error.clone()),
+            (output, _) => Ok(output),
+        }
     }
 
     /// When [`Self::on_timeout`] wants to be called. The owner lets no time pass while its consumer is
@@ -231,26 +258,25 @@ impl Conn {
         }
     }
 
-    /// Bytes from the server.
-    pub fn on_bytes(
-        &mut self,
-        now: Instant,
-        bytes: &[u8],
-        held: &mut Held,
-    ) -> Result<(), ClientError> {
+    /// Bytes from the server, to be called when [`Self::poll_output`] has nothing more.
+    pub fn on_bytes(&mut self, now: Instant, bytes: &[u8]) {
         self.last_heard = now;
         self.decoder.push(bytes);
-        while let Some(body) = self.decoder.next_message()? {
-            self.on_message(body, held)?;
+    }
+
+    /// The server sends nothing more.
+    pub fn on_end(&self) -> Result<(), ClientError> {
+        match self.decoder.buffered() {
+            0 => Ok(()),
+            rest => Err(ClientError::Truncated(rest)),
         }
-        Ok(())
     }
 
     fn on_message(&mut self, body: Body, held: &mut Held) -> Result<(), ClientError> {
         match body {
             Body::Goodbye(goodbye) => {
                 return Err(ClientError::Goodbye {
-                    reason: goodbye.reason,
+                    reason: wire::for_logs(&goodbye.reason),
                     elsewhere: goodbye.elsewhere,
                 });
             }
@@ -295,11 +321,14 @@ impl Conn {
     }
 
     fn on_sync_start(&mut self, start: SyncStart, held: &mut Held) -> Result<(), ClientError> {
-        held.snapshot += 1;
         let buckets = start.buckets as usize;
-        if !start.full && !digest::valid_bucket_count(buckets) {
+        if !start.full
+            && (!digest::valid_bucket_count(buckets)
+                || start.stale.iter().any(|bucket| *bucket >= start.buckets))
+        {
             return Err(ClientError::Buckets(start.buckets));
         }
+        held.snapshot += 1;
         self.scope = Some(if start.full {
             Scope::All
         } else {
@@ -352,6 +381,11 @@ impl Conn {
             }
         }
         match AnyResource::from_slice(&json) {
+            Ok(value) if value.key().kind != kind => {
+                let reason = format!("it says that it is a {}", value.key().kind);
+                self.undecodable(key.to_string(), reason);
+                None
+            }
             Ok(value) => {
                 held.objects.insert(
                     key.clone(),
@@ -374,8 +408,19 @@ impl Conn {
     }
 
     fn undecodable(&mut self, object: String, reason: String) {
-        self.outputs
-            .push_back(Output::Undecodable { object, reason });
+        self.undecodable += 1;
+        let (object, reason) = match self.undecodable.cmp(&MAX_REPORTS) {
+            Ordering::Less => (object, reason),
+            Ordering::Equal => (
+                "more".to_owned(),
+                "not reported on this connection".to_owned(),
+            ),
+            Ordering::Greater => return,
+        };
+        self.outputs.push_back(Output::Undecodable {
+            object: wire::for_logs(&object),
+            reason: wire::for_logs(&reason),
+        });
     }
 
     fn emit(&mut self, updates: Vec<Update>) {

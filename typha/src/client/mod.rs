@@ -296,36 +296,35 @@ async fn converse(
     let mut conn = Conn::new(Instant::now(), identity, held);
     let mut input = BytesMut::with_capacity(64 * 1024);
     loop {
-        while let Some(output) = conn.poll_output() {
-            if let Err(lost) = perform(output, &mut writer, consumer).await {
-                return lost;
+        loop {
+            let output = conn.poll_output(held);
+            *complete = conn.is_complete();
+            match output {
+                Ok(Some(output)) => {
+                    if let Err(lost) = perform(output, &mut writer, consumer).await {
+                        return lost;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => return error.into(),
             }
         }
-        *complete = conn.is_complete();
         conn.on_resumed_reading(Instant::now());
-        let heard = tokio::select! {
+        tokio::select! {
             read = reader.read_buf(&mut input) => match read {
-                Ok(0) => return Lost::Closed,
+                Ok(0) => return conn.on_end().map_or_else(Lost::Protocol, |()| Lost::Closed),
                 Ok(_) => {
-                    let heard = conn.on_bytes(Instant::now(), &input, held);
+                    conn.on_bytes(Instant::now(), &input);
                     consumer.contact.set(Contact::TALKING);
                     input.clear();
-                    heard
                 }
                 Err(error) => return Lost::Io(error),
             },
-            () = tokio::time::sleep_until(conn.poll_timeout().into()) => conn.on_timeout(Instant::now()),
-        };
-        if let Err(error) = heard {
-            // What was decoded before the error has been noted as held, so the consumer must get it.
-            while let Some(output) = conn.poll_output() {
-                if let Output::Event(_) = output
-                    && let Err(lost) = perform(output, &mut writer, consumer).await
-                {
-                    return lost;
+            () = tokio::time::sleep_until(conn.poll_timeout().into()) => {
+                if let Err(error) = conn.on_timeout(Instant::now()) {
+                    return error.into();
                 }
             }
-            return error.into();
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::cache::{Cache, KindSet, Next};
 use crate::digest::{self, LEAVES};
 use crate::wire::{
     Body, ClientHello, Decoder, Goodbye, PROTOCOL, Ping, ServerHello, SyncDone, SyncStart,
-    WireError, frame,
+    WireError, for_logs, frame,
 };
 
 /// How patient the server is (environment `TYPHA_SERVER...`, defaults as Calico's).
@@ -52,6 +52,9 @@ pub enum CloseReason {
     /// A message that has no place here.
     #[error("protocol violation: unexpected {0}")]
     Unexpected(&'static str),
+    /// The client went away within a frame.
+    #[error("protocol violation: the stream ends {0} bytes into a frame")]
+    Truncated(usize),
     /// The client speaks another version.
     #[error("protocol {theirs} is not supported, this server speaks {PROTOCOL}")]
     Version {
@@ -76,6 +79,16 @@ pub enum CloseReason {
     /// This server stops.
     #[error("server is shutting down")]
     Shutdown,
+}
+
+impl CloseReason {
+    /// True when what the client sent was none of this protocol.
+    pub fn is_violation(&self) -> bool {
+        matches!(
+            self,
+            Self::Wire(_) | Self::Unexpected(_) | Self::Truncated(_)
+        )
+    }
 }
 
 /// See the module's text.
@@ -167,6 +180,14 @@ impl Conn {
         }
     }
 
+    /// The client sends nothing more.
+    pub fn on_end(&mut self) {
+        let rest = self.decoder.buffered();
+        if self.closing.is_none() && rest > 0 {
+            self.closing = Some(CloseReason::Truncated(rest));
+        }
+    }
+
     /// The client's socket took bytes.
     pub fn on_written(&mut self, now: Instant) {
         self.last_progress = now;
@@ -220,7 +241,7 @@ impl Conn {
         match (body, &self.phase) {
             (Body::ClientHello(hello), Phase::AwaitHello) => self.on_hello(hello),
             (Body::Goodbye(goodbye), _) => {
-                self.closing = Some(CloseReason::Goodbye(goodbye.reason))
+                self.closing = Some(CloseReason::Goodbye(for_logs(&goodbye.reason)))
             }
             (body, Phase::AwaitHello) => self.close(CloseReason::Unexpected(body.name())),
             (Body::Pong(_), _) => {}
@@ -229,7 +250,7 @@ impl Conn {
     }
 
     fn on_hello(&mut self, hello: ClientHello) {
-        self.hostname = hello.hostname;
+        self.hostname = for_logs(&hello.hostname);
         if hello.protocol != PROTOCOL {
             return self.close(CloseReason::Version {
                 theirs: hello.protocol,

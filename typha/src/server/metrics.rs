@@ -20,6 +20,7 @@ pub(super) struct Metrics {
     pub(super) accepted: IntCounter,
     pub(super) refused: IntCounter,
     pub(super) dropped: IntCounter,
+    pub(super) violations: IntCounter,
     pub(super) active: IntGauge,
     pub(super) streaming: IntGauge,
     pub(super) sent: IntCounter,
@@ -38,6 +39,10 @@ impl Default for Metrics {
             dropped: counter(
                 "typha_connections_dropped",
                 "Connections that this server closed, for whatever reason",
+            ),
+            violations: counter(
+                "typha_protocol_violations_total",
+                "Connections closed because what came was none of the protocol: garbage, too large, out of order, cut off",
             ),
             active: gauge("typha_connections_active", "Connections now"),
             streaming: gauge(
@@ -62,10 +67,11 @@ impl Default for Metrics {
 
 impl Metrics {
     pub(super) fn register(&self, registry: &Registry) {
-        let all: [Box<dyn Collector>; 8] = [
+        let all: [Box<dyn Collector>; 9] = [
             Box::new(self.accepted.clone()),
             Box::new(self.refused.clone()),
             Box::new(self.dropped.clone()),
+            Box::new(self.violations.clone()),
             Box::new(self.active.clone()),
             Box::new(self.streaming.clone()),
             Box::new(self.sent.clone()),

@@ -303,7 +303,7 @@ impl Server {
             return;
         }
         for (key, error) in self.shared.cache().apply(std::mem::take(gathered)) {
-            tracing::error!(%key, %error, "object cannot be encoded, its last version stays");
+            tracing::error!(%key, error = %Chain(&error), "object is not sent to clients, its last version stays");
         }
         self.wake_clients();
     }
@@ -377,6 +377,9 @@ async fn attend(
         (Err(error), _) => tracing::info!(%peer, client, %error, "connection lost"),
         (Ok(()), Some(reason)) => {
             shared.metrics.dropped.inc();
+            if reason.is_violation() {
+                shared.metrics.violations.inc();
+            }
             tracing::info!(%peer, client, %reason, "connection closed")
         }
         (Ok(()), None) => tracing::info!(%peer, client, "connection closed by the client"),
@@ -420,7 +423,10 @@ async fn serve(
         let deadline = farewell.unwrap_or_else(|| conn.poll_timeout());
         tokio::select! {
             read = reader.read_buf(&mut input) => match read {
-                Ok(0) => return (conn, Ok(())),
+                Ok(0) => {
+                    conn.on_end();
+                    return (conn, Ok(()));
+                }
                 Ok(_) => {
                     conn.on_bytes(Instant::now(), &input);
                     input.clear();
