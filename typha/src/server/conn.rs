@@ -29,7 +29,8 @@ pub struct Patience {
     pub handshake: Duration,
     /// Interval of pings.
     pub ping: Duration,
-    /// A client that neither said anything nor took a byte for so long is dropped.
+    /// A client that neither said anything nor took a byte for so long is dropped. What its machine does not acknowledge
+    /// counts as not taken (TCP_USER_TIMEOUT).
     pub progress: Duration,
 }
 

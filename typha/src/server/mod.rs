@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use cali_api::update::{SyncEvent, SyncStatus, Update};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -323,6 +324,11 @@ impl Server {
         // Small deltas must not wait for acknowledgements.
         let _ = stream.set_nodelay(true);
         let patience = self.config.patience;
+        // What a socket takes has not arrived yet: pings to a client that the network lost would fit into its buffer for hours.
+        let unacknowledged = SockRef::from(&stream).set_tcp_user_timeout(Some(patience.progress));
+        if let Err(error) = unacknowledged {
+            tracing::warn!(%peer, %error, "cannot limit the time without acknowledgements, a lost client is noticed late");
+        }
         let Some(tls) = self.tls.clone() else {
             let conn = Conn::new(Instant::now(), patience);
             clients.spawn(|hang_up| async move {
