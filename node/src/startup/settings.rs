@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use cali_api::v3::EncapMode;
 use cali_api::{Asn, Cidr};
+use cali_control::node_name;
 use cali_routes::Backend;
 use ipnetwork::IpNetwork;
 use typha::config::{ConfigError, Env};
@@ -101,22 +102,13 @@ impl Settings {
         names: &HostNames,
         state_dir: &std::path::Path,
     ) -> Result<Self, ConfigError> {
-        let node_name = env
-            .get("NODENAME")
-            .map(str::to_owned)
-            .or_else(|| {
-                names
-                    .remembered
-                    .as_deref()
-                    .map(str::trim)
-                    .filter(|n| !n.is_empty())
-                    .map(str::to_owned)
-            })
-            .or_else(|| env.get("HOSTNAME").map(str::to_lowercase))
-            .unwrap_or_else(|| names.hostname.trim().to_lowercase());
-        if node_name.is_empty() {
-            return Err(bad("NODENAME", "", "the host has no name; set NODENAME"));
-        }
+        let node_name = node_name(
+            env.get("NODENAME"),
+            names.remembered.as_deref(),
+            env.get("HOSTNAME"),
+            Some(&names.hostname),
+        )
+        .ok_or_else(|| bad("NODENAME", "", "the host has no name; set NODENAME"))?;
         Ok(Self {
             node_name,
             node_name_file: env

@@ -5,7 +5,7 @@ use super::plan::{Host, Known};
 use crate::connection;
 use anyhow::{Context, Result};
 use cali_api::{AnyResource, Kind, kubernetes};
-use cali_control::paths;
+use cali_control::{node_name, paths};
 use cali_netlink::ipset::{IpSets, SetMember};
 use cali_netlink::{IpNetwork, Netlink, Nft, RouteFilter};
 use std::collections::{BTreeMap, BTreeSet};
@@ -105,6 +105,12 @@ fn iptables() -> Result<BTreeMap<&'static str, String>> {
                 return Err(error).with_context(|| format!("cannot run {program}-save"));
             }
         };
+        anyhow::ensure!(
+            output.status.success(),
+            "{program}-save says what is left on this host, and it ends with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
         all.insert(
             program,
             String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -205,7 +211,7 @@ async fn ask(known: &mut Known) -> Result<()> {
             }
         }
     }
-    let node = node_name().context("the name of this node is not known: set NODENAME")?;
+    let node = own_name().context("the name of this node is not known: set NODENAME")?;
     let mut pods = BTreeSet::new();
     for kind in [Kind::WorkloadEndpoint, Kind::K8sPod] {
         let list = store.list(kind, None).await?;
@@ -250,15 +256,15 @@ fn network(range: impl std::fmt::Display) -> Option<IpNetwork> {
 }
 
 /// As `cali-node` finds it.
-fn node_name() -> Option<String> {
-    let given = std::env::var("NODENAME").ok();
-    let remembered = || std::fs::read_to_string(paths::state_dir().join("nodename")).ok();
-    let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-    let named = |name: String| Some(name.trim().to_owned()).filter(|name| !name.is_empty());
-    given
-        .and_then(named)
-        .or_else(|| remembered().and_then(named))
-        .or_else(|| host().map(|name| name.to_lowercase()).and_then(named))
+fn own_name() -> Option<String> {
+    let variable = |name| std::env::var(name).ok();
+    let text = |file: &Path| std::fs::read_to_string(file).ok();
+    node_name(
+        variable("NODENAME").as_deref(),
+        text(&paths::state_dir().join("nodename")).as_deref(),
+        variable("HOSTNAME").as_deref(),
+        text(Path::new("/proc/sys/kernel/hostname")).as_deref(),
+    )
 }
 
 #[cfg(test)]
