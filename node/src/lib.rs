@@ -22,3 +22,14 @@ pub mod supervisor;
 pub mod tunnel_addresses;
 pub mod warnings;
 pub mod word;
+
+/// What lies behind an error, in words, for a line of the log that tells the error itself.
+fn cause(error: &dyn std::error::Error) -> String {
+    let mut causes = Vec::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        causes.push(cause.to_string());
+        next = cause.source();
+    }
+    causes.join(": ")
+}

@@ -99,7 +99,7 @@ pub async fn run(
             match datastore.warn(&warning).await {
                 Ok(()) => warnings.told(key, note, Instant::now()),
                 Err(error) => {
-                    tracing::warn!(%error, object = %key, "cannot show a warning beside an object; trying again");
+                    tracing::warn!(%error, cause = crate::cause(&error), object = %key, "cannot show a warning beside an object; trying again");
                     again = Some(Instant::now() + PAUSE);
                     break;
                 }

@@ -101,7 +101,7 @@ impl Teller {
                     told = Some(new);
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot tell what this node receives; trying again");
+                    tracing::warn!(%error, cause = crate::cause(&error), "cannot tell what this node receives; trying again");
                     again = Some(Instant::now() + RETRY);
                 }
             }
@@ -134,7 +134,7 @@ pub async fn tell_network(
 ) -> String {
     if state.wait_for(|state| state.ready).await.is_ok() {
         while let Err(error) = datastore.tell_network(&node, true).await {
-            tracing::warn!(%error, "cannot say that the network serves pods; trying again");
+            tracing::warn!(%error, cause = crate::cause(&error), "cannot say that the network serves pods; trying again");
             tokio::time::sleep(RETRY).await;
         }
         while state.changed().await.is_ok() {}
@@ -147,7 +147,9 @@ pub async fn tell_shutdown(datastore: &dyn Datastore, node: &str) {
     let told = tokio::time::timeout(AT_THE_END, datastore.tell_network(node, false)).await;
     match told {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "cannot say that this node's network stops"),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, cause = crate::cause(&error), "cannot say that this node's network stops")
+        }
         Err(_) => tracing::warn!("cannot say in time that this node's network stops"),
     }
 }

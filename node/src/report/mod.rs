@@ -95,7 +95,7 @@ impl Teller {
                 Ok(()) => {}
                 Err(DatastoreError::NotFound { .. }) => schedule.forget(&asked.name),
                 Err(error) => {
-                    tracing::warn!(object = asked.name, %error, "cannot write the report of CalicoNodeStatus; trying again");
+                    tracing::warn!(object = asked.name, %error, cause = crate::cause(&error), "cannot write the report of CalicoNodeStatus; trying again");
                     schedule.again(&asked.name, Instant::now() + RETRY);
                 }
             }

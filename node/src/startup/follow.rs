@@ -61,8 +61,7 @@ pub async fn follow(
                     .await
                     .err()
                     .map(|error| {
-                        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-                        tracing::warn!(%error, cause, "the node's address may be another now; it stays as published, trying again");
+                        tracing::warn!(%error, cause = crate::cause(&error), "the node's address may be another now; it stays as published, trying again");
                         Instant::now() + RETRY
                     });
             }

@@ -111,7 +111,7 @@ async fn wait_for(datastore: &dyn Datastore) {
     while let Err(error @ DatastoreError::Unavailable { .. }) =
         datastore.list(Kind::ClusterInformation, None).await
     {
-        tracing::warn!(%error, "waiting for the datastore");
+        tracing::warn!(%error, cause = crate::cause(&error), "waiting for the datastore");
         tokio::time::sleep(RETRY).await;
     }
 }

@@ -114,10 +114,7 @@ impl TunnelAddresses {
             let due = match self.settle(tunnel, pools, planner).await {
                 Ok(due) => due,
                 Err(error) => {
-                    let cause = std::error::Error::source(&error)
-                        .map(ToString::to_string)
-                        .unwrap_or_default();
-                    tracing::warn!(?tunnel, %error, cause, "cannot settle the tunnel address; trying again");
+                    tracing::warn!(?tunnel, %error, cause = crate::cause(&error), "cannot settle the tunnel address; trying again");
                     Some(Instant::now() + RETRY)
                 }
             };
