@@ -59,7 +59,7 @@ pub(crate) fn run(explain: &Explain) -> Result<()> {
     Ok(())
 }
 
-fn schema(kind: Kind) -> Result<Value> {
+pub(crate) fn schema(kind: Kind) -> Result<Value> {
     if !schema::defined().any(|defined| defined == kind) {
         bail!("{kind} has no definition of its own: in Kubernetes it is a view of other objects");
     }
@@ -82,7 +82,7 @@ fn unknown(walked: &str, word: &str, fields: &[(&String, &Value)]) -> String {
 }
 
 /// The fields of an object, or of the objects of a list or map.
-fn fields(schema: &Value) -> Vec<(&String, &Value)> {
+pub(crate) fn fields(schema: &Value) -> Vec<(&String, &Value)> {
     let inner = [schema, &schema["items"], &schema["additionalProperties"]];
     inner
         .iter()
@@ -142,7 +142,7 @@ fn tree(schema: &Value, depth: usize, recursive: bool, text: &mut String) {
 }
 
 /// `string`, `[]object`, `map[string]integer`.
-fn shape(schema: &Value) -> String {
+pub(crate) fn shape(schema: &Value) -> String {
     if schema["x-kubernetes-int-or-string"] == true {
         return "integer or string".to_owned();
     }
@@ -157,7 +157,7 @@ fn shape(schema: &Value) -> String {
 }
 
 /// What values are taken.
-fn limits(schema: &Value) -> Vec<String> {
+pub(crate) fn limits(schema: &Value) -> Vec<String> {
     let mut limits = Vec::new();
     if let Some(values) = schema["enum"].as_array() {
         let values: Vec<String> = values.iter().map(columns::text).collect();

@@ -1,4 +1,4 @@
-//! `calictl`: the command line of Cali. Its only entrance is [`main`]; what it finds out, it asks of the libraries.
+//! `calictl`: the command line of Cali. Its entrance is [`main`]; [`reference`] is for the documentation. What it finds out, it asks of the libraries.
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -26,6 +26,7 @@ mod node;
 mod output;
 mod programmed;
 mod progress;
+pub mod reference;
 mod resources;
 mod routes;
 mod shell;

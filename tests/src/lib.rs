@@ -14,6 +14,7 @@ mod documentation;
 pub mod kernel;
 pub mod lab;
 mod observability;
+mod references;
 pub mod relay;
 pub mod soak;
 #[cfg(test)]
