@@ -150,7 +150,12 @@ mod tests {
             for file in files(&repository().join(package).join("src"), "rs") {
                 let name = file.file_name().unwrap().to_string_lossy().into_owned();
                 if !name.contains("test") {
-                    code += read(&file).split("#[cfg(test)]").next().unwrap_or_default();
+                    // A file may name its tests at its head, and have them in another.
+                    let text = read(&file);
+                    code += text
+                        .split("#[cfg(test)]\nmod tests {")
+                        .next()
+                        .unwrap_or_default();
                 }
             }
         }
