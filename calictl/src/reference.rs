@@ -115,7 +115,11 @@ fn table(arguments: &[&Arg], page: &mut String) {
             meaning.push(format!("default {}", defaults.join(", ")));
         }
         let meaning = meaning.join("; ").replace('|', "\\|");
-        let name = argument.to_string().replace('|', "\\|");
+        let short = argument.get_short().filter(|_| !argument.is_positional());
+        let short = short
+            .map(|letter| format!("-{letter}, "))
+            .unwrap_or_default();
+        let name = format!("{short}{argument}").replace('|', "\\|");
         page.push_str(&format!("| `{name}` | {meaning} |\n"));
     }
 }
