@@ -5,6 +5,8 @@ use serde_json::{Map, Value};
 
 use crate::{ObjectMeta, Resource, Spec};
 
+mod words;
+
 /// Why an object cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{message}", if path.is_empty() { String::new() } else { format!("{path}: ") })]
@@ -112,7 +114,7 @@ fn part<T: DeserializeOwned>(prefix: &str, value: Value) -> Result<T, DecodeErro
             let name = names.next().unwrap_or_default();
             unknown_field(&path, name, names).within(prefix)
         } else {
-            DecodeError::new(path, message.replace('`', "\"")).within(prefix)
+            DecodeError::new(path, words::plain(&message)).within(prefix)
         }
     })
 }

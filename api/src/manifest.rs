@@ -245,21 +245,42 @@ fn read(value: Value) -> Result<AnyResource, DecodeError> {
 /// Reads all objects of a manifest, or tells everything that is wrong with it. `file` is only
 /// named in errors. Documents may hold an object, a list of objects, or nothing.
 pub fn parse(file: &str, text: &str) -> Result<Vec<Located<AnyResource>>, Vec<ManifestError>> {
+    let parsed = objects_of(file, text).map_err(|error| vec![error])?;
+    if parsed.errors.is_empty() {
+        Ok(parsed.objects)
+    } else {
+        Err(parsed.errors)
+    }
+}
+
+/// What a manifest holds, good and bad.
+#[derive(Debug, Default)]
+pub struct Parsed {
+    /// The objects that can be read, in their order.
+    pub objects: Vec<Located<AnyResource>>,
+    /// One for each object that cannot.
+    pub errors: Vec<ManifestError>,
+}
+
+/// As [`parse`], object by object, so that the good ones can be checked further beside the bad ones.
+///
+/// # Errors
+/// The text is not YAML: no object of it is known.
+pub fn objects_of(file: &str, text: &str) -> Result<Parsed, ManifestError> {
     let options = serde_saphyr::options! { strict_booleans: true };
     let documents: Vec<Spanned<Tree>> = serde_saphyr::from_multiple_with_options(text, options)
         .map_err(|error| {
             let (line, column) = error.location().as_ref().map_or((0, 0), place);
             let message = de_message(error.without_snippet());
-            vec![ManifestError {
+            ManifestError {
                 file: file.to_owned(),
                 line,
                 column,
                 message,
-            }]
+            }
         })?;
     let file: Arc<str> = file.into();
-    let mut found = Vec::new();
-    let mut errors = Vec::new();
+    let mut parsed = Parsed::default();
     for document in documents {
         let start = place(&document.referenced);
         let mut places = Places::default();
@@ -274,7 +295,7 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Located<AnyResource>>, Vec<Ma
                 Ok(value) => {
                     let (line, column) = places.of(&prefix);
                     let (file, places) = (Arc::clone(&file), Arc::clone(&places));
-                    found.push(Located {
+                    parsed.objects.push(Located {
                         value,
                         file,
                         line,
@@ -285,16 +306,13 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Located<AnyResource>>, Vec<Ma
                 }
                 Err(error) => {
                     let error = error.within(&prefix);
-                    errors.push(places.error(&file, &error.path, error.to_string()));
+                    let error = places.error(&file, &error.path, error.to_string());
+                    parsed.errors.push(error);
                 }
             }
         }
     }
-    if errors.is_empty() {
-        Ok(found)
-    } else {
-        Err(errors)
-    }
+    Ok(parsed)
 }
 
 /// The first line of the YAML parser's message, without the place, which we tell ourselves.

@@ -137,7 +137,7 @@ metadata: {name: h}
             "file.yaml:42:1: metadata.name: is missing",
             "file.yaml:50:5: spec.containers[0].comand: unknown field \"comand\"",
             "file.yaml:55:1: speck: unknown field \"speck\"; did you mean \"spec\"?",
-            "file.yaml:57:1: spec: missing field \"cidr\"",
+            "file.yaml:57:1: spec: the field \"cidr\" is missing",
         ]
     );
 }

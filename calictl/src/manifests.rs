@@ -29,10 +29,14 @@ pub(crate) fn parse(texts: &[(String, String)], namespace: Option<&str>) -> Resu
     let mut mistakes = Vec::new();
     let mut unread = 0;
     for (name, text) in texts {
-        match manifest::parse(name, text) {
-            Ok(parsed) => documents.extend(parsed),
-            Err(errors) => {
-                mistakes.extend(errors);
+        match manifest::objects_of(name, text) {
+            Ok(parsed) => {
+                documents.extend(parsed.objects);
+                unread += parsed.errors.len();
+                mistakes.extend(parsed.errors);
+            }
+            Err(error) => {
+                mistakes.push(error);
                 unread += count(text);
             }
         }
@@ -48,6 +52,7 @@ pub(crate) fn parse(texts: &[(String, String)], namespace: Option<&str>) -> Resu
             mistakes.extend(fields.iter().map(|field| document.field_error(field)));
         }
     }
+    mistakes.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     refuse(&mistakes, documents.len() + unread)?;
     Ok(documents)
 }

@@ -11,6 +11,7 @@ mod policy;
 use regex::Regex;
 
 use crate::AnyResource;
+use crate::kubernetes;
 use crate::selector::{MAX_LENGTH, Selector};
 
 /// What is wrong with a field.
@@ -71,6 +72,17 @@ impl Findings {
     }
 }
 
+/// What the conversion would leave out. A rule that has no effect is not wrong.
+fn kubernetes_network_policy(object: &AnyResource, findings: &mut Findings) {
+    for problem in kubernetes::convert(object).problems {
+        if let Some((path, message)) = problem.split_once(": ")
+            && path.starts_with("spec.")
+        {
+            findings.add(path, message);
+        }
+    }
+}
+
 /// Checks an object against Calico's rules; tells all that is wrong.
 pub fn validate(object: &AnyResource) -> Result<(), Vec<FieldError>> {
     let mut findings = Findings::default();
@@ -107,6 +119,8 @@ pub fn validate(object: &AnyResource) -> Result<(), Vec<FieldError>> {
         AnyResource::FelixConfiguration(object) => {
             addressing::felix_configuration(&object.spec, &mut findings)
         }
+        // An API server checks these itself; the other datastores take them as users wrote them.
+        AnyResource::K8sNetworkPolicy(_) => kubernetes_network_policy(object, &mut findings),
         _ => {}
     }
     if findings.0.is_empty() {
