@@ -26,6 +26,8 @@ pub(crate) struct Judgement {
     pub(crate) rule: Option<String>,
     /// Policies that select the endpoint, tier by tier, in the order in which they are asked.
     pub(crate) asked: Vec<(String, Vec<String>)>,
+    /// Log rules that the packet meets first.
+    pub(crate) logged: Vec<String>,
     /// The policy that decided, as in the comments of kernel rules.
     pub(crate) policy: Option<Key>,
 }
@@ -156,10 +158,10 @@ fn decision(
     direction: Direction,
 ) -> Option<Judgement> {
     let key = party.endpoint.as_ref()?;
-    let verdict = model.verdict(key, packet, direction);
+    let (verdict, logs) = model.verdict_and_logs(key, packet, direction);
     let (because, rule, policy) = match &verdict.reason {
-        Reason::Rule { tier, policy, rule } => (
-            format!("rule {rule} of {}, tier {tier}", named(policy)),
+        Reason::Rule { policy, rule, .. } => (
+            rule_named(&verdict.reason),
             rule_of(world, policy, direction, *rule),
             Some(policy.clone()),
         ),
@@ -181,8 +183,19 @@ fn decision(
         because,
         rule,
         asked: Vec::new(),
+        logged: logs.iter().map(rule_named).collect(),
         policy,
     })
+}
+
+/// A rule of a policy, with its tier.
+fn rule_named(reason: &Reason) -> String {
+    match reason {
+        Reason::Rule { tier, policy, rule } => {
+            format!("rule {rule} of {}, tier {tier}", named(policy))
+        }
+        other => other.to_string(),
+    }
 }
 
 /// A policy as people write it.

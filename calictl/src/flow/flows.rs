@@ -2,7 +2,8 @@
 //!
 //! While it runs, a table of its own (`inet calico-flows`, owned by its socket, so that it goes with the program whatever
 //! becomes of that) reports the first packet of each flow before policy and after it. A flow that is only seen before was
-//! denied. The kernel's word counts; who decided is worked out from the datastore.
+//! denied. The kernel's word counts; who decided is worked out from the datastore. A node decides on what its own pods send
+//! and get: what the other end's node will say of a flow that leaves is told as that.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::IsTerminal;
@@ -19,6 +20,7 @@ use cali_netlink::nft::{
 };
 use cali_netlink::{Error, NetNs};
 use clap::Args;
+use felix::calc::Direction;
 use felix::verdict::Model;
 use serde_json::json;
 
@@ -85,11 +87,11 @@ pub(crate) async fn flows(arguments: &Flows) -> Result<ExitCode> {
             _ = tick.tick() => {}
             _ = tokio::signal::ctrl_c() => return Ok(ExitCode::SUCCESS),
         }
-        for (tuple, passed) in pending.decided(Instant::now()) {
-            if !told.is_new(&tuple, passed, Instant::now()) {
+        for (tuple, fate) in pending.decided(Instant::now()) {
+            if !told.is_new(&tuple, fate.passed, Instant::now()) {
                 continue;
             }
-            let flow = Flow::explained(&live.world, &model, &tuple, passed);
+            let flow = Flow::explained(&live.world, &model, &tuple, fate);
             if arguments.wants(&flow) {
                 output::line(if arguments.json {
                     flow.json()
@@ -119,7 +121,7 @@ impl Flows {
             .of
             .as_deref()
             .is_none_or(|who| is(&flow.source, who) || is(&flow.destination, who));
-        of && !(self.denied && flow.passed)
+        of && !(self.denied && flow.fate.passed)
     }
 }
 
@@ -148,12 +150,12 @@ fn report(netns: &NetNs, group: u16, interfaces: &[String]) -> Result<Nft> {
     transaction.add_owned_table();
     // Policy stands at 0 and 1 of forward and input; raw and mangle before, other tables' filters at 0 as well.
     let places = [
-        ("seen-forward", Hook::Forward, -10, SEEN),
-        ("passed-forward", Hook::Forward, 10, PASSED),
-        ("seen-input", Hook::Input, -10, SEEN),
-        ("passed-input", Hook::Input, 10, PASSED),
+        ("seen-forward", Hook::Forward, -10, [SENT, RECEIVED]),
+        ("passed-forward", Hook::Forward, 10, [PASSED, PASSED]),
+        ("seen-input", Hook::Input, -10, [SENT, RECEIVED]),
+        ("passed-input", Hook::Input, 10, [PASSED, PASSED]),
     ];
-    for (name, hook, priority, prefix) in places {
+    for (name, hook, priority, prefixes) in places {
         let chain = Chain::base(
             name,
             BaseHook {
@@ -169,7 +171,7 @@ fn report(netns: &NetNs, group: u16, interfaces: &[String]) -> Result<Nft> {
         } else {
             &[Meta::IifName]
         };
-        for end in ends {
+        for (end, prefix) in ends.iter().zip(prefixes) {
             for interface in interfaces {
                 transaction.append_rule(&chain.name, &logging(*end, interface, group, prefix));
             }
@@ -180,7 +182,11 @@ fn report(netns: &NetNs, group: u16, interfaces: &[String]) -> Result<Nft> {
     Ok(nft)
 }
 
-const SEEN: &str = "seen";
+/// Before policy, of a pod of this node.
+const SENT: &str = "sent";
+/// Before policy, to a pod of this node.
+const RECEIVED: &str = "received";
+/// After policy.
 const PASSED: &str = "passed";
 
 /// `iifname "cali*" ct state new limit rate ... log prefix ... group ...`
@@ -224,31 +230,61 @@ fn logging(end: Meta, interface: &str, group: u16, prefix: &str) -> Rule {
     ])
 }
 
+/// What became of a flow on this node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Fate {
+    /// A pod of this node sends it: egress is decided here.
+    sent: bool,
+    /// A pod of this node gets it: ingress is decided here.
+    received: bool,
+    passed: bool,
+}
+
+impl Fate {
+    fn note(&mut self, prefix: &str) {
+        match prefix.trim_end_matches('\0') {
+            SENT => self.sent = true,
+            RECEIVED => self.received = true,
+            PASSED => self.passed = true,
+            _ => {}
+        }
+    }
+
+    fn decides(self, direction: Direction) -> bool {
+        match direction {
+            Direction::Egress => self.sent,
+            Direction::Ingress => self.received,
+        }
+    }
+}
+
 /// Flows that were seen and not decided yet.
 #[derive(Debug, Default)]
 struct Pending {
-    seen: HashMap<Tuple, (Instant, bool)>,
+    seen: HashMap<Tuple, (Instant, Fate)>,
     order: VecDeque<Tuple>,
 }
 
 impl Pending {
     fn on_packet(&mut self, packet: LoggedPacket, now: Instant) {
-        let passed = packet.prefix.starts_with(PASSED);
-        match self.seen.get_mut(&packet.tuple) {
-            Some((_, known)) => *known |= passed,
-            None if self.order.len() < WAITING => {
-                self.seen.insert(packet.tuple, (now, passed));
-                self.order.push_back(packet.tuple);
+        if !self.seen.contains_key(&packet.tuple) {
+            if self.order.len() >= WAITING {
+                return;
             }
-            None => {}
+            self.order.push_back(packet.tuple);
         }
+        let (_, fate) = self
+            .seen
+            .entry(packet.tuple)
+            .or_insert((now, Fate::default()));
+        fate.note(&packet.prefix);
     }
 
     /// Flows whose time is up, with what became of them.
-    fn decided(&mut self, now: Instant) -> Vec<(Tuple, bool)> {
+    fn decided(&mut self, now: Instant) -> Vec<(Tuple, Fate)> {
         let mut decided = Vec::new();
         while let Some(tuple) = self.order.front() {
-            let Some((at, passed)) = self.seen.get(tuple).copied() else {
+            let Some((at, fate)) = self.seen.get(tuple).copied() else {
                 self.order.pop_front();
                 continue;
             };
@@ -256,7 +292,7 @@ impl Pending {
                 break;
             }
             self.seen.remove(tuple);
-            decided.extend(self.order.pop_front().map(|tuple| (tuple, passed)));
+            decided.extend(self.order.pop_front().map(|tuple| (tuple, fate)));
         }
         decided
     }
@@ -288,12 +324,12 @@ struct Flow {
     source: Party,
     destination: Party,
     service: Service,
-    passed: bool,
+    fate: Fate,
     judgements: Vec<Judgement>,
 }
 
 impl Flow {
-    fn explained(world: &World, model: &Model, tuple: &Tuple, passed: bool) -> Self {
+    fn explained(world: &World, model: &Model, tuple: &Tuple, fate: Fate) -> Self {
         let (source, destination) = (world.at(tuple.source), world.at(tuple.destination));
         let is_icmp = matches!(tuple.protocol, 1 | 58);
         let service = Service {
@@ -314,37 +350,54 @@ impl Flow {
             source,
             destination,
             service,
-            passed,
+            fate,
             judgements,
         }
     }
 
     /// Why, in words; the kernel's verdict stands already.
     fn why(&self) -> String {
-        let denial = self.judgements.iter().find(|judgement| !judgement.allowed);
-        match (self.passed, denial) {
-            (false, Some(judgement)) => {
-                format!("{} by {}", judgement.direction, judgement.because)
-            }
-            (false, None) => {
-                "policy allows it: something else dropped it (calictl node status names foreign rules)".to_owned()
-            }
-            (true, Some(judgement)) => format!(
+        let (here, elsewhere): (Vec<_>, Vec<_>) = self
+            .judgements
+            .iter()
+            .partition(|judgement| self.fate.decides(judgement.direction));
+        let by =
+            |judgement: &Judgement| format!("{} by {}", judgement.direction, judgement.because);
+        let denial = here.iter().find(|judgement| !judgement.allowed);
+        let mut parts = Vec::new();
+        match (self.fate.passed, denial) {
+            (false, Some(judgement)) => parts.push(by(judgement)),
+            (false, None) => parts.push(
+                "policy allows it: something else dropped it (calictl node status names foreign rules)"
+                    .to_owned(),
+            ),
+            (true, Some(judgement)) => parts.push(format!(
                 "although {} says no by {}: the policy is not in the kernel yet",
                 judgement.direction, judgement.because
-            ),
-            (true, None) => {
-                let reasons = self
-                    .judgements
-                    .iter()
-                    .map(|judgement| format!("{} by {}", judgement.direction, judgement.because));
-                reasons.collect::<Vec<_>>().join("; ")
-            }
+            )),
+            (true, None) => parts.extend(here.iter().map(|judgement| by(judgement))),
         }
+        // Only what passes here comes there.
+        for judgement in elsewhere.iter().filter(|_| self.fate.passed) {
+            let party = match judgement.direction {
+                Direction::Egress => &self.source,
+                Direction::Ingress => &self.destination,
+            };
+            let node = party.node.as_deref().unwrap_or("another node");
+            let word = if judgement.allowed {
+                "allows"
+            } else {
+                "DENIES"
+            };
+            parts.push(format!("{node} {word} {}", by(judgement)));
+        }
+        let logs = here.iter().flat_map(|judgement| &judgement.logged);
+        parts.extend(logs.map(|rule| format!("logged by {rule}")));
+        parts.join("; ")
     }
 
     fn line(&self) -> String {
-        let verdict = if self.passed {
+        let verdict = if self.fate.passed {
             Style::GOOD.paint("allowed")
         } else {
             Style::BAD.paint("denied ")
@@ -368,7 +421,7 @@ impl Flow {
             json!({"address": address, "name": party.endpoint.as_ref().map(|_| &party.name)})
         };
         json!({
-            "verdict": if self.passed { "allowed" } else { "denied" },
+            "verdict": if self.fate.passed { "allowed" } else { "denied" },
             "source": end(&self.source), "destination": end(&self.destination),
             "protocol": protocol_name(self.service.protocol), "port": self.service.port, "why": self.why(),
         })
@@ -391,6 +444,14 @@ mod tests {
         }
     }
 
+    fn fate(sent: bool, received: bool, passed: bool) -> Fate {
+        Fate {
+            sent,
+            received,
+            passed,
+        }
+    }
+
     fn logged(tuple: Tuple, prefix: &str) -> LoggedPacket {
         LoggedPacket {
             prefix: prefix.to_owned(),
@@ -408,11 +469,13 @@ mod tests {
             tuple("10.65.1.2", "10.65.2.1", 2),
         );
         let mut pending = Pending::default();
-        pending.on_packet(logged(a, SEEN), start);
-        pending.on_packet(logged(b, SEEN), start);
+        pending.on_packet(logged(a, SENT), start);
+        pending.on_packet(logged(b, SENT), start);
+        pending.on_packet(logged(b, RECEIVED), start);
         pending.on_packet(logged(b, PASSED), start);
         assert_eq!(pending.decided(start), []);
-        assert_eq!(pending.decided(start + DECIDED), [(a, false), (b, true)]);
+        let fates = [(a, fate(true, false, false)), (b, fate(true, true, true))];
+        assert_eq!(pending.decided(start + DECIDED), fates);
         assert_eq!(pending.decided(start + DECIDED), []);
     }
 
@@ -432,14 +495,19 @@ mod tests {
         let world = world_of(SHOP);
         let model = world.model();
         let lines: Vec<String> = [
-            ("10.65.1.1", "10.65.2.1", 5432, false),
-            ("10.65.1.2", "10.65.2.1", 5432, true),
-            ("10.65.1.2", "10.65.2.1", 5432, false),
-            ("10.65.1.1", "192.0.2.1", 443, true),
+            ("10.65.1.1", "10.65.2.1", 5432, fate(true, true, false)),
+            ("10.65.1.2", "10.65.2.1", 5432, fate(true, true, true)),
+            ("10.65.1.2", "10.65.2.1", 5432, fate(true, true, false)),
+            ("10.65.1.1", "192.0.2.1", 443, fate(true, false, true)),
+            // Only one end is on this node.
+            ("10.65.1.1", "10.65.2.1", 5432, fate(true, false, true)),
+            ("10.65.1.2", "10.65.2.1", 5432, fate(true, false, true)),
+            ("10.65.1.1", "10.65.2.1", 5432, fate(false, true, false)),
+            ("10.65.1.2", "10.65.2.1", 5432, fate(false, true, true)),
         ]
         .into_iter()
-        .map(|(source, destination, port, passed)| {
-            Flow::explained(&world, &model, &tuple(source, destination, port), passed).line()
+        .map(|(source, destination, port, fate)| {
+            Flow::explained(&world, &model, &tuple(source, destination, port), fate).line()
         })
         .collect();
         insta::assert_snapshot!(lines.join("\n"));

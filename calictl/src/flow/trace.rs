@@ -203,6 +203,9 @@ fn policy(text: &mut String, name: &str, judgement: &Judgement, verbose: bool) {
     if let Some(rule) = &judgement.rule {
         let _ = writeln!(text, "{:<11}{}", "", Style::DIM.paint(rule));
     }
+    for rule in &judgement.logged {
+        let _ = writeln!(text, "{:<11}logged by {rule}", "");
+    }
     if judgement.rule.is_some() && !verbose {
         return;
     }

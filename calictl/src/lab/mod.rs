@@ -12,6 +12,7 @@ use cali_lab::state::Folder;
 use cali_lab::{bring_up, probe, supervise, topology};
 use cali_netlink::NetNs;
 use clap::{Args, Subcommand};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -221,11 +222,19 @@ fn exec(folder: &Folder, target: &str, command: &[String]) -> Result<ExitCode> {
         }
     };
     let (program, args) = command.split_first().context("no command given")?;
+    let path = with_own_folder(
+        std::env::var_os("PATH").unwrap_or_default(),
+        std::env::current_exe()
+            .ok()
+            .as_deref()
+            .and_then(Path::parent),
+    );
     let opened = NetNs::open(&namespace).with_context(|| format!("{target} does not run"))?;
     let status = opened
         .run(|| {
             std::process::Command::new(program)
                 .args(args)
+                .env("PATH", path)
                 .envs(env)
                 .status()
         })?
@@ -236,6 +245,12 @@ fn exec(folder: &Folder, target: &str, command: &[String]) -> Result<ExitCode> {
             .and_then(|code| u8::try_from(code).ok())
             .unwrap_or(1),
     ))
+}
+
+/// Where programs are looked for: in a node stands what an image would hold, so `calictl` itself and its sisters, too.
+fn with_own_folder(path: OsString, folder: Option<&Path>) -> OsString {
+    let all = std::env::split_paths(&path).chain(folder.map(Path::to_owned));
+    std::env::join_paths(all).unwrap_or(path)
 }
 
 fn down(lab: Option<&str>) -> Result<()> {

@@ -137,7 +137,7 @@ impl Model {
                 *end = TierAction::Pass;
             }
         }
-        self.tiers_verdict(tiers, packet, direction)
+        self.tiers_verdict(tiers, packet, direction, &mut Vec::new())
     }
 
     /// Whether the packet goes to a failsafe port, or (`answers`) is an answer from one.

@@ -196,26 +196,37 @@ impl Model {
 
     /// What happens to a packet to (`Ingress`) or from (`Egress`) an endpoint.
     pub fn verdict(&self, endpoint: &Key, packet: &Packet, direction: Direction) -> Verdict {
+        self.verdict_and_logs(endpoint, packet, direction).0
+    }
+
+    /// [`Self::verdict`], and the Log rules of policies that the packet meets before it is decided on.
+    pub fn verdict_and_logs(
+        &self,
+        endpoint: &Key,
+        packet: &Packet,
+        direction: Direction,
+    ) -> (Verdict, Vec<Reason>) {
+        let mut logs = Vec::new();
         let Some(AnyResource::WorkloadEndpoint(object)) =
             self.objects.get(endpoint).map(|object| &**object)
         else {
-            return Verdict {
-                outcome: Outcome::Deny,
-                reason: Reason::UnknownEndpoint,
-            };
+            return (Verdict::deny(Reason::UnknownEndpoint), logs);
         };
         let labels = self.workload_labels(object);
         let tiers = self.tiers(&labels, Sees::Local, direction);
-        self.tiers_verdict(tiers, packet, direction)
-            .unwrap_or_else(|| self.profile_verdict(&object.spec.profiles, packet, direction))
+        let verdict = self
+            .tiers_verdict(tiers, packet, direction, &mut logs)
+            .unwrap_or_else(|| self.profile_verdict(&object.spec.profiles, packet, direction));
+        (verdict, logs)
     }
 
-    /// What the tiers say; `None` when they leave it to whatever follows.
+    /// What the tiers say; `None` when they leave it to whatever follows. Log rules on the way are added to `logs`.
     fn tiers_verdict(
         &self,
         tiers: Vec<(&str, TierAction, Vec<Policy<'_>>)>,
         packet: &Packet,
         direction: Direction,
+        logs: &mut Vec<Reason>,
     ) -> Option<Verdict> {
         'tiers: for (tier, end, policies) in tiers {
             for policy in policies {
@@ -229,7 +240,8 @@ impl Model {
                         Some(Action::Allow) => return Some(Verdict::allow(reason())),
                         Some(Action::Deny) => return Some(Verdict::deny(reason())),
                         Some(Action::Pass) => continue 'tiers,
-                        Some(Action::Log) | None => {}
+                        Some(Action::Log) => logs.push(reason()),
+                        None => {}
                     }
                 }
             }
