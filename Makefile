@@ -79,7 +79,9 @@ bench-typha: setup ## fan-out to 1,000 clients: snapshot, changes, slow clients,
 	cargo build --release -p cali-bench --bin typha-fanout
 	target/release/typha-fanout
 
-bench-calictl: setup ## the command line: 100,000 endpoints listed, a change watched, its start
+bench-calictl: setup ## the command line: 100,000 endpoints listed on each datastore, a change watched, its start
+	scripts/peers etcd
+	scripts/kubernetes
 	cargo build --release -p calictl -p cali-bench --bin calictl --bin calictl-speed
 	target/release/calictl-speed
 

@@ -1,26 +1,37 @@
 //! How quick the command line is; see `docs/benchmarks.md`, section "The command line".
 //!
-//! `calictl-speed` measures the `calictl` beside it.
+//! `calictl-speed` measures the `calictl` beside it, on SQLite, on a real etcd and on a real API server, which it starts itself.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use cali_api::schema::{Group, defined, definition};
 use cali_api::{AnyResource, Key, Kind};
 use cali_bench::bgp::cost::{machine, of_process};
 use cali_datastore::Datastore;
-use cali_datastore::sqlite::Sqlite;
-use clap::{Parser, Subcommand};
-use serde_json::json;
+use cali_datastore::testing::{ApiServer, Etcd};
+use clap::{Parser, ValueEnum};
+use futures::stream::{self, StreamExt, TryStreamExt};
+use kube::Client;
+use kube::core::Request;
+use kube::core::params::{Patch, PatchParams, PostParams};
+use serde_json::{Value, json};
 
 /// How quick the command line is
 #[derive(Debug, Parser)]
 struct Arguments {
-    #[command(subcommand)]
-    role: Option<Role>,
+    /// Where the endpoints are
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "sqlite,etcd,kubernetes"
+    )]
+    datastores: Vec<Place>,
     /// Workload endpoints in the datastore
     #[arg(long, default_value_t = 100_000)]
     endpoints: u32,
@@ -32,58 +43,201 @@ struct Arguments {
     changes: usize,
 }
 
-#[derive(Debug, Subcommand)]
-enum Role {
-    /// Writes endpoints into a new store
-    #[command(hide = true)]
-    Fill { file: PathBuf, count: u32 },
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Place {
+    Sqlite,
+    Etcd,
+    Kubernetes,
 }
 
-fn main() -> Result<()> {
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    match &arguments.role {
-        Some(Role::Fill { file, count }) => runtime.block_on(fill(file, *count)),
-        None => runtime.block_on(measure(&arguments)),
+    println!("{}\n", machine());
+    println!("| `calictl` | seen | aim |\n|---|---|---|");
+    let own = std::env::current_exe()?;
+    let calictl = own.with_file_name("calictl");
+    start(&calictl, arguments.rounds * 10)?;
+    for place in &arguments.datastores {
+        let store = Store::open(*place).await?;
+        store.fill(arguments.endpoints).await?;
+        let bench = Bench {
+            calictl: calictl.clone(),
+            store,
+        };
+        bench.measure(&arguments).await?;
     }
+    Ok(())
 }
 
-fn object(value: serde_json::Value) -> Result<AnyResource> {
+fn object(value: Value) -> Result<AnyResource> {
     AnyResource::from_json(value).context("the benchmark's own object")
 }
 
-async fn fill(file: &Path, count: u32) -> Result<()> {
-    let store = Sqlite::open(file)?;
-    for number in 0..count {
-        let (node, pod) = (format!("node-{}", number % 1000), format!("pod-{number}"));
-        let address = std::net::Ipv4Addr::from(0x0a00_0000 + number);
-        let endpoint = json!({
-            "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
-            "metadata": {
-                "name": format!("{}-k8s-{}-eth0", node.replace('-', "--"), pod.replace('-', "--")),
-                "namespace": format!("team-{}", number % 100),
-                "labels": {
-                    "app": format!("app-{}", number % 500), "projectcalico.org/orchestrator": "k8s",
-                    "projectcalico.org/namespace": format!("team-{}", number % 100),
-                    "projectcalico.org/serviceaccount": "default",
-                },
-            },
-            "spec": {
-                "orchestrator": "k8s", "node": node, "pod": pod, "endpoint": "eth0", "containerID": format!("{number:064x}"),
-                "interfaceName": format!("cali{number:011x}"), "ipNetworks": [format!("{address}/32")],
-                "profiles": [format!("kns.team-{}", number % 100), format!("ksa.team-{}.default", number % 100)],
-                "serviceAccountName": "default",
-            },
-        });
-        store.create(object(endpoint)?).await?;
+/// Objects that are written at a time.
+const AT_A_TIME: usize = 32;
+
+/// A datastore of the benchmark's own, which goes with it.
+enum Store {
+    Sqlite(tempfile::TempDir),
+    Etcd(Etcd),
+    Kubernetes(ApiServer),
+}
+
+impl Store {
+    async fn open(place: Place) -> Result<Self> {
+        Ok(match place {
+            Place::Sqlite => {
+                // In memory where that can be had: to fill a store that reaches the disk with every object takes minutes.
+                let shared = Path::new("/dev/shm");
+                Self::Sqlite(match shared.is_dir() {
+                    true => tempfile::tempdir_in(shared)?,
+                    false => tempfile::tempdir()?,
+                })
+            }
+            Place::Etcd => Self::Etcd(Etcd::start()),
+            Place::Kubernetes => {
+                let server = ApiServer::start().await;
+                let all: Vec<Value> = defined().map(|kind| definition(kind, Group::V3)).collect();
+                server.define(&all).await;
+                Self::Kubernetes(server)
+            }
+        })
     }
-    let pool = json!({
-        "apiVersion": "projectcalico.org/v3", "kind": "IPPool",
-        "metadata": {"name": "watched"}, "spec": {"cidr": "10.0.0.0/8"},
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Sqlite(_) => "SQLite",
+            Self::Etcd(_) => "etcd",
+            Self::Kubernetes(_) => "Kubernetes",
+        }
+    }
+
+    /// What `calictl` finds it by.
+    fn variables(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Sqlite(folder) => vec![(
+                "CALI_SQLITE_PATH",
+                folder.path().join("cali.db").display().to_string(),
+            )],
+            Self::Etcd(server) => vec![
+                ("DATASTORE_TYPE", "etcdv3".to_owned()),
+                ("ETCD_ENDPOINTS", server.endpoint()),
+            ],
+            Self::Kubernetes(server) => vec![
+                ("DATASTORE_TYPE", "kubernetes".to_owned()),
+                ("KUBECONFIG", server.kubeconfig().display().to_string()),
+            ],
+        }
+    }
+
+    fn datastore(&self) -> Result<Arc<dyn Datastore>> {
+        let all = self.variables();
+        let value = |name: &str| {
+            all.iter()
+                .find(|(known, _)| *known == name)
+                .map(|(_, value)| value.clone())
+        };
+        Ok(cali_datastore::open_with(value)?)
+    }
+
+    async fn fill(&self, count: u32) -> Result<()> {
+        let store = self.datastore()?;
+        match self {
+            Self::Kubernetes(server) => {
+                for team in 0..100 {
+                    server.namespace(&format!("team-{team}")).await;
+                }
+                let client = server.client().await;
+                all_at_once(count, |number| pod(&client, number)).await?;
+            }
+            Self::Sqlite(_) | Self::Etcd(_) => {
+                all_at_once(count, |number| {
+                    let store = Arc::clone(&store);
+                    async move {
+                        store.create(object(endpoint(number))?).await?;
+                        Ok(())
+                    }
+                })
+                .await?;
+            }
+        }
+        let pool = json!({
+            "apiVersion": "projectcalico.org/v3", "kind": "IPPool",
+            "metadata": {"name": "watched"}, "spec": {"cidr": "10.0.0.0/8"},
+        });
+        store.create(object(pool)?).await?;
+        Ok(())
+    }
+}
+
+async fn all_at_once<F: Future<Output = Result<()>>>(
+    count: u32,
+    write: impl Fn(u32) -> F,
+) -> Result<()> {
+    stream::iter(0..count)
+        .map(write)
+        .buffer_unordered(AT_A_TIME)
+        .try_collect::<()>()
+        .await
+}
+
+fn address(number: u32) -> std::net::Ipv4Addr {
+    (0x0a00_0000 + number).into()
+}
+
+fn endpoint(number: u32) -> Value {
+    let (node, pod) = (format!("node-{}", number % 1000), format!("pod-{number}"));
+    json!({
+        "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
+        "metadata": {
+            "name": format!("{}-k8s-{}-eth0", node.replace('-', "--"), pod.replace('-', "--")),
+            "namespace": format!("team-{}", number % 100),
+            "labels": {
+                "app": format!("app-{}", number % 500), "projectcalico.org/orchestrator": "k8s",
+                "projectcalico.org/namespace": format!("team-{}", number % 100),
+                "projectcalico.org/serviceaccount": "default",
+            },
+        },
+        "spec": {
+            "orchestrator": "k8s", "node": node, "pod": pod, "endpoint": "eth0", "containerID": format!("{number:064x}"),
+            "interfaceName": format!("cali{number:011x}"), "ipNetworks": [format!("{}/32", address(number))],
+            "profiles": [format!("kns.team-{}", number % 100), format!("ksa.team-{}.default", number % 100)],
+            "serviceAccountName": "default",
+        },
+    })
+}
+
+/// A pod that runs, as small as a Deployment's is without volumes.
+async fn pod(client: &Client, number: u32) -> Result<()> {
+    let namespace = format!("team-{}", number % 100);
+    let name = format!("pod-{number}");
+    let pods = Request::new(format!("/api/v1/namespaces/{namespace}/pods"));
+    let body = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": format!("app-{}", number % 500)}},
+        "spec": {
+            "nodeName": format!("node-{}", number % 1000), "serviceAccountName": "default", "automountServiceAccountToken": false,
+            "containers": [{
+                "name": "web", "image": "registry.example/web:1", "ports": [{"name": "http", "containerPort": 8080}],
+                "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}},
+            }],
+        },
     });
-    store.create(object(pool)?).await?;
+    let request = pods.create(&PostParams::default(), serde_json::to_vec(&body)?)?;
+    client.request::<Value>(request).await?;
+    let address = address(number);
+    let status = json!({"status": {
+        "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    }});
+    let request = pods.patch_subresource(
+        "status",
+        &name,
+        &PatchParams::default(),
+        &Patch::Merge(status),
+    )?;
+    client.request::<Value>(request).await?;
     Ok(())
 }
 
@@ -96,62 +250,61 @@ struct Cost {
     output: u64,
 }
 
-/// The programs, and the store that they look at.
+/// Runs a command to its end.
+fn once(command: &mut Command) -> Result<Cost> {
+    let start = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let (mut output, mut bytes) = (child.stdout.take().context("no output")?, 0);
+    let mut buffer = vec![0; 1 << 16];
+    let mut peak = 0;
+    loop {
+        // What a process had most of is known until it ends: asked for with every piece of its output.
+        peak = of_process(child.id()).peak.max(peak);
+        match output.read(&mut buffer)? {
+            0 => break,
+            count => bytes += count as u64,
+        }
+    }
+    let status = child.wait()?;
+    let time = start.elapsed();
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(Cost {
+        time,
+        memory: peak,
+        output: bytes,
+    })
+}
+
+/// The median by time, and the highest memory of all rounds.
+fn of(rounds: usize, command: &mut Command) -> Result<Cost> {
+    let mut all = (0..rounds.max(1))
+        .map(|_| once(command))
+        .collect::<Result<Vec<Cost>>>()?;
+    all.sort_unstable();
+    let highest = all.iter().map(|cost| cost.memory).max();
+    Ok(Cost {
+        memory: highest.unwrap_or_default(),
+        ..all[all.len() / 2]
+    })
+}
+
+/// The program, and the store that it looks at.
 struct Bench {
-    own: PathBuf,
     calictl: PathBuf,
-    store: PathBuf,
+    store: Store,
 }
 
 impl Bench {
-    fn once(&self, words: &[&str]) -> Result<Cost> {
-        let start = Instant::now();
-        let mut child = Command::new(&self.calictl)
-            .args(words)
-            .env_clear()
-            .env("CALI_SQLITE_PATH", &self.store)
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let (mut output, mut bytes) = (child.stdout.take().context("no output")?, 0);
-        let mut buffer = vec![0; 1 << 16];
-        let mut peak = 0;
-        loop {
-            // What a process had most of is known until it ends: asked for with every piece of its output.
-            peak = of_process(child.id()).peak.max(peak);
-            match output.read(&mut buffer)? {
-                0 => break,
-                count => bytes += count as u64,
-            }
-        }
-        let status = child.wait()?;
-        let time = start.elapsed();
-        ensure!(status.success(), "calictl {words:?}: {status}");
-        Ok(Cost {
-            time,
-            memory: peak,
-            output: bytes,
-        })
-    }
-
-    /// The median by time, and the highest memory of all rounds.
-    fn of(&self, rounds: usize, words: &[&str]) -> Result<Cost> {
-        let mut all = (0..rounds.max(1))
-            .map(|_| self.once(words))
-            .collect::<Result<Vec<Cost>>>()?;
-        all.sort_unstable();
-        let highest = all.iter().map(|cost| cost.memory).max();
-        Ok(Cost {
-            memory: highest.unwrap_or_default(),
-            ..all[all.len() / 2]
-        })
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.calictl);
+        command.args(words).env_clear().envs(self.store.variables());
+        command
     }
 
     /// From the moment at which a change is committed to the line that a watch in another process prints of it.
     async fn watched(&self, changes: usize) -> Result<Vec<Duration>> {
-        let mut watch = Command::new(&self.calictl)
-            .args(["get", "ippool", "--watch", "-o", "json"])
-            .env_clear()
-            .env("CALI_SQLITE_PATH", &self.store)
+        let mut watch = self
+            .command(&["get", "ippool", "--watch", "-o", "json"])
             .stdout(Stdio::piped())
             .spawn()?;
         let output = watch.stdout.take().context("no output")?;
@@ -176,7 +329,7 @@ impl Bench {
         next: impl Fn() -> Result<(Instant, String), mpsc::RecvTimeoutError>,
     ) -> Result<Vec<Duration>> {
         next().context("the watch does not begin")?;
-        let store = Sqlite::open(&self.store)?;
+        let store = self.store.datastore()?;
         let key = Key::cluster(Kind::IPPool, "watched");
         let mut all = Vec::with_capacity(changes);
         for number in 0..changes {
@@ -205,67 +358,53 @@ fn row(what: &str, seen: &str, aim: &str) {
     println!("| {what} | {seen} | {aim} |");
 }
 
-async fn measure(arguments: &Arguments) -> Result<()> {
-    let own = std::env::current_exe()?;
-    // In memory where that can be had: to fill a store that reaches the disk with every object takes minutes.
-    let shared = Path::new("/dev/shm");
-    let folder = match shared.is_dir() {
-        true => tempfile::tempdir_in(shared)?,
-        false => tempfile::tempdir()?,
-    };
-    let bench = Bench {
-        calictl: own.with_file_name("calictl"),
-        store: folder.path().join("cali.db"),
-        own,
-    };
-    let filled = Command::new(&bench.own)
-        .arg("fill")
-        .args([bench.store.as_path()])
-        .arg(arguments.endpoints.to_string())
-        .status()?;
-    ensure!(filled.success(), "cannot fill {}", bench.store.display());
-    println!("{}\n", machine());
-    println!("| `calictl` | seen | aim |\n|---|---|---|");
-    let version = bench.of(arguments.rounds * 10, &["version", "--client"])?;
-    let seen = format!("{:.1} ms", version.time.as_secs_f64() * 1e3);
+fn start(calictl: &Path, rounds: usize) -> Result<()> {
+    let mut command = Command::new(calictl);
+    command.args(["version", "--client"]).env_clear();
+    let cost = of(rounds, &mut command)?;
+    let seen = format!("{:.1} ms", cost.time.as_secs_f64() * 1e3);
     row("`version --client`", &seen, "10 ms");
-    for (format, aim) in [
-        ("ps", "2 s, 150 MB"),
-        ("wide", ""),
-        ("custom-columns=NAME,NODE", ""),
-        ("name", ""),
-        ("json", ""),
-        ("yaml", ""),
-    ] {
-        let words = ["get", "workloadendpoints", "-A", "-o", format];
-        let cost = bench.of(arguments.rounds, &words)?;
-        let seen = format!(
-            "{:.2} s, {:.1} MB of memory at most, {:.1} MB of output",
-            cost.time.as_secs_f64(),
-            cost.memory as f64 / 1e6,
-            cost.output as f64 / 1e6
-        );
-        let what = format!(
-            "`get workloadendpoints -A -o {format}`, {} of them",
-            arguments.endpoints
-        );
-        row(&what, &seen, aim);
-    }
-    let changes = bench.watched(arguments.changes).await?;
-    let at = |share: f64| {
-        let index = (changes.len() as f64 * share) as usize;
-        changes.get(index.min(changes.len().saturating_sub(1)))
-    };
-    let [median, last] = [0.5, 1.0].map(|share| at(share).copied().unwrap_or_default());
-    let seen = format!(
-        "median {:.1} ms, last {:.1} ms",
-        median.as_secs_f64() * 1e3,
-        last.as_secs_f64() * 1e3
-    );
-    row(
-        "`get --watch`: a change by another process is shown",
-        &seen,
-        "100 ms",
-    );
     Ok(())
+}
+
+impl Bench {
+    async fn measure(&self, arguments: &Arguments) -> Result<()> {
+        let place = self.store.name();
+        for (format, aim) in [
+            ("ps", "2 s, 150 MB"),
+            ("wide", ""),
+            ("custom-columns=NAME,NODE", ""),
+            ("name", ""),
+            ("json", ""),
+            ("yaml", ""),
+        ] {
+            let words = ["get", "workloadendpoints", "-A", "-o", format];
+            let cost = of(arguments.rounds, &mut self.command(&words))?;
+            let seen = format!(
+                "{:.2} s, {:.1} MB of memory at most, {:.1} MB of output",
+                cost.time.as_secs_f64(),
+                cost.memory as f64 / 1e6,
+                cost.output as f64 / 1e6
+            );
+            let what = format!(
+                "{place}: `get workloadendpoints -A -o {format}`, {} of them",
+                arguments.endpoints
+            );
+            row(&what, &seen, aim);
+        }
+        let changes = self.watched(arguments.changes).await?;
+        let at = |share: f64| {
+            let index = (changes.len() as f64 * share) as usize;
+            changes.get(index.min(changes.len().saturating_sub(1)))
+        };
+        let [median, last] = [0.5, 1.0].map(|share| at(share).copied().unwrap_or_default());
+        let seen = format!(
+            "median {:.1} ms, last {:.1} ms",
+            median.as_secs_f64() * 1e3,
+            last.as_secs_f64() * 1e3
+        );
+        let what = format!("{place}: `get --watch`: a change by another process is shown");
+        row(&what, &seen, "100 ms");
+        Ok(())
+    }
 }
