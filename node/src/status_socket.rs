@@ -190,11 +190,11 @@ fn status(
         reason: reason.to_owned(),
         caused_by: Vec::new(),
     };
-    let routes = state
-        .routes
-        .quarantined
-        .iter()
-        .map(|(route, reason)| quarantined(format!("route {route}"), reason));
+    let routes = state.routes.quarantined.iter().map(|refused| Quarantined {
+        object: format!("route {}", refused.route),
+        reason: refused.reason.clone(),
+        caused_by: refused.because.iter().cloned().collect(),
+    });
     let rules = state
         .refused
         .iter()
@@ -272,7 +272,7 @@ fn hops(way: &Way) -> Vec<RouteHop> {
 
 #[cfg(test)]
 mod tests {
-    use cali_routes::WriterState;
+    use cali_routes::{RefusedRoute, WriterState};
     use ipip_vxlan::TunnelState;
 
     use super::*;
@@ -288,7 +288,11 @@ mod tests {
             ready,
             routes: Arc::new(WriterState {
                 held,
-                quarantined: vec![("10.0.0.0/26".into(), "EINVAL".into())],
+                quarantined: vec![RefusedRoute {
+                    route: "10.0.0.0/26".into(),
+                    reason: "EINVAL".into(),
+                    because: Some("BlockAffinity n-10-0-0-0-26".into()),
+                }],
                 ..Default::default()
             }),
             tunnels: TunnelState {
@@ -321,6 +325,10 @@ mod tests {
             bad.readiness
         );
         assert_eq!(bad.quarantined[0].object, "route 10.0.0.0/26");
+        assert_eq!(
+            bad.quarantined[0].caused_by,
+            ["BlockAffinity n-10-0-0-0-26"]
+        );
         let good = status(&identity, &addresses, &state(0, true, &[], None), Some(7));
         assert!(
             good.readiness.iter().all(|part| part.ready),

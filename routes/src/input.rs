@@ -118,6 +118,17 @@ pub struct RouteStatus {
     pub way: Option<Way>,
 }
 
+/// A row that the kernel refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedRoute {
+    /// The row, as its key is printed: prefix, table, metric.
+    pub route: String,
+    /// What the kernel said.
+    pub reason: String,
+    /// The resource or peer that it comes from; `None` once nobody wants it any more.
+    pub because: Option<String>,
+}
+
 /// State of the writer that others act upon.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WriterState {
@@ -130,7 +141,7 @@ pub struct WriterState {
     /// Prefixes whose device is not there, with the reason.
     pub waiting: Vec<(Cidr, String)>,
     /// Rows that the kernel refused.
-    pub quarantined: Vec<(String, String)>,
+    pub quarantined: Vec<RefusedRoute>,
     /// Rows that somebody else keeps undoing.
     pub fights: Vec<String>,
 }

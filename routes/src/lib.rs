@@ -21,7 +21,7 @@ mod table;
 mod writer;
 
 pub use candidate::{Candidate, NextHop, RouteSpec, Source};
-pub use input::{Failed, Input, RouteStatus, WriterState};
+pub use input::{Failed, Input, RefusedRoute, RouteStatus, WriterState};
 pub use program::{Hold, Program, Step};
 pub use render::{Devices, KernelSettings, Rendered, Waiting, describe, network, render};
 pub use supplier::{Backend, ClusterRoutes, Supplier, Suppliers};

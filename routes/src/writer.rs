@@ -16,7 +16,9 @@ use cali_netlink::{Error, IfIndex, Link, Netlink, Route, RouteKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-use crate::input::{Effect, Failed, Input, RouteStatus, WriterState, asked_for, feed};
+use crate::input::{
+    Effect, Failed, Input, RefusedRoute, RouteStatus, WriterState, asked_for, feed,
+};
 use crate::kernel;
 use crate::program::{Program, Step};
 use crate::render::{KernelSettings, describe};
@@ -418,6 +420,13 @@ impl Task {
         Ok(())
     }
 
+    /// The resource or peer that a row comes from.
+    fn because(&self, key: &RouteKey) -> Option<String> {
+        let prefix = Cidr::new(key.prefix.network(), key.prefix.prefix()).ok()?;
+        let selected = self.table.selected(&prefix)?;
+        Some(selected.because.to_string())
+    }
+
     fn problem_of(&self, prefix: &Cidr) -> Option<String> {
         if self.table.selected(prefix).is_some() {
             return self.program.state_of(prefix).err();
@@ -474,7 +483,11 @@ impl Task {
                 .program
                 .routes()
                 .quarantined()
-                .map(|(key, failure)| (key.to_string(), failure.reason.clone()))
+                .map(|(key, failure)| RefusedRoute {
+                    route: key.to_string(),
+                    reason: failure.reason.clone(),
+                    because: self.because(key),
+                })
                 .collect(),
             fights: self
                 .program

@@ -754,13 +754,13 @@ impl Driver {
             routes
                 .quarantined
                 .iter()
-                .find(|(route, _)| route.split(' ').next() == Some(&network))
+                .find(|refused| refused.route.split(' ').next() == Some(&network))
         };
         endpoint
             .addresses
             .iter()
             .find_map(refused)
-            .map(|(route, reason)| format!("route {route}: {reason}"))
+            .map(|refused| format!("route {}: {}", refused.route, refused.reason))
     }
 }
 
