@@ -6,6 +6,9 @@
 //! every deletion that was missed has been sent as `value: None`; an object that still exists is
 //! never reported deleted. Only Calico kinds occur (native ones are converted before), and
 //! [`crate::Kind::K8sService`] and [`crate::Kind::K8sEndpointSlice`].
+//!
+//! A consumer may ask for a part of the workload endpoints only (`typha::interest`). Then an endpoint that leaves what was asked
+//! for is reported as a deletion, and [`SyncEvent::Complete`] says from when on everything that was asked for is there.
 
 use std::sync::Arc;
 
@@ -42,4 +45,7 @@ pub enum SyncEvent {
     Status(SyncStatus),
     /// Objects changed.
     Updates(Vec<Update>),
+    /// Everything that the interest of this number asks for has been sent, and with it what those before it asked for.
+    /// Only in a stream whose consumer says what it is interested in.
+    Complete(u64),
 }

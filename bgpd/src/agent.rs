@@ -142,6 +142,7 @@ impl Agent {
                         in_sync |= status == SyncStatus::InSync;
                         info!(?status, "resources");
                     }
+                    Some(SyncEvent::Complete(_)) => matters = false,
                     Some(SyncEvent::Updates(updates)) => {
                         matters = false;
                         for update in &updates {

@@ -177,7 +177,9 @@ async fn run_on_node(node: &str, arguments: &Arguments, set_level: SetLevel) -> 
         node: node.to_owned(),
         ..Local::default()
     };
-    let events = typha::source::from_env(&KINDS, node, paths::kept_updates("bgpd"))
+    // Only workloads of this node can be peers.
+    let endpoints = typha::source::interest_from_env(node)?.map(|(_, listener)| listener);
+    let events = typha::source::from_env(&KINDS, node, paths::kept_updates("bgpd"), endpoints)
         .context("cannot follow the resources")?;
     let listener = open_control()?;
     let started = std::sync::OnceLock::new();

@@ -291,7 +291,7 @@ async fn watch(
     while let Some(event) = events.recv().await {
         match event {
             SyncEvent::Status(SyncStatus::InSync) => watched.begin()?,
-            SyncEvent::Status(_) => {}
+            SyncEvent::Status(_) | SyncEvent::Complete(_) => {}
             SyncEvent::Updates(updates) => {
                 for update in updates {
                     watched.on_update(update.key, update.value)?;

@@ -73,16 +73,20 @@ pub async fn main() -> anyhow::Result<()> {
     }
     let node = node_name(arguments.node)?;
     let netlink = Netlink::current().context("cannot open netlink")?;
+    let interest = typha::source::interest_from_env(node.as_str())?;
+    let (interest, listener) = interest.unzip();
     let updates = typha::source::from_env(
         &typha::source::all_kinds(),
         node.as_str(),
         cali_control::paths::kept_updates("felix"),
+        listener,
     )?;
     tracing::info!(%node, version = env!("CARGO_PKG_VERSION"), "starting");
     let config = Config {
         backend,
         enforcement: BackendOverride::from_env(),
         servers: Servers::from_env(),
+        interest,
         ..Config::new(node)
     };
     let dataplane = Dataplane::start(config, netlink, updates, Box::<StatusLog>::default())?;

@@ -190,10 +190,13 @@ async fn start(
     let (reports, netns) = (datastore.clone(), netlink.netns().clone());
 
     let updates = fan_out.part("dataplane", &typha::source::all_kinds());
+    // Of the endpoints of other nodes, the dataplane alone needs any.
+    let (interest, listener) = typha::source::interest_from_env(&settings.node_name)?.unzip();
     let config = Config {
         backend: settings.backend,
         enforcement: BackendOverride::from_env(),
         servers: Servers::from_env(),
+        interest,
         ..Config::new(NodeName::from(settings.node_name.as_str()))
     };
     let registry = config.metrics.clone();
@@ -334,6 +337,7 @@ async fn start(
         &fan_out.kinds(),
         &settings.node_name,
         paths::kept_updates("node"),
+        listener,
     )?;
     parts.run("changes", fan_out.run(source));
     Ok(Running {

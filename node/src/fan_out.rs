@@ -79,6 +79,10 @@ impl Part {
     fn share(&self, event: &SyncEvent) -> Option<SyncEvent> {
         match event {
             SyncEvent::Status(status) => Some(SyncEvent::Status(*status)),
+            SyncEvent::Complete(_) => {
+                let concerned = self.kinds.contains(&Kind::WorkloadEndpoint);
+                concerned.then(|| event.clone())
+            }
             SyncEvent::Updates(updates) => {
                 let own: Vec<_> = updates
                     .iter()

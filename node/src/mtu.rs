@@ -140,6 +140,7 @@ impl MtuFile {
                 event = events.recv() => match event {
                     None => return "the stream of changes ended".to_owned(),
                     Some(SyncEvent::Status(status)) => in_sync |= status == SyncStatus::InSync,
+                    Some(SyncEvent::Complete(_)) => {}
                     Some(SyncEvent::Updates(updates)) => wish.on_updates(updates),
                 },
                 event = links.next() => match event {

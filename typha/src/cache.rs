@@ -13,6 +13,8 @@
 //! changed since its cursor ([`Cache::next`]). So a slow client costs no memory, sees each key at most once, and never sees a key
 //! go back in time. Deletions are remembered up to a bound; behind it, the client is sent the snapshot again.
 
+mod scoped;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 
@@ -21,7 +23,9 @@ use cali_api::update::Update;
 use cali_api::{Key, Kind};
 
 use crate::digest::{self, LEAVES, Leaves};
+use crate::scope::{Interest, Scopes};
 use crate::wire::{self, MAX_OBJECT, Object};
+use scoped::Frames;
 
 /// Raw size near which batches made for one client, and pages, are cut.
 pub const CHUNK: usize = 256 * 1024;
@@ -125,6 +129,8 @@ pub struct Cache {
     pages: PerSubscription<HashMap<usize, Page>>,
     page_count: usize,
     counts: Counts,
+    scopes: Scopes,
+    frames: Frames,
 }
 
 /// What a cache has done since it was made.
@@ -204,6 +210,8 @@ impl Cache {
             pages: PerSubscription::default(),
             page_count: 1,
             counts: Counts::default(),
+            scopes: Scopes::default(),
+            frames: Frames::default(),
         }
     }
 
@@ -298,16 +306,14 @@ impl Cache {
     }
 
     fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, Unsendable)> {
+        let slot = (digest::position(&update.key), update.key.clone());
         let Update {
-            key,
-            value,
-            revision,
-        } = update;
-        let slot = (digest::position(&key), key);
+            value, revision, ..
+        } = &update;
         let former = self.objects.get(&slot);
-        let json = match &value {
+        let json = match value {
             Some(value) => {
-                let digest = digest::object(&slot.1, &revision);
+                let digest = digest::object(&slot.1, revision);
                 if former.is_some_and(|former| former.digest == digest) {
                     return Ok(None);
                 }
@@ -341,23 +347,25 @@ impl Cache {
         if let Some(sequence) = self.gone.remove(&slot.1) {
             self.changes.remove(&sequence);
         }
+        let (position, sequence) = (slot.0, self.head);
         if let Some(digest) = digest {
             leaves.toggle(slot.0, digest);
             self.object_bytes += encoded.len();
-            self.changes.insert(self.head, Change::Live(slot.clone()));
+            self.changes.insert(sequence, Change::Live(slot.clone()));
             self.objects.insert(
                 slot,
                 Stored {
                     encoded: encoded.clone(),
-                    sequence: self.head,
+                    sequence,
                     digest,
                 },
             );
         } else {
-            self.gone.insert(slot.1.clone(), self.head);
+            self.gone.insert(slot.1.clone(), sequence);
             self.changes
-                .insert(self.head, Change::Gone(slot.1, encoded.clone()));
+                .insert(sequence, Change::Gone(slot.1, encoded.clone()));
         }
+        self.follow(&update, position);
         Ok(Some(encoded))
     }
 
@@ -374,6 +382,7 @@ impl Cache {
         };
         self.changes.remove(&sequence);
         self.gone.remove(&key);
+        self.scopes.forget(&key);
         self.horizon = sequence;
     }
 
@@ -500,13 +509,22 @@ impl Cache {
         }
     }
 
-    /// The buckets in which a client that reported these digests differs.
-    pub fn stale_buckets(&self, kinds: KindSet, digests: &[u64]) -> Vec<u32> {
+    /// The buckets in which a client that reported these digests differs; it has a part of the endpoints where it has an
+    /// interest beside the kinds.
+    pub fn stale_buckets(
+        &self,
+        kinds: KindSet,
+        interest: Option<&Interest>,
+        digests: &[u64],
+    ) -> Vec<u32> {
         let mut own = vec![0; digests.len()];
         for (kind, leaves) in &self.leaves {
             if kinds.contains(*kind) {
                 leaves.fold_into(&mut own);
             }
+        }
+        if let Some(interest) = interest {
+            self.scope_digests(interest, &mut own);
         }
         (0u32..)
             .zip(own.iter().zip(digests))

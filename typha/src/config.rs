@@ -250,6 +250,20 @@ pub fn client_tls(env: &Env) -> Result<Option<TlsSettings>, ConfigError> {
     ])
 }
 
+/// Whether a node asks for a part of the workload endpoints (`CALI_TYPHA_INTEREST`: `node`, the default, or `cluster`).
+pub fn is_scoped(env: &Env) -> Result<bool, ConfigError> {
+    const VARIABLE: &str = "CALI_TYPHA_INTEREST";
+    match env.get(VARIABLE) {
+        None | Some("node") => Ok(true),
+        Some("cluster") => Ok(false),
+        Some(other) => Err(ConfigError {
+            variable: VARIABLE,
+            value: other.to_owned(),
+            reason: "must be node or cluster".to_owned(),
+        }),
+    }
+}
+
 /// The service behind which the servers are: namespace and name.
 pub fn server_service(env: &Env) -> Option<(String, String)> {
     let name = env.get("FELIX_TYPHAK8SSERVICENAME")?;
@@ -347,6 +361,15 @@ mod tests {
         assert!(without(&[0, 1, 2, 3, 4]).unwrap().tls.is_none());
         let error = client_tls(&Env::from_iter([("FELIX_TYPHACN", "typha")])).unwrap_err();
         assert_eq!(error.variable, "FELIX_TYPHACAFILE");
+    }
+
+    #[test]
+    fn a_node_asks_for_its_part_unless_it_is_told_otherwise() {
+        let scoped = |value: &str| is_scoped(&Env::from_iter([("CALI_TYPHA_INTEREST", value)]));
+        assert_eq!(scoped(""), Ok(true));
+        assert_eq!(scoped("node"), Ok(true));
+        assert_eq!(scoped("cluster"), Ok(false));
+        assert!(scoped("all").is_err());
     }
 
     #[test]

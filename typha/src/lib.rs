@@ -6,20 +6,23 @@
 //!
 //! - [`wire`]: frames and messages;
 //! - [`digest`]: how two sides find out what differs;
-//! - [`cache`]: what the server holds, and what it shares between clients;
+//! - [`cache`]: what the server holds, and what it shares between clients; [`scope`]: which endpoints a client is to have;
+//! - [`interest`]: how a consumer says which endpoints it needs;
 //! - [`server`], [`client`]: each a state machine without I/O (`conn`), and the tasks that move its bytes;
 //! - [`config`]: the environment; [`source`]: the stream for a daemon, from a server or straight from the datastore;
 //! - [`tls`]: who may be at the other end;
 //! - [`secrets`]: what is never fanned out.
 //!
-//! It does not interpret objects. The server keeps nothing on disk; a client may keep the last state there
+//! It does not interpret objects, but for the labels of endpoints. The server keeps nothing on disk; a client may keep the last state there
 //! ([`client::kept`]), for a start while no server answers.
 
 pub mod cache;
 pub mod client;
 pub mod config;
 pub mod digest;
+pub mod interest;
 pub mod program;
+pub mod scope;
 pub mod secrets;
 pub mod server;
 pub mod source;

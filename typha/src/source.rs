@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use crate::client::discovery::Service;
 use crate::client::{self, ClientConfig, Keep, Servers};
 use crate::config::{self, ConfigError, Env};
+use crate::interest::{self, Asker, Listener};
 use crate::tls::{ClientTls, TlsError};
 
 /// How long a server is waited for before the kept state counts: longer than one takes to be started anew.
@@ -40,13 +41,24 @@ pub fn all_kinds() -> Vec<Kind> {
         .collect()
 }
 
+/// For a program that needs the workload endpoints of its node and of others only what it asks for: how it asks, and what [`from_env`] is
+/// to be given. None where all of them come in any case: straight from the datastore, or because `CALI_TYPHA_INTEREST` is `cluster`.
+pub fn interest_from_env(node: &str) -> Result<Option<(Asker, Listener)>, ConfigError> {
+    let env = Env::of_process();
+    let server =
+        !config::server_addresses(&env)?.is_empty() || config::server_service(&env).is_some();
+    Ok((config::is_scoped(&env)? && server).then(|| interest::channel(node)))
+}
+
 /// Starts the source: a client of the servers in `FELIX_TYPHAADDR` or behind the service `FELIX_TYPHAK8SSERVICENAME`, or
 /// `cali_datastore::sync` in this process (`DATASTORE_TYPE`). Of a server, the last state is kept in `file`, this
-/// program's own. Dropping the receiver ends it. Must be called inside a Tokio runtime.
+/// program's own. With an `interest` ([`interest_from_env`]) a server sends a part of the workload endpoints. Dropping the
+/// receiver ends it. Must be called inside a Tokio runtime.
 pub fn from_env(
     kinds: &[Kind],
     hostname: &str,
     file: PathBuf,
+    interest: Option<Listener>,
 ) -> Result<mpsc::Receiver<SyncEvent>, SourceError> {
     let env = Env::of_process();
     let addresses = config::server_addresses(&env)?;
@@ -81,5 +93,6 @@ pub fn from_env(
             file,
             patience: PATIENCE,
         }),
+        interest,
     }))
 }

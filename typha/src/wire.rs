@@ -22,6 +22,13 @@ use prost::encoding::{
 
 /// Version of the protocol. A server refuses a client whose major version it does not speak.
 pub const PROTOCOL: u32 = 1;
+/// Version of the scope of a subscription: a client names it where it wants a part of the endpoints, and the server where it takes part.
+/// Either side that does not know it leaves the field out, and everything is sent.
+pub const SCOPE: u32 = 1;
+/// Most selectors of one client, and their length together. Who needs more asks for everything.
+pub const MAX_SELECTORS: usize = 4096;
+/// See [`MAX_SELECTORS`].
+pub const MAX_SELECTOR_BYTES: usize = 512 * 1024;
 /// Largest frame that a server accepts from a client: a hello with 2,048 digests needs 17 KiB.
 pub const MAX_FROM_CLIENT: usize = 64 * 1024;
 /// Largest object that a server sends. etcd stops at 1.5 MiB; the embedded store does not.
@@ -81,7 +88,7 @@ pub enum WireError {
 #[derive(Clone, PartialEq, Message)]
 pub struct Envelope {
     /// The message.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub body: Option<Body>,
 }
 
@@ -112,6 +119,15 @@ pub enum Body {
     /// Last frame before a deliberate close.
     #[prost(message, tag = "8")]
     Goodbye(Goodbye),
+    /// Client asks for other endpoints than before; only where both sides said that they know it ([`SCOPE`]).
+    #[prost(message, tag = "9")]
+    ScopeChange(ScopeChange),
+    /// What follows is every endpoint that the client asks for: what of endpoints is not seen until `ScopeDone` is not asked for.
+    #[prost(message, tag = "10")]
+    ScopeStart(ScopeStart),
+    /// All that a `ScopeChange` asked for has been sent.
+    #[prost(message, tag = "11")]
+    ScopeDone(ScopeDone),
 }
 
 /// Who the client is, what it wants, and what it already has.
@@ -120,7 +136,7 @@ pub struct ClientHello {
     /// [`PROTOCOL`].
     #[prost(uint32, tag = "1")]
     pub protocol: u32,
-    /// Node name of the client; later also the scope of its interest.
+    /// Node name of the client, for people.
     #[prost(string, tag = "2")]
     pub hostname: String,
     /// Program and version, for people.
@@ -134,12 +150,56 @@ pub struct ClientHello {
     pub resume: Option<ResumeToken>,
 }
 
-/// What a client wants to receive. Later narrowed by node; the field numbers below 16 are kept for that.
+/// What a client wants to receive.
 #[derive(Clone, PartialEq, Message)]
 pub struct Interest {
     /// Kind names (`IPPool`).
     #[prost(string, repeated, tag = "1")]
     pub kinds: Vec<String>,
+    /// Which part of the workload endpoints; all of them without it.
+    #[prost(message, optional, tag = "2")]
+    pub scope: Option<Scope>,
+}
+
+/// The endpoints of a node, and what `ScopeChange` adds. The first of these follows the server's hello, and the server sends nothing
+/// before it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Scope {
+    /// [`SCOPE`].
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Endpoints of this node are asked for.
+    #[prost(string, tag = "2")]
+    pub node: String,
+}
+
+/// Other selectors. A long list comes in several of them, of which all but the last have `more`.
+#[derive(Clone, PartialEq, Message)]
+pub struct ScopeChange {
+    /// Number of what is asked for now; grows.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Selectors of endpoints, in their canonical form.
+    #[prost(string, repeated, tag = "2")]
+    pub add: Vec<String>,
+    /// Selectors that are asked for no longer.
+    #[prost(string, repeated, tag = "3")]
+    pub remove: Vec<String>,
+    /// The change goes on.
+    #[prost(bool, tag = "4")]
+    pub more: bool,
+}
+
+/// See [`Body::ScopeStart`].
+#[derive(Clone, PartialEq, Message)]
+pub struct ScopeStart {}
+
+/// See [`Body::ScopeDone`].
+#[derive(Clone, PartialEq, Message)]
+pub struct ScopeDone {
+    /// Of the last change that is done; so are those before it.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
 }
 
 /// Digests of key and revision, bucket by bucket (see [`crate::digest`]). Any server can answer it: it
@@ -169,6 +229,9 @@ pub struct ServerHello {
     /// A silent server is dead after three of these.
     #[prost(uint32, tag = "4")]
     pub ping_interval_secs: u32,
+    /// [`SCOPE`] where the client's is taken up; zero otherwise: everything is sent.
+    #[prost(uint32, tag = "5")]
+    pub scope: u32,
 }
 
 /// Start of a snapshot: which part of the key space it covers.
@@ -215,7 +278,11 @@ pub struct Object {
 
 /// End of the snapshot.
 #[derive(Clone, PartialEq, Message)]
-pub struct SyncDone {}
+pub struct SyncDone {
+    /// As [`ScopeDone::id`], for a client with a scope.
+    #[prost(uint64, tag = "1")]
+    pub scope: u64,
+}
 
 /// See [`Body::Ping`].
 #[derive(Clone, PartialEq, Message)]
@@ -280,6 +347,9 @@ impl Body {
             Self::Ping(_) => "Ping",
             Self::Pong(_) => "Pong",
             Self::Goodbye(_) => "Goodbye",
+            Self::ScopeChange(_) => "ScopeChange",
+            Self::ScopeStart(_) => "ScopeStart",
+            Self::ScopeDone(_) => "ScopeDone",
         }
     }
 }

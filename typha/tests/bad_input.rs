@@ -23,7 +23,8 @@ use typha::client::{self, Held, Identity, Output};
 use typha::server::{self, Patience};
 use typha::wire::{
     self, Body, ClientHello, Decoder, Goodbye, Interest, MAX_FROM_CLIENT, MAX_FROM_SERVER, Object,
-    PROTOCOL, Ping, Pong, ResumeToken, ServerHello, SyncDone, SyncStart, Updates, frame,
+    PROTOCOL, Ping, Pong, ResumeToken, SCOPE, Scope, ScopeChange, ScopeDone, ScopeStart,
+    ServerHello, SyncDone, SyncStart, Updates, frame,
 };
 
 /// What is read from a socket in one go, at most.
@@ -48,19 +49,28 @@ fn object() -> impl Strategy<Value = Object> {
 
 fn hello() -> impl Strategy<Value = Body> {
     let token = prop::option::of((any::<u32>(), prop::collection::vec(any::<u64>(), 0..40)));
-    let kinds = prop::collection::vec(prop_oneof![Just("NetworkSet".to_owned()), text()], 0..5);
+    let kind = prop_oneof![
+        Just("NetworkSet".to_owned()),
+        Just("WorkloadEndpoint".to_owned()),
+        text()
+    ];
+    let kinds = prop::collection::vec(kind, 0..5);
+    let version = prop_oneof![Just(SCOPE), any::<u32>()];
+    let scope = prop::option::of((version, text()));
     (
         prop_oneof![Just(PROTOCOL), any::<u32>()],
         text(),
         kinds,
+        scope,
         token,
     )
-        .prop_map(|(protocol, hostname, kinds, token)| {
+        .prop_map(|(protocol, hostname, kinds, scope, token)| {
+            let scope = scope.map(|(version, node)| Scope { version, node });
             Body::ClientHello(ClientHello {
                 protocol,
                 hostname,
                 info: String::new(),
-                interest: Some(Interest { kinds }),
+                interest: Some(Interest { kinds, scope }),
                 resume: token.map(|(digest_version, digests)| ResumeToken {
                     digest_version,
                     digests,
@@ -70,12 +80,38 @@ fn hello() -> impl Strategy<Value = Body> {
 }
 
 fn server_hello() -> impl Strategy<Value = Body> {
-    (prop_oneof![Just(PROTOCOL), any::<u32>()], any::<u32>()).prop_map(|(protocol, ping)| {
-        Body::ServerHello(ServerHello {
-            protocol,
-            info: "test".into(),
-            unknown_kinds: Vec::new(),
-            ping_interval_secs: ping,
+    (
+        prop_oneof![Just(PROTOCOL), any::<u32>()],
+        any::<u32>(),
+        0..3u32,
+    )
+        .prop_map(|(protocol, ping, scope)| {
+            Body::ServerHello(ServerHello {
+                protocol,
+                info: "test".into(),
+                unknown_kinds: Vec::new(),
+                ping_interval_secs: ping,
+                scope,
+            })
+        })
+}
+
+fn scope_change() -> impl Strategy<Value = Body> {
+    let selectors = || {
+        let selector = prop_oneof![
+            Just("all()".to_owned()),
+            Just("has(a)".to_owned()),
+            Just("a in {'b'".to_owned()),
+            text()
+        ];
+        prop::collection::vec(selector, 0..4)
+    };
+    (any::<u64>(), selectors(), selectors(), any::<bool>()).prop_map(|(id, add, remove, more)| {
+        Body::ScopeChange(ScopeChange {
+            id,
+            add,
+            remove,
+            more,
         })
     })
 }
@@ -103,7 +139,10 @@ fn body() -> impl Strategy<Value = Body> {
         3 => server_hello(),
         3 => start,
         4 => updates,
-        2 => Just(Body::SyncDone(SyncDone {})),
+        2 => any::<u64>().prop_map(|scope| Body::SyncDone(SyncDone { scope })),
+        2 => scope_change(),
+        1 => Just(Body::ScopeStart(ScopeStart {})),
+        1 => any::<u64>().prop_map(|id| Body::ScopeDone(ScopeDone { id })),
         1 => any::<u64>().prop_map(|id| Body::Ping(Ping { id })),
         1 => any::<u64>().prop_map(|id| Body::Pong(Pong { id })),
         1 => goodbye,
@@ -160,6 +199,7 @@ fn identity() -> Identity {
         hostname: "node1".into(),
         info: "test".into(),
         kinds: vec![Kind::NetworkSet, Kind::GlobalNetworkSet],
+        node: None,
     }
 }
 
@@ -399,6 +439,7 @@ async fn clients_that_send_nonsense_are_told_why_and_the_others_do_not_notice() 
         info: String::new(),
         interest: Some(Interest {
             kinds: vec!["GlobalNetworkSet".into()],
+            scope: None,
         }),
         resume: None,
     });
@@ -406,7 +447,7 @@ async fn clients_that_send_nonsense_are_told_why_and_the_others_do_not_notice() 
     let twice = [frame(hello.clone(), false), frame(hello.clone(), false)].concat();
     let wrong_way = [
         frame(hello.clone(), false),
-        frame(Body::SyncDone(SyncDone {}), false),
+        frame(Body::SyncDone(SyncDone::default()), false),
     ];
     let garbage = [
         frame(hello.clone(), false).to_vec(),
@@ -470,6 +511,7 @@ async fn servers_that_send_nonsense_lose_the_client_and_the_consumer_keeps_what_
             info: "bad".into(),
             unknown_kinds: Vec::new(),
             ping_interval_secs: 10,
+            scope: 0,
         }),
         false,
     );
@@ -493,9 +535,13 @@ async fn servers_that_send_nonsense_lose_the_client_and_the_consumer_keeps_what_
             Bytes::from_static(&[0, 0, 0, 3, 0, 255, 255]),
         ]
         .concat(),
-        [hello.clone(), frame(Body::SyncDone(SyncDone {}), false)].concat(),
+        [
+            hello.clone(),
+            frame(Body::SyncDone(SyncDone::default()), false),
+        ]
+        .concat(),
         [hello.clone(), frame(Body::SyncStart(impossible), false)].concat(),
-        frame(Body::SyncDone(SyncDone {}), false).to_vec(),
+        frame(Body::SyncDone(SyncDone::default()), false).to_vec(),
         hello[..6].to_vec(),
     ];
     let mut view = View::default();

@@ -75,6 +75,7 @@ impl View {
                 .unwrap()
             {
                 SyncEvent::Status(status) => self.in_sync = status == SyncStatus::InSync,
+                SyncEvent::Complete(_) => {}
                 SyncEvent::Updates(updates) => {
                     for update in updates {
                         match update.value {
@@ -120,6 +121,7 @@ async fn client_equals_the_store_though_typha_is_killed_again_and_again() {
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
         keep: None,
+        interest: None,
     });
     let mut view = View::default();
     view.until_equal(&mut events, &store).await;

@@ -37,6 +37,7 @@ fn connect_for(
             file: file.to_owned(),
             patience,
         }),
+        interest: None,
     })
 }
 

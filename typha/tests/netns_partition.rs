@@ -133,6 +133,7 @@ impl Node {
                         kinds: vec![Kind::GlobalNetworkSet],
                         tls: None,
                         keep: None,
+                        interest: None,
                     });
                     while let Some(event) = events.recv().await {
                         if sender.send(event).is_err() {
@@ -163,7 +164,7 @@ impl Node {
         loop {
             match self.next().await {
                 SyncEvent::Status(SyncStatus::InSync) => return told,
-                SyncEvent::Status(_) => {}
+                SyncEvent::Status(_) | SyncEvent::Complete(_) => {}
                 SyncEvent::Updates(updates) => {
                     assert!(!gone, "deleted before everything had been told");
                     gone = updates.iter().any(|update| update.value.is_none());

@@ -96,6 +96,7 @@ impl Consumer {
     fn on_event(&mut self, event: SyncEvent, datastore: &Datastore) {
         let updates = match event {
             SyncEvent::Status(status) => return self.status = Some(status),
+            SyncEvent::Complete(number) => panic!("{number} answered though nothing was asked"),
             SyncEvent::Updates(updates) => updates,
         };
         for update in updates {
@@ -195,6 +196,7 @@ impl Net {
             hostname: "n1".into(),
             info: "test".into(),
             kinds: vec![Kind::NetworkSet, Kind::IPPool],
+            node: None,
         };
         self.link = Some(Link {
             server: server::Conn::new(self.now, Patience::default()),

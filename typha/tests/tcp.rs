@@ -65,6 +65,7 @@ async fn stopped_client_does_not_hold_up_the_others() {
         hostname: "stuck".into(),
         info: String::new(),
         kinds: vec![Kind::GlobalNetworkSet],
+        node: None,
     };
     let mut conn = client::Conn::new(
         std::time::Instant::now(),
@@ -176,6 +177,7 @@ async fn the_server_of_the_own_node_is_found_and_when_it_goes_the_other_takes_ov
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
         keep: None,
+        interest: None,
     });
     let mut view = View::default();
     view.until(&mut events, &content).await;

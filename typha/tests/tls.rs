@@ -169,6 +169,7 @@ fn connect(address: SocketAddr, tls: Option<TlsSettings>) -> mpsc::Receiver<Sync
         kinds: vec![Kind::GlobalNetworkSet],
         tls: tls.map(|settings| ClientTls::client(settings).unwrap()),
         keep: None,
+        interest: None,
     })
 }
 
@@ -310,6 +311,7 @@ async fn changed_files_count_from_the_next_connection_on_and_broken_ones_do_not(
         kinds: vec![Kind::GlobalNetworkSet],
         tls: Some(loaded),
         keep: None,
+        interest: None,
     });
     until_in_sync(&mut other).await;
     log.line_with(&["changed certificates cannot be used", "ca.pem"])

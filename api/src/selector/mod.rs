@@ -19,6 +19,7 @@
 //! processes and versions.
 
 mod evaluate;
+pub mod index;
 mod lexer;
 mod parser;
 mod text;

@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::rule::NumberOrText;
-use super::{Protocol, Rule};
+use super::{Protocol, Rule, WorkloadEndpoint};
+use crate::kubernetes::{LABEL_NAMESPACE, LABEL_ORCHESTRATOR, LABEL_SERVICE_ACCOUNT};
 use crate::metadata::StringMap;
 use crate::text::text_enum;
 use crate::{Cidr, MacAddr};
@@ -109,6 +110,23 @@ pub struct WorkloadEndpointSpec {
     /// Limits of bandwidth, packets and connections.
     #[serde(rename = "qosControls", skip_serializing_if = "Option::is_none")]
     pub qos_controls: Option<QoSControls>,
+}
+
+impl WorkloadEndpoint {
+    /// What selectors see of an endpoint of this namespace, apart from its profiles' labels: its own labels, and what it is.
+    #[must_use]
+    pub fn effective_labels(&self, namespace: Option<&str>) -> StringMap {
+        let mut labels = self.metadata.labels.clone();
+        let mut put = |label: &str, value: &str| {
+            if !value.is_empty() {
+                labels.insert(label.to_owned(), value.to_owned());
+            }
+        };
+        put(LABEL_NAMESPACE, namespace.unwrap_or_default());
+        put(LABEL_ORCHESTRATOR, &self.spec.orchestrator);
+        put(LABEL_SERVICE_ACCOUNT, &self.spec.service_account_name);
+        labels
+    }
 }
 
 /// A named or mapped port of a workload.

@@ -1,12 +1,12 @@
 //! What fan-out costs; see `docs/benchmarks.md`, section "Fan-out".
 //!
-//! `typha-fanout` measures; `typha-fanout serve PODS NODES POLICIES` is the server's process, which it starts itself.
+//! `typha-fanout` measures the server; `typha-fanout interest` what one node's agent is sent in clusters of several sizes.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use cali_bench::bgp::cost::{machine, machine_busy, own_cpu};
-use cali_bench::typha::{Cluster, Fleet, Process, SAMPLE, real_client, serve};
+use cali_bench::typha::{Child, Cluster, Fleet, Process, SAMPLE, agent, real_client, serve};
 use clap::{Parser, Subcommand};
 use typha::client::Held;
 
@@ -34,32 +34,107 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    /// What one node's agent receives and holds in clusters of 100, 1,000 and 5,000 nodes
+    Interest,
     /// The server's process
     #[command(hide = true)]
     Serve {
         pods: u32,
         nodes: u32,
         policies: u32,
+        #[arg(long)]
+        namespaced: bool,
+    },
+    /// The agent's process
+    #[command(hide = true)]
+    Agent {
+        port: u16,
+        node: String,
+        #[arg(long)]
+        scoped: bool,
     },
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(Role::Serve {
-        pods,
-        nodes,
-        policies,
-    }) = arguments.command
-    {
-        return serve(Cluster {
+    match arguments.command {
+        None => measure(&arguments).await,
+        Some(Role::Interest) => interest(),
+        Some(Role::Serve {
             pods,
             nodes,
             policies,
-        })
-        .await;
+            namespaced,
+        }) => {
+            serve(Cluster {
+                pods,
+                nodes,
+                policies,
+                namespaced,
+            })
+            .await
+        }
+        Some(Role::Agent { port, node, scoped }) => agent(port, &node, scoped).await,
     }
-    measure(&arguments).await
+}
+
+/// Changes that are made while an agent listens.
+const CHANGES: u32 = 2000;
+
+/// One agent, with a scope and without, in clusters of several sizes.
+fn interest() -> Result<()> {
+    println!("{}\n", machine());
+    println!(
+        "| nodes | pods | policies | endpoints are sent | objects held | sets | until all is there | received | resident memory | of {CHANGES} changes |"
+    );
+    println!("|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|");
+    for nodes in [100, 1000, 5000] {
+        let cluster = Cluster {
+            pods: nodes * 21,
+            nodes,
+            policies: 0,
+            namespaced: true,
+        };
+        let mut server = Process::start(cluster)?;
+        for scoped in [false, true] {
+            let mut arguments: Vec<String> = ["agent", &server.port.to_string()]
+                .map(str::to_owned)
+                .into();
+            arguments.push(Cluster::node_name(nodes / 2));
+            if scoped {
+                arguments.push("--scoped".to_owned());
+            }
+            let mut agent = Child::start(&arguments)?;
+            let line = agent.answer()?;
+            let fields: Vec<&str> = line.split(' ').collect();
+            let [seconds, bytes, held, endpoints, sets] = fields.as_slice() else {
+                bail!("the agent said {line:?}");
+            };
+            ensure!(
+                endpoints.parse::<u32>()? == 21,
+                "{endpoints} endpoints on the node"
+            );
+            let (seconds, bytes): (f64, u64) = (seconds.parse()?, bytes.parse()?);
+            let resident = agent.cost().resident;
+            server.change(CHANGES, 1000)?;
+            server.done()?;
+            // The last delta is gathered for some milliseconds.
+            std::thread::sleep(Duration::from_secs(1));
+            agent.say("bytes")?;
+            let after: u64 = agent.answer()?.parse()?;
+            println!(
+                "| {nodes} | {} | {} | {} | {held} | {sets} | {seconds:.2} s | {} | {} | {} |",
+                cluster.pods,
+                cluster.policies(),
+                if scoped { "as asked for" } else { "all" },
+                megabytes(bytes),
+                megabytes(resident),
+                megabytes(after - bytes)
+            );
+        }
+    }
+    Ok(())
 }
 
 fn row(what: &str, seen: impl std::fmt::Display) {
@@ -112,6 +187,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         pods: arguments.pods,
         nodes: arguments.nodes,
         policies: arguments.policies,
+        namespaced: false,
     };
     let clients = arguments.clients;
     println!("{}\n\n{cluster:?}, {clients} clients\n", machine());

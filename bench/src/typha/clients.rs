@@ -71,6 +71,7 @@ fn identity(name: String) -> Identity {
         hostname: name,
         info: "bench".into(),
         kinds: KINDS.to_vec(),
+        node: None,
     }
 }
 

@@ -26,7 +26,16 @@ pub struct Cluster {
     pub nodes: u32,
     /// Policies; each is of an application of its own.
     pub policies: u32,
+    /// Policies are those of namespaces instead, which have ten applications each.
+    pub namespaced: bool,
 }
+
+/// Pods, applications and policies of a namespace.
+const PODS: u32 = 100;
+const APPS: u32 = 10;
+const POLICIES: u32 = 6;
+/// One in so many pods is a proxy, which is let in everywhere.
+const PROXIES: u32 = 500;
 
 impl Cluster {
     /// All objects, in pieces.
@@ -36,13 +45,37 @@ impl Cluster {
         std::iter::once(tier)
             .chain((0..self.nodes).map(node))
             .chain((0..self.namespaces()).map(profile))
-            .chain((0..self.policies).map(move |number| self.policy(number)))
+            .chain((0..self.policies()).map(move |number| {
+                if self.namespaced {
+                    in_namespace(number)
+                } else {
+                    self.policy(number)
+                }
+            }))
             .map(|manifest| update(manifest, 1))
             .chain((0..self.pods).map(move |number| self.pod(number, 1)))
     }
 
     const fn namespaces(self) -> u32 {
-        self.pods.div_ceil(100)
+        self.pods.div_ceil(PODS)
+    }
+
+    /// Number of policies.
+    #[must_use]
+    pub const fn policies(self) -> u32 {
+        if self.namespaced {
+            self.namespaces() * POLICIES
+        } else {
+            self.policies
+        }
+    }
+
+    fn app(self, pod: u32) -> u32 {
+        if self.namespaced {
+            pod % APPS
+        } else {
+            pod % self.policies
+        }
     }
 
     /// Name of a node.
@@ -56,12 +89,12 @@ impl Cluster {
     pub fn pod(self, number: u32, version: u64) -> Update {
         let node = Self::node_name(number % self.nodes);
         let [_, b, c, d] = number.to_be_bytes();
-        let namespace = number / 100;
-        let manifest = json!({
+        let namespace = number / PODS;
+        let mut manifest = json!({
             "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
             "metadata": {"namespace": format!("ns{namespace}"), "name": format!("{node}-k8s-pod--{number}-eth0"),
                 "uid": format!("5b1f0000-0000-4000-8000-{number:012x}"),
-                "labels": {"app": format!("app{}", number % self.policies), "pod-template-hash": format!("{:08x}", number / 7),
+                "labels": {"app": format!("app{}", self.app(number)), "pod-template-hash": format!("{:08x}", number / 7),
                     "projectcalico.org/namespace": format!("ns{namespace}"), "projectcalico.org/orchestrator": "k8s",
                     "projectcalico.org/serviceaccount": "default"},
                 "annotations": {STAMP: now().as_nanos().to_string()}},
@@ -70,6 +103,9 @@ impl Cluster {
                 "serviceAccountName": "default",
                 "ipNetworks": [format!("10.{b}.{c}.{d}/32")], "profiles": [format!("kns.ns{namespace}"), format!("ksa.ns{namespace}.default")]},
         });
+        if self.namespaced && number.is_multiple_of(PROXIES) {
+            manifest["metadata"]["labels"]["role"] = "proxy".into();
+        }
         update(manifest, version)
     }
 
@@ -83,6 +119,25 @@ impl Cluster {
             "egress": [{"action": "Allow", "protocol": "TCP", "destination": {"selector": app(3), "ports": ["8000:8010"]}},
                 {"action": "Allow", "protocol": "UDP", "destination": {"ports": [53]}}]}})
     }
+}
+
+/// A policy of a namespace: four let applications of it talk to each other, one lets the proxies in from everywhere, and one denies the rest.
+fn in_namespace(number: u32) -> Value {
+    let (namespace, which) = (number / POLICIES, number % POLICIES);
+    let app = |number: u32| format!("app == 'app{}'", number % APPS);
+    let spec = match which {
+        0 => json!({"selector": "all()", "types": ["Ingress"], "ingress": []}),
+        1 => {
+            json!({"selector": app(0), "types": ["Ingress"], "ingress": [{"action": "Allow", "protocol": "TCP",
+            "source": {"selector": "role == 'proxy'", "namespaceSelector": "all()"}, "destination": {"ports": [8080]}}]})
+        }
+        which => json!({"selector": app(which), "types": ["Ingress", "Egress"],
+            "ingress": [{"action": "Allow", "protocol": "TCP", "source": {"selector": app(which + 3)}, "destination": {"ports": [8080, 9090]}}],
+            "egress": [{"action": "Allow", "protocol": "TCP", "destination": {"selector": app(which + 5), "ports": [5432]}},
+                {"action": "Allow", "protocol": "UDP", "destination": {"ports": [53]}}]}),
+    };
+    json!({"apiVersion": "projectcalico.org/v3", "kind": "NetworkPolicy",
+        "metadata": {"namespace": format!("ns{namespace}"), "name": format!("default.p{which}")}, "spec": spec})
 }
 
 /// Time since 1970: the one clock that two processes share.

@@ -1,7 +1,7 @@
 //! The server's process: it takes commands by line and makes the changes that they ask for.
 
 use std::io::Write;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -12,12 +12,73 @@ use typha::server::{Server, ServerConfig};
 use super::Cluster;
 use crate::bgp::cost::{Cost, of_process};
 
-/// A server in a process of its own. Dropping it ends it.
+/// This program again, in another role. Dropping it ends it.
+#[derive(Debug)]
+pub struct Child {
+    child: std::process::Child,
+    input: ChildStdin,
+    output: std::io::BufReader<ChildStdout>,
+}
+
+impl Child {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(arguments: &[String]) -> Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let input = child.stdin.take().context("no stdin")?;
+        let output = child.stdout.take().context("no stdout")?;
+        Ok(Self {
+            child,
+            input,
+            output: std::io::BufReader::new(output),
+        })
+    }
+
+    /// The next line that it says.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn answer(&mut self) -> Result<String> {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut self.output, &mut line)?;
+        ensure!(!line.is_empty(), "the process has ended");
+        Ok(line.trim().to_owned())
+    }
+
+    /// Says a line to it.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn say(&mut self, line: &str) -> Result<()> {
+        writeln!(self.input, "{line}")?;
+        Ok(self.input.flush()?)
+    }
+
+    /// What it costs so far.
+    #[must_use]
+    pub fn cost(&self) -> Cost {
+        of_process(self.child.id())
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // An error means that it has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A server in a process of its own.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
-    input: ChildStdin,
-    output: std::io::BufReader<ChildStdout>,
     /// Where it listens.
     pub port: u16,
 }
@@ -29,29 +90,14 @@ impl Process {
     /// It does not start.
     pub fn start(cluster: Cluster) -> Result<Self> {
         let numbers = [cluster.pods, cluster.nodes, cluster.policies].map(|n| n.to_string());
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg("serve")
-            .args(numbers)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let input = child.stdin.take().context("no stdin")?;
-        let output = child.stdout.take().context("no stdout")?;
-        let mut process = Self {
-            child,
-            input,
-            output: std::io::BufReader::new(output),
-            port: 0,
-        };
-        process.port = process.answer()?.parse()?;
-        Ok(process)
-    }
-
-    fn answer(&mut self) -> Result<String> {
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut self.output, &mut line)?;
-        ensure!(!line.is_empty(), "the server's process has ended");
-        Ok(line.trim().to_owned())
+        let mut arguments = vec!["serve".to_owned()];
+        arguments.extend(numbers);
+        if cluster.namespaced {
+            arguments.push("--namespaced".to_owned());
+        }
+        let mut child = Child::start(&arguments)?;
+        let port = child.answer()?.parse()?;
+        Ok(Self { child, port })
     }
 
     /// Changes one pod after the other, this many in a second, and does not wait for it.
@@ -59,8 +105,7 @@ impl Process {
     /// # Errors
     /// The process has ended.
     pub fn change(&mut self, count: u32, per_second: u32) -> Result<()> {
-        writeln!(self.input, "{count} {per_second}")?;
-        Ok(self.input.flush()?)
+        self.child.say(&format!("{count} {per_second}"))
     }
 
     /// Waits until the changes that were asked for last have been made.
@@ -68,21 +113,13 @@ impl Process {
     /// # Errors
     /// The process has ended.
     pub fn done(&mut self) -> Result<()> {
-        self.answer().map(drop)
+        self.child.answer().map(drop)
     }
 
     /// What it costs so far.
     #[must_use]
     pub fn cost(&self) -> Cost {
-        of_process(self.child.id())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // An error means that it has ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.child.cost()
     }
 }
 

@@ -43,7 +43,7 @@ impl Live {
                 match event {
                     SyncEvent::Updates(updates) => live.world.apply(updates),
                     SyncEvent::Status(SyncStatus::InSync) => return Ok(()),
-                    SyncEvent::Status(_) => {}
+                    SyncEvent::Status(_) | SyncEvent::Complete(_) => {}
                 }
             }
             bail!("the datastore's stream has ended")
@@ -61,7 +61,7 @@ impl Live {
                 self.world.apply(updates);
                 Ok(true)
             }
-            Some(SyncEvent::Status(_)) => Ok(false),
+            Some(SyncEvent::Status(_) | SyncEvent::Complete(_)) => Ok(false),
             None => bail!("the datastore's stream has ended"),
         }
     }

@@ -38,7 +38,7 @@ impl Oracle {
             while let Some(event) = events.recv().await {
                 match event {
                     SyncEvent::Status(SyncStatus::InSync) => return Ok(()),
-                    SyncEvent::Status(_) => {}
+                    SyncEvent::Status(_) | SyncEvent::Complete(_) => {}
                     SyncEvent::Updates(updates) => {
                         for update in updates {
                             match update.value {

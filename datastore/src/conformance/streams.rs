@@ -35,6 +35,7 @@ impl View {
         while !holds(self) {
             match stream.recv().await.expect("the stream goes on") {
                 SyncEvent::Status(status) => self.statuses.push(status),
+                SyncEvent::Complete(_) => {}
                 SyncEvent::Updates(updates) => {
                     for update in updates {
                         match update.value {

@@ -9,6 +9,7 @@ use cali_api::v3::{FelixConfigurationSpec, WorkloadEndpoint};
 use cali_api::{AnyResource, Cidr, Key, Kind, NodeName, StringMap};
 use foldhash::HashMap;
 
+use super::asks::Asks;
 use super::ipsets::IpSets;
 use super::local::{Decided, Local};
 use super::output::{Batch, Delta, Endpoint, HostEndpoint, IpSetId, PoolNat, Rules};
@@ -23,11 +24,36 @@ struct Active {
     problems: Vec<String>,
 }
 
+impl Active {
+    fn is_complete(&self, sets: &IpSets) -> bool {
+        self.sets.iter().all(|(id, _)| sets.is_complete(id))
+    }
+
+    fn release(&self, sets: &mut IpSets) {
+        self.sets.iter().for_each(|(id, _)| sets.release(id));
+    }
+}
+
 /// Policies or profiles: who uses them, and what of them consumers have.
 struct Usage<K> {
     users: HashMap<K, usize>,
     active: HashMap<K, Active>,
     dirty: BTreeSet<K>,
+    /// What takes the place of the active, once its sets are complete.
+    next: BTreeMap<K, Active>,
+    /// Active, and used by nobody any more.
+    unused: BTreeSet<K>,
+}
+
+impl<K: Ord + Hash> Usage<K> {
+    /// Whether consumers have it, or can be given it.
+    fn is_ready(&self, key: &K, sets: &IpSets) -> bool {
+        self.active.contains_key(key)
+            || self
+                .next
+                .get(key)
+                .is_some_and(|next| next.is_complete(sets))
+    }
 }
 
 impl<K> Default for Usage<K> {
@@ -36,6 +62,8 @@ impl<K> Default for Usage<K> {
             users: HashMap::default(),
             active: HashMap::default(),
             dirty: BTreeSet::new(),
+            next: BTreeMap::new(),
+            unused: BTreeSet::new(),
         }
     }
 }
@@ -54,8 +82,11 @@ pub struct Graph {
     service_nets: Arc<[Cidr]>,
     tunnel_peers: PeerIndex,
     configurations: BTreeMap<Key, Arc<AnyResource>>,
+    /// What consumers have been told of.
     endpoints: HashMap<Key, Arc<Endpoint>>,
     hosts: HashMap<Key, Arc<HostEndpoint>>,
+    /// What they are to be told instead, once all of its policies are active.
+    next: BTreeMap<Key, Decided>,
     policy_usage: Usage<Key>,
     profile_usage: Usage<Arc<str>>,
     settings_dirty: bool,
@@ -83,6 +114,7 @@ impl Graph {
             configurations: BTreeMap::new(),
             endpoints: HashMap::default(),
             hosts: HashMap::default(),
+            next: BTreeMap::new(),
             policy_usage: Usage::default(),
             profile_usage: Usage::default(),
             settings_dirty: true,
@@ -92,10 +124,53 @@ impl Graph {
         }
     }
 
+    /// A graph that is told of other nodes' endpoints as it [asks](Self::take_wanted) for them.
+    pub fn asking(node: NodeName) -> Self {
+        let mut graph = Self::new(node);
+        graph.sets.asks = Asks::scoped();
+        graph
+    }
+
+    /// What is asked for of other nodes' endpoints, by selector, and its number, when that has changed by the last [`Self::flush`]. It
+    /// is answered with [`SyncEvent::Complete`].
+    pub fn take_wanted(&mut self) -> Option<(u64, BTreeSet<Arc<str>>)> {
+        if self.in_sync {
+            self.sets.asks.take()
+        } else {
+            None
+        }
+    }
+
+    /// Whether anything waits for endpoints that are asked for.
+    pub fn is_waiting(&self) -> bool {
+        let held = !self.policy_usage.next.is_empty() || !self.profile_usage.next.is_empty();
+        held || !self.next.is_empty()
+    }
+
+    /// Whatever waits for endpoints that are asked for: policies, profiles, and endpoints that use them.
+    pub fn waiting(&self) -> BTreeSet<Key> {
+        let policies = self.policy_usage.next.keys().cloned();
+        let profiles = self.profile_usage.next.keys();
+        let profiles = profiles.map(|name| Key::cluster(Kind::Profile, name.clone()));
+        policies
+            .chain(profiles)
+            .chain(self.next.keys().cloned())
+            .collect()
+    }
+
+    /// Endpoints of this node that consumers have not been told of, because a policy of theirs is held back.
+    pub fn held_back(&self) -> impl Iterator<Item = (&Key, &Endpoint)> {
+        self.next.iter().filter_map(|(id, decided)| match decided {
+            Decided::Workload(endpoint) if !self.endpoints.contains_key(id) => Some((id, endpoint)),
+            _ => None,
+        })
+    }
+
     /// Takes one input in. Nothing comes out before [`Self::flush`].
     pub fn handle(&mut self, input: Input) {
         match input {
             Input::Sync(SyncEvent::Status(status)) => self.in_sync |= status == SyncStatus::InSync,
+            Input::Sync(SyncEvent::Complete(number)) => self.sets.asks.on_complete(number),
             Input::Sync(SyncEvent::Updates(updates)) => updates
                 .into_iter()
                 .for_each(|update| self.on_update(update)),
@@ -221,9 +296,15 @@ impl Graph {
         ]
     }
 
-    /// The changes since the last flush; `None` without any, and before the datastore is in sync.
+    /// The changes since the last flush; `None` without any, and before the datastore is in sync and what is asked for first is here.
     pub fn flush(&mut self) -> Option<Batch> {
         if !self.in_sync {
+            return None;
+        }
+        let (mut endpoints_gone, mut hosts_gone) = (Vec::new(), Vec::new());
+        self.stage_endpoints(&mut endpoints_gone, &mut hosts_gone);
+        self.prepare();
+        if !self.sets.asks.has_begun() {
             return None;
         }
         let mut deltas = Vec::new();
@@ -243,22 +324,47 @@ impl Graph {
         if std::mem::take(&mut self.services_dirty) {
             deltas.push(Delta::ServiceNets(self.service_nets.clone()));
         }
-        let (endpoints, endpoints_gone) = self.flush_endpoints();
-        let (policies, policies_gone) = self.flush_policies();
-        let (profiles, profiles_gone) = self.flush_profiles();
+        let endpoints = self.tell_endpoints();
+        // What the former endpoints alone used is not needed any more.
+        self.prepare();
+        let policies = promote(&mut self.policy_usage, &mut self.sets);
+        let profiles = promote(&mut self.profile_usage, &mut self.sets);
+        let policies_gone = retire(&mut self.policy_usage, &mut self.sets);
+        let profiles_gone = retire(&mut self.profile_usage, &mut self.sets);
         let (sets, sets_gone) = self.sets.take();
-        for part in [
-            sets,
-            policies,
-            profiles,
-            endpoints,
-            endpoints_gone,
-            profiles_gone,
-            policies_gone,
-            sets_gone,
-        ] {
-            deltas.extend(part);
-        }
+        deltas.extend(sets);
+        deltas.extend(
+            policies
+                .into_iter()
+                .map(|(id, rules)| Delta::Policy { id, rules }),
+        );
+        deltas.extend(
+            profiles
+                .into_iter()
+                .map(|(name, rules)| Delta::Profile { name, rules }),
+        );
+        deltas.extend(endpoints);
+        deltas.extend(
+            endpoints_gone
+                .into_iter()
+                .map(|id| Delta::EndpointRemove { id }),
+        );
+        deltas.extend(
+            hosts_gone
+                .into_iter()
+                .map(|id| Delta::HostEndpointRemove { id }),
+        );
+        deltas.extend(
+            profiles_gone
+                .into_iter()
+                .map(|name| Delta::ProfileRemove { name }),
+        );
+        deltas.extend(
+            policies_gone
+                .into_iter()
+                .map(|id| Delta::PolicyRemove { id }),
+        );
+        deltas.extend(sets_gone);
         let first = self.sequence == 0;
         if deltas.is_empty() && !first {
             return None;
@@ -389,52 +495,81 @@ impl Graph {
         self.profile_usage.dirty.insert(key.name);
     }
 
-    fn flush_endpoints(&mut self) -> (Vec<Delta>, Vec<Delta>) {
-        let (mut live, mut gone) = (Vec::new(), Vec::new());
+    /// What is decided anew: it counts as a user of its policies from now on, beside what consumers have.
+    fn stage_endpoints(&mut self, endpoints_gone: &mut Vec<Key>, hosts_gone: &mut Vec<Key>) {
         for (id, new) in self.local.take() {
+            if let Some(former) = self.next.remove(&id) {
+                self.count_decided(&former, false);
+            }
             match new {
-                Some(Decided::Workload(new)) => live.extend(self.put_workload(id, new)),
-                Some(Decided::Host(new)) => live.extend(self.put_host(id, new)),
+                Some(new) => {
+                    let known = match &new {
+                        Decided::Workload(new) => {
+                            self.endpoints.get(&id).is_some_and(|old| **old == *new)
+                        }
+                        Decided::Host(new) => self.hosts.get(&id).is_some_and(|old| **old == *new),
+                    };
+                    if !known {
+                        self.count_decided(&new, true);
+                        self.next.insert(id, new);
+                    }
+                }
                 None => {
                     if let Some(old) = self.endpoints.remove(&id) {
                         self.count_users(workload_policies(&old), &old.profiles, false);
-                        gone.push(Delta::EndpointRemove { id });
+                        endpoints_gone.push(id);
                     } else if let Some(old) = self.hosts.remove(&id) {
                         self.count_users(old.policies().collect(), &old.profiles, false);
-                        gone.push(Delta::HostEndpointRemove { id });
+                        hosts_gone.push(id);
                     }
                 }
             }
         }
-        (live, gone)
     }
 
-    fn put_workload(&mut self, id: Key, new: Endpoint) -> Option<Delta> {
-        let old = self.endpoints.get(&id).cloned();
-        if old.as_deref() == Some(&new) {
-            return None;
+    /// Those of them that use nothing that has to be held back take the place of what consumers have.
+    fn tell_endpoints(&mut self) -> Vec<Delta> {
+        let ready = |decided: &Decided| {
+            let (policies, profiles) = used_by(decided);
+            policies
+                .into_iter()
+                .all(|key| self.policy_usage.is_ready(key, &self.sets))
+                && profiles
+                    .iter()
+                    .all(|name| self.profile_usage.is_ready(name, &self.sets))
+        };
+        let ready: Vec<Key> = self
+            .next
+            .iter()
+            .filter(|(_, decided)| ready(decided))
+            .map(|(id, _)| id.clone())
+            .collect();
+        let mut told = Vec::with_capacity(ready.len());
+        for id in ready {
+            match self.next.remove(&id) {
+                Some(Decided::Workload(new)) => {
+                    let endpoint = Arc::new(new);
+                    if let Some(old) = self.endpoints.insert(id.clone(), endpoint.clone()) {
+                        self.count_users(workload_policies(&old), &old.profiles, false);
+                    }
+                    told.push(Delta::Endpoint { id, endpoint });
+                }
+                Some(Decided::Host(new)) => {
+                    let endpoint = Arc::new(new);
+                    if let Some(old) = self.hosts.insert(id.clone(), endpoint.clone()) {
+                        self.count_users(old.policies().collect(), &old.profiles, false);
+                    }
+                    told.push(Delta::HostEndpoint { id, endpoint });
+                }
+                None => {}
+            }
         }
-        self.count_users(workload_policies(&new), &new.profiles, true);
-        if let Some(old) = &old {
-            self.count_users(workload_policies(old), &old.profiles, false);
-        }
-        let endpoint = Arc::new(new);
-        self.endpoints.insert(id.clone(), endpoint.clone());
-        Some(Delta::Endpoint { id, endpoint })
+        told
     }
 
-    fn put_host(&mut self, id: Key, new: HostEndpoint) -> Option<Delta> {
-        let old = self.hosts.get(&id).cloned();
-        if old.as_deref() == Some(&new) {
-            return None;
-        }
-        self.count_users(new.policies().collect(), &new.profiles, true);
-        if let Some(old) = &old {
-            self.count_users(old.policies().collect(), &old.profiles, false);
-        }
-        let endpoint = Arc::new(new);
-        self.hosts.insert(id.clone(), endpoint.clone());
-        Some(Delta::HostEndpoint { id, endpoint })
+    fn count_decided(&mut self, decided: &Decided, more: bool) {
+        let (policies, profiles) = used_by(decided);
+        self.count_users(policies, profiles, more);
     }
 
     /// Counts each policy and profile of an endpoint once.
@@ -447,54 +582,30 @@ impl Graph {
         }
     }
 
-    fn flush_policies(&mut self) -> (Vec<Delta>, Vec<Delta>) {
+    /// Finds out what is needed of the policies and profiles that are used or have changed, and asks for the sets.
+    fn prepare(&mut self) {
         let local = &self.local;
-        let (changed, gone) =
-            flush_usage(&mut self.policy_usage, &mut self.sets, |key| {
-                match local.rules(key) {
-                    Some(Ok([ingress, egress])) => {
-                        resolve(key.namespace.as_deref(), &ingress, &egress)
-                    }
-                    Some(Err(problem)) => Resolved {
-                        problems: vec![problem],
-                        ..Resolved::default()
-                    },
-                    None => Resolved::default(),
-                }
-            });
-        (
-            changed
-                .into_iter()
-                .map(|(id, rules)| Delta::Policy { id, rules })
-                .collect(),
-            gone.into_iter()
-                .map(|id| Delta::PolicyRemove { id })
-                .collect(),
-        )
-    }
-
-    fn flush_profiles(&mut self) -> (Vec<Delta>, Vec<Delta>) {
-        let profiles = &self.profiles;
-        let (changed, gone) =
-            flush_usage(
-                &mut self.profile_usage,
-                &mut self.sets,
-                |name| match profiles.get(name).map(|profile| &**profile) {
-                    Some(AnyResource::Profile(profile)) => {
-                        resolve(None, &profile.spec.ingress, &profile.spec.egress)
-                    }
-                    _ => Resolved::default(),
+        prepare(&mut self.policy_usage, &mut self.sets, |key| {
+            match local.rules(key) {
+                Some(Ok([ingress, egress])) => resolve(key.namespace.as_deref(), &ingress, &egress),
+                Some(Err(problem)) => Resolved {
+                    problems: vec![problem],
+                    ..Resolved::default()
                 },
-            );
-        (
-            changed
-                .into_iter()
-                .map(|(name, rules)| Delta::Profile { name, rules })
-                .collect(),
-            gone.into_iter()
-                .map(|name| Delta::ProfileRemove { name })
-                .collect(),
-        )
+                None => Resolved::default(),
+            }
+        });
+        let profiles = &self.profiles;
+        prepare(
+            &mut self.profile_usage,
+            &mut self.sets,
+            |name| match profiles.get(name).map(|profile| &**profile) {
+                Some(AnyResource::Profile(profile)) => {
+                    resolve(None, &profile.spec.ingress, &profile.spec.egress)
+                }
+                _ => Resolved::default(),
+            },
+        );
     }
 
     /// This node's configuration over the cluster's, field by field.
@@ -525,6 +636,13 @@ fn workload_policies(endpoint: &Endpoint) -> BTreeSet<&Key> {
     tiers.flat_map(|tier| &tier.policies).collect()
 }
 
+fn used_by(decided: &Decided) -> (BTreeSet<&Key>, &[Arc<str>]) {
+    match decided {
+        Decided::Workload(endpoint) => (workload_policies(endpoint), &endpoint.profiles),
+        Decided::Host(endpoint) => (endpoint.policies().collect(), &endpoint.profiles),
+    }
+}
+
 fn count<K: Clone + Ord + Hash>(usage: &mut Usage<K>, key: &K, more: bool) {
     let users = usage.users.entry(key.clone()).or_default();
     *users = if more {
@@ -542,48 +660,77 @@ fn count<K: Clone + Ord + Hash>(usage: &mut Usage<K>, key: &K, more: bool) {
     }
 }
 
-type Flushed<K> = (Vec<(K, Arc<Rules>)>, Vec<K>);
-
-/// Brings what consumers have of policies or profiles up to date: the changed ones, and those that
-/// nobody uses any more.
-fn flush_usage<K: Clone + Ord + Hash>(
+/// Resolves what has changed among policies or profiles and is used, and acquires its sets.
+fn prepare<K: Clone + Ord + Hash>(
     usage: &mut Usage<K>,
     sets: &mut IpSets,
     resolve: impl Fn(&K) -> Resolved,
-) -> Flushed<K> {
-    let mut flushed: Flushed<K> = (Vec::new(), Vec::new());
+) {
     for key in std::mem::take(&mut usage.dirty) {
         if !usage.users.contains_key(&key) {
-            if let Some(former) = usage.active.remove(&key) {
-                former.sets.iter().for_each(|(id, _)| sets.release(id));
-                flushed.1.push(key);
+            if let Some(next) = usage.next.remove(&key) {
+                next.release(sets);
+            }
+            if usage.active.contains_key(&key) {
+                usage.unused.insert(key);
             }
             continue;
         }
+        usage.unused.remove(&key);
         let resolved = resolve(&key);
         // New sets first: what both versions use is never without a user.
         resolved
             .sets
             .iter()
             .for_each(|(id, spec)| sets.acquire(id, spec));
-        let former = usage.active.get(&key);
-        let unchanged = former
-            .filter(|former| *former.rules == resolved.rules)
-            .map(|former| former.rules.clone());
-        let rules = unchanged
-            .clone()
-            .unwrap_or_else(|| Arc::new(resolved.rules));
-        let active = Active {
-            rules: rules.clone(),
+        let next = Active {
+            rules: Arc::new(resolved.rules),
             sets: resolved.sets,
             problems: resolved.problems,
         };
-        if let Some(former) = usage.active.insert(key.clone(), active) {
-            former.sets.iter().for_each(|(id, _)| sets.release(id));
-        }
-        if unchanged.is_none() {
-            flushed.0.push((key, rules));
+        if let Some(former) = usage.next.insert(key, next) {
+            former.release(sets);
         }
     }
-    flushed
+}
+
+/// Makes active what has complete sets. Returns what is new to consumers.
+fn promote<K: Clone + Ord + Hash>(usage: &mut Usage<K>, sets: &mut IpSets) -> Vec<(K, Arc<Rules>)> {
+    let ready: Vec<K> = usage
+        .next
+        .iter()
+        .filter(|(_, next)| next.is_complete(sets))
+        .map(|(key, _)| key.clone())
+        .collect();
+    let mut changed = Vec::new();
+    for key in ready {
+        let Some(mut next) = usage.next.remove(&key) else {
+            continue;
+        };
+        let former = usage.active.remove(&key);
+        match former.as_ref().filter(|former| former.rules == next.rules) {
+            Some(former) => next.rules = former.rules.clone(),
+            None => changed.push((key.clone(), next.rules.clone())),
+        }
+        usage.active.insert(key, next);
+        if let Some(former) = former {
+            former.release(sets);
+        }
+    }
+    changed
+}
+
+/// Takes away what nobody uses any more.
+fn retire<K: Clone + Ord + Hash>(usage: &mut Usage<K>, sets: &mut IpSets) -> Vec<K> {
+    let mut gone = Vec::new();
+    for key in std::mem::take(&mut usage.unused) {
+        if usage.users.contains_key(&key) {
+            continue;
+        }
+        if let Some(former) = usage.active.remove(&key) {
+            former.release(sets);
+            gone.push(key);
+        }
+    }
+    gone
 }

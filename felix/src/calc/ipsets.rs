@@ -8,11 +8,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cali_api::kubernetes::EndpointSlice;
+use cali_api::selector::index::{LabelIndex, MatchChange};
 use cali_api::{Cidr, Key};
 use foldhash::HashMap;
 use smallvec::SmallVec;
 
-use super::labels::{LabelIndex, MatchChange};
+use super::asks::Asks;
 use super::members::Members;
 use super::numbered::Numbered;
 use super::output::{Delta, IpSetId, Member};
@@ -40,6 +41,8 @@ struct IpSet {
     users: usize,
     /// Whether consumers know the set.
     announced: bool,
+    /// The selector that is asked for because of it.
+    asked: Option<Arc<str>>,
 }
 
 /// Items, sets, and what changed since the last taking.
@@ -51,6 +54,7 @@ pub(super) struct IpSets {
     services: Services,
     /// Sets that were created, changed or lost their last user; `true`: visible, `false`: no longer.
     pending: BTreeMap<IpSetId, HashMap<Member, bool>>,
+    pub(super) asks: Asks,
 }
 
 impl IpSets {
@@ -121,6 +125,7 @@ impl IpSets {
             members: Members::default(),
             users: 1,
             announced: false,
+            asked: spec.scope().and_then(|scope| self.asks.want(scope)),
         };
         self.sets.insert(id.clone(), set);
         self.pending.entry(id.clone()).or_default();
@@ -166,6 +171,13 @@ impl IpSets {
         }
     }
 
+    /// Whether all that belongs into the set is known.
+    pub(super) fn is_complete(&self, id: &IpSetId) -> bool {
+        self.sets
+            .get(id)
+            .is_none_or(|set| is_complete(&self.asks, set))
+    }
+
     /// Number of sets in use.
     pub(super) fn len(&self) -> usize {
         self.sets.len()
@@ -186,7 +198,13 @@ impl IpSets {
                     Some((service, _)) => self.services.remove_set(service, &id),
                     None => self.index.remove_selector(&id, &mut Vec::new()),
                 }
+                if let Some(asked) = &set.asked {
+                    self.asks.drop(asked);
+                }
                 self.sets.remove(&id);
+            } else if !set.announced && !is_complete(&self.asks, set) {
+                // Nobody uses it yet.
+                self.pending.insert(id, changes);
             } else if !set.announced {
                 set.announced = true;
                 let (kind, origin) = (set.spec.kind(), set.spec.origin());
@@ -270,6 +288,12 @@ impl IpSets {
             }
         }
     }
+}
+
+fn is_complete(asks: &Asks, set: &IpSet) -> bool {
+    set.asked
+        .as_deref()
+        .is_none_or(|asked| asks.is_complete(asked))
 }
 
 fn contribution(spec: &SetSpec, item: &Item) -> SmallVec<[Member; 2]> {

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use cali_api::kubernetes::{
-    LABEL_NAMESPACE, LABEL_ORCHESTRATOR, LABEL_SERVICE_ACCOUNT, NAMESPACE_PROFILE_PREFIX,
-};
+use cali_api::kubernetes::{LABEL_NAMESPACE, NAMESPACE_PROFILE_PREFIX};
 use cali_api::v3::{HostEndpointSpec, QoSControls, WorkloadEndpoint, WorkloadEndpointSpec};
 use cali_api::{AnyResource, Cidr, Key, StringMap};
 
@@ -22,23 +20,6 @@ pub(super) struct Contribution {
     pub(super) item: Item,
 }
 
-/// An endpoint's labels: its own, and what it is.
-pub(super) fn workload_labels(key: &Key, object: &WorkloadEndpoint) -> StringMap {
-    let mut labels = object.metadata.labels.clone();
-    let mut put = |label: &str, value: &str| {
-        if !value.is_empty() {
-            labels.insert(label.to_owned(), value.to_owned());
-        }
-    };
-    put(
-        LABEL_NAMESPACE,
-        key.namespace.as_deref().unwrap_or_default(),
-    );
-    put(LABEL_ORCHESTRATOR, &object.spec.orchestrator);
-    put(LABEL_SERVICE_ACCOUNT, &object.spec.service_account_name);
-    labels
-}
-
 /// A workload: who it is says `object`, where it is says `place`.
 pub(super) fn workload(
     key: &Key,
@@ -48,7 +29,7 @@ pub(super) fn workload(
     let spec = &object.spec;
     let ports = spec.ports.iter().filter(|port| !port.name.is_empty());
     Contribution {
-        labels: workload_labels(key, object),
+        labels: object.effective_labels(key.namespace.as_deref()),
         parents: names(&spec.profiles),
         item: Item {
             nets: place.ip_networks.iter().copied().collect(),

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use cali_api::kubernetes::SERVICE_ACCOUNT_LABEL_PREFIX;
 use cali_api::selector::Selector;
+use cali_api::selector::index::{LabelIndex, MatchChange};
 use cali_api::v3::{self, DEFAULT_TIER, Order, TierAction};
 use cali_api::{AnyResource, Cidr, Key};
 use foldhash::HashMap;
 
-use super::labels::{LabelIndex, MatchChange};
 use super::output::{
     Direction, Endpoint, HostEndpoint, HostInterface, Limits, STAGES, Stage, TierDefault,
     TierPolicies, Tiers,

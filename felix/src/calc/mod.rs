@@ -2,11 +2,15 @@
 //!
 //! A pure, incremental graph: [`Input`] in, [`Batch`] out, no clock, no I/O. The same objects give
 //! the same result in whatever order they arrive, and a change costs what it touches.
+//!
+//! A graph may be [one that asks](Graph::asking): of other nodes' endpoints it is told those that it asks for by selector, and until all
+//! of them are there, a policy that needs the selector is held back. An endpoint keeps what it had meanwhile; a new one is not told of. So
+//! consumers never have a policy whose sets are incomplete.
 
+mod asks;
 mod graph;
 mod ipsets;
 mod items;
-mod labels;
 mod local;
 mod members;
 mod numbered;
@@ -41,5 +45,7 @@ pub enum Input {
     Announce(Key, Option<Arc<WorkloadEndpoint>>),
 }
 
+#[cfg(test)]
+mod asks_tests;
 #[cfg(test)]
 pub(crate) mod tests;

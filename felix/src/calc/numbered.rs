@@ -5,11 +5,11 @@ use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use cali_api::Key;
+use cali_api::selector::index::Interner;
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
 
 use super::ipsets::Item;
-use super::labels::Interner;
 
 /// A number stands for one item as long as it is here, and for another one afterwards.
 #[derive(Default)]

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::*;
 
-fn object(value: Value) -> Arc<AnyResource> {
+pub(super) fn object(value: Value) -> Arc<AnyResource> {
     Arc::new(AnyResource::from_json(value).unwrap())
 }
 
-fn put(value: Value) -> Update {
+pub(crate) fn put(value: Value) -> Update {
     let value = object(value);
     Update {
         key: value.key(),
@@ -22,7 +22,7 @@ fn put(value: Value) -> Update {
     }
 }
 
-fn gone(key: Key) -> Update {
+pub(super) fn gone(key: Key) -> Update {
     Update {
         key,
         value: None,
@@ -30,7 +30,7 @@ fn gone(key: Key) -> Update {
     }
 }
 
-fn pod(namespace: &str, name: &str, node: &str, labels: Value, address: &str) -> Value {
+pub(super) fn pod(namespace: &str, name: &str, node: &str, labels: Value, address: &str) -> Value {
     json!({
         "apiVersion": "projectcalico.org/v3", "kind": "WorkloadEndpoint",
         "metadata": {"namespace": namespace, "name": format!("{node}-k8s-{name}-eth0"), "labels": labels},
@@ -43,14 +43,14 @@ fn pod(namespace: &str, name: &str, node: &str, labels: Value, address: &str) ->
     })
 }
 
-fn policy(namespace: &str, name: &str, spec: Value) -> Value {
+pub(super) fn policy(namespace: &str, name: &str, spec: Value) -> Value {
     json!({
         "apiVersion": "projectcalico.org/v3", "kind": "NetworkPolicy",
         "metadata": {"namespace": namespace, "name": name}, "spec": spec,
     })
 }
 
-fn profile(namespace: &str, labels: Value) -> Value {
+pub(super) fn profile(namespace: &str, labels: Value) -> Value {
     json!({
         "apiVersion": "projectcalico.org/v3", "kind": "Profile", "metadata": {"name": format!("kns.{namespace}")},
         "spec": {"ingress": [{"action": "Allow"}], "egress": [{"action": "Allow"}], "labelsToApply": labels},
@@ -99,7 +99,7 @@ impl Rig {
     }
 }
 
-fn web() -> Vec<Update> {
+pub(crate) fn web() -> Vec<Update> {
     let allow_db = json!({"selector": "app == 'web'", "types": ["Ingress"],
         "ingress": [{"action": "Allow", "protocol": "TCP", "source": {"selector": "app == 'db'"},
                      "destination": {"ports": [80]}}]});

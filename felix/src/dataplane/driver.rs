@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cali_api::update::{SyncEvent, SyncStatus};
+use cali_api::update::SyncEvent;
 use cali_api::v3::{Toggle, WorkloadEndpoint};
 use cali_api::{Key, NodeName};
 use cali_netlink::events::{Event, EventStream, Group, Notice};
@@ -15,7 +15,9 @@ use cali_routes::{Backend, Input as RouteInput, KernelSettings, Writer, WriterSt
 use ipip_vxlan::{GatewaysInUse, TunnelState, Tunnels, Wish};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
+use typha::interest::Asker;
 
+use super::asking::Asking;
 use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
 use super::enforcer::{BackendOverride, Enforcer};
@@ -55,6 +57,8 @@ pub struct Config {
     pub enforcement: BackendOverride,
     /// What this node lives by, which no policy of a host endpoint may cut.
     pub servers: Servers,
+    /// How the stream of changes is asked for other nodes' endpoints; without it, all of them are in it.
+    pub interest: Option<Asker>,
 }
 
 impl Config {
@@ -69,6 +73,7 @@ impl Config {
             metrics: prometheus::Registry::new(),
             enforcement: BackendOverride::default(),
             servers: Servers::default(),
+            interest: None,
         }
     }
 }
@@ -132,8 +137,13 @@ impl Dataplane {
         let tunnels = Tunnels::start(netlink.clone(), wish_out, in_use_out)?;
         let (announcements, inbox) = mpsc::channel(QUEUE);
         let (state_out, state) = watch::channel(Arc::default());
+        let graph = match config.interest {
+            Some(_) => Graph::asking(config.node),
+            None => Graph::new(config.node),
+        };
         let driver = Driver {
-            graph: Graph::new(config.node),
+            graph,
+            asking: Asking::new(config.interest),
             offload: Offload::open(nft.clone(), netlink.clone()),
             bystanders: Bystanders::new(nft, netlink.netns(), Instant::now()),
             enforcer,
@@ -256,6 +266,7 @@ impl Handle {
 
 struct Driver {
     graph: Graph,
+    asking: Asking,
     enforcer: Enforcer,
     servers: Servers,
     /// What the lock-out guard keeps open, in words.
@@ -304,6 +315,7 @@ impl Driver {
                 self.bystanders.next_due(),
                 self.flows.next_due(),
                 self.offload.next_due(),
+                self.asking.next_due(now),
             ]
             .into_iter()
             .flatten()
@@ -357,12 +369,9 @@ impl Driver {
                     self.resources.on_update(update, &mut self.route_inputs);
                 }
             }
-            SyncEvent::Status(SyncStatus::InSync) if !self.in_sync => {
-                info!("the datastore is in sync");
-                self.in_sync = true;
-                self.route_inputs.push(RouteInput::InSync);
-            }
             SyncEvent::Status(status) => info!(?status, "datastore"),
+            // Policy waits for it.
+            SyncEvent::Complete(_) => self.step_at = Some(Instant::now()),
         }
         self.graph.handle(Input::Sync(event));
     }
@@ -465,7 +474,15 @@ impl Driver {
     async fn step(&mut self) {
         self.step_at = None;
         let mut changes = EndpointChanges::default();
-        if let Some(batch) = self.graph.flush() {
+        let batch = self.graph.flush();
+        self.asking.ask(&mut self.graph, Instant::now());
+        if let Some(batch) = batch {
+            if batch.in_sync && !self.in_sync {
+                // Not before the graph has said everything: what it has not said would be taken for gone.
+                info!("the datastore is in sync");
+                self.in_sync = true;
+                self.route_inputs.push(RouteInput::InSync);
+            }
             changes = self.on_batch(&batch).await;
             self.lockout_due = true;
         }
@@ -691,14 +708,24 @@ impl Driver {
             };
             (key.clone(), state)
         });
+        let held_back = self.graph.held_back().map(|(key, endpoint)| {
+            let state = EndpointState {
+                interface: endpoint.interface.clone(),
+                addresses: endpoint.addresses.clone(),
+                policies: Vec::new(),
+                problem: Some("its policy waits for endpoints that it selects".to_owned()),
+            };
+            (key.clone(), state)
+        });
         let mut notices: Vec<String> = self.resources.notices().to_vec();
         notices.extend_from_slice(self.bystanders.notices());
         notices.extend(self.enforcer.notices());
         notices.extend_from_slice(&self.lockout);
         notices.extend(self.offload.notices().cloned());
+        notices.extend(self.asking.notice(&self.graph, Instant::now()));
         let state = State {
             ready: self.in_sync && self.enforcer.is_settled(),
-            endpoints: endpoints.collect(),
+            endpoints: endpoints.chain(held_back).collect(),
             refused: self.enforcer.refused(),
             unusable: self.graph.problems(),
             notices,

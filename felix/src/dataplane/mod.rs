@@ -12,6 +12,7 @@
 //!
 //! It never reads the datastore: updates come in over a channel, status goes out as values ([`State`]).
 
+mod asking;
 mod bystanders;
 mod driver;
 mod endpoints;

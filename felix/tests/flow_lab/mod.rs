@@ -18,6 +18,7 @@ use cali_netlink::testing::TestNs;
 pub(crate) use cali_netlink::testing::run;
 use felix::dataplane::{Config, Dataplane, Handle, State, StatusSink};
 use tokio::sync::mpsc;
+use typha::interest::Asker;
 
 /// For everything that has no promise about time.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -112,6 +113,18 @@ impl Host {
         let dataplane =
             Dataplane::start(config, ns.netlink().clone(), stream, Box::new(Quiet)).unwrap();
         (updates, dataplane)
+    }
+
+    /// Starts a dataplane on another stream of changes, which it asks for endpoints.
+    pub(crate) fn follow(&mut self, stream: mpsc::Receiver<SyncEvent>, interest: Asker) {
+        self.stop();
+        let config = Config {
+            interest: Some(interest),
+            ..Config::new(NodeName::from("node1"))
+        };
+        let netlink = self.ns.netlink().clone();
+        let dataplane = Dataplane::start(config, netlink, stream, Box::new(Quiet)).unwrap();
+        self.dataplane = Some(dataplane);
     }
 
     /// Ends the dataplane; the kernel goes on.

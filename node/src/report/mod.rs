@@ -67,7 +67,7 @@ impl Teller {
             tokio::select! {
                 event = events.recv() => match event {
                     None => return "the stream of changes ended".to_owned(),
-                    Some(SyncEvent::Status(_)) => {}
+                    Some(SyncEvent::Status(_) | SyncEvent::Complete(_)) => {}
                     Some(SyncEvent::Updates(updates)) => for update in &updates {
                         let value = match update.value.as_deref() {
                             Some(AnyResource::CalicoNodeStatus(asked)) => Some(&**asked),

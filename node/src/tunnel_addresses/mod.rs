@@ -87,6 +87,7 @@ impl TunnelAddresses {
                 *in_sync |= status == SyncStatus::InSync;
                 *in_sync
             }
+            SyncEvent::Complete(_) => false,
             SyncEvent::Updates(updates) => {
                 let mut changed = false;
                 for update in updates {

@@ -130,6 +130,7 @@ fn identity() -> Identity {
         hostname: "node1".into(),
         info: "test".into(),
         kinds: typha::source::all_kinds(),
+        node: None,
     }
 }
 
@@ -174,7 +175,7 @@ impl Told {
                 Output::Event(SyncEvent::Updates(updates)) => {
                     self.on_updates(updates);
                 }
-                Output::Event(SyncEvent::Status(_)) => {}
+                Output::Event(SyncEvent::Status(_) | SyncEvent::Complete(_)) => {}
                 Output::Undecodable { object, reason } => {
                     assert!(object.len() + reason.len() < 2000 && !object.contains('\n'));
                 }

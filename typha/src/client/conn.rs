@@ -14,10 +14,12 @@ use bytes::Bytes;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Key, Kind, Revision};
 
+use super::asking::{Asked, Coverage};
 use crate::digest;
+use crate::interest::Wanted;
 use crate::wire::{
-    self, Body, ClientHello, Decoder, Interest, Object, PROTOCOL, Pong, ResumeToken, SyncStart,
-    WireError,
+    self, Body, ClientHello, Decoder, Interest, Object, PROTOCOL, Pong, ResumeToken, SCOPE,
+    SyncStart, WireError,
 };
 
 /// Objects that are reported as undecodable on one connection.
@@ -28,6 +30,7 @@ const MAX_REPORTS: usize = 100;
 pub struct Held {
     objects: HashMap<Key, Mark, foldhash::fast::RandomState>,
     snapshot: u64,
+    pub(super) coverage: Coverage,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +99,7 @@ impl Held {
 #[derive(Debug)]
 enum Scope {
     All,
+    Endpoints,
     Buckets {
         buckets: usize,
         stale: HashSet<usize>,
@@ -106,6 +110,7 @@ impl Scope {
     fn covers(&self, key: &Key) -> bool {
         match self {
             Self::All => true,
+            Self::Endpoints => key.kind == Kind::WorkloadEndpoint,
             Self::Buckets { buckets, stale } => {
                 stale.contains(&digest::bucket(digest::position(key), *buckets))
             }
@@ -169,6 +174,8 @@ pub struct Identity {
     pub info: String,
     /// The subscription.
     pub kinds: Vec<Kind>,
+    /// Of the endpoints, those of this node and what is [asked for](Conn::on_wanted); all of them without.
+    pub node: Option<String>,
 }
 
 /// One connection. See the module's text.
@@ -177,6 +184,9 @@ pub struct Conn {
     decoder: Decoder,
     greeted: bool,
     scope: Option<Scope>,
+    /// The endpoints are being told anew.
+    endpoints_anew: bool,
+    asked: Asked,
     kinds: HashSet<Kind>,
     outputs: VecDeque<Output>,
     silence: Duration,
@@ -195,6 +205,10 @@ impl Conn {
             info: identity.info.clone(),
             interest: Some(Interest {
                 kinds: identity.kinds.iter().map(Kind::to_string).collect(),
+                scope: identity.node.as_ref().map(|node| wire::Scope {
+                    version: SCOPE,
+                    node: node.clone(),
+                }),
             }),
             resume: held.token(),
         };
@@ -202,6 +216,8 @@ impl Conn {
             decoder: Decoder::from_servers(),
             greeted: false,
             scope: None,
+            endpoints_anew: false,
+            asked: Asked::default(),
             kinds: identity.kinds.iter().copied().collect(),
             outputs: VecDeque::from([Output::Send(wire::frame(Body::ClientHello(hello), false))]),
             silence: Duration::from_secs(30),
@@ -209,6 +225,25 @@ impl Conn {
             complete: false,
             undecodable: 0,
             failed: None,
+        }
+    }
+
+    /// The consumer asks for other endpoints. To be called when [`Self::poll_output`] has nothing more.
+    pub fn on_wanted(&mut self, wanted: Wanted, held: &mut Held) {
+        held.coverage.want(wanted);
+        self.tell(held);
+        self.answer(held);
+    }
+
+    fn tell(&mut self, held: &mut Held) {
+        let frames = self.asked.tell(&mut held.coverage);
+        self.outputs.extend(frames.into_iter().map(Output::Send));
+    }
+
+    fn answer(&mut self, held: &mut Held) {
+        if let Some(number) = held.coverage.answer() {
+            self.outputs
+                .push_back(Output::Event(SyncEvent::Complete(number)));
         }
     }
 
@@ -287,6 +322,8 @@ impl Conn {
                 self.silence =
                     Duration::from_secs(u64::from(hello.ping_interval_secs.clamp(1, 3600)) * 3);
                 self.greeted = true;
+                self.asked.scoped = hello.scope >= SCOPE;
+                self.tell(held);
             }
             body if !self.greeted => return Err(ClientError::Unexpected(body.name())),
             Body::SyncStart(start) => self.on_sync_start(start, held)?,
@@ -298,7 +335,19 @@ impl Conn {
                     .collect();
                 self.emit(updates);
             }
-            Body::SyncDone(_) => {
+            Body::ScopeStart(_) if self.asked.scoped && self.scope.is_none() => {
+                held.snapshot += 1;
+                self.endpoints_anew = true;
+            }
+            Body::ScopeDone(done) if self.asked.scoped && self.scope.is_none() => {
+                if std::mem::take(&mut self.endpoints_anew) {
+                    let gone = held.sweep(&Scope::Endpoints);
+                    self.emit(gone);
+                }
+                self.asked.on_done(done.id, &mut held.coverage);
+                self.answer(held);
+            }
+            Body::SyncDone(done) => {
                 let scope = self
                     .scope
                     .take()
@@ -306,6 +355,8 @@ impl Conn {
                 let gone = held.sweep(&scope);
                 self.emit(gone);
                 self.complete = true;
+                self.asked.on_done(done.scope, &mut held.coverage);
+                self.answer(held);
                 self.outputs
                     .push_back(Output::Event(SyncEvent::Status(SyncStatus::InSync)));
             }
@@ -329,6 +380,7 @@ impl Conn {
             return Err(ClientError::Buckets(start.buckets));
         }
         held.snapshot += 1;
+        self.endpoints_anew = false;
         self.scope = Some(if start.full {
             Scope::All
         } else {

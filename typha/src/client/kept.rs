@@ -19,12 +19,13 @@ use cali_api::{AnyResource, Key, Kind, Revision};
 use rusqlite::Connection;
 use sha2::{Digest, Sha256};
 
+use super::Covered;
 use crate::Chain;
 
 /// "Calk": another program's database is never written.
 const APPLICATION_ID: i32 = 0x4361_6c6b;
 /// Version of the tables, and of what an object looks like in them.
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 /// The file's largest size. A cluster of 100,000 pods takes some 150 MB.
 const MAX_BYTES: i64 = 1 << 30;
 const PAGE_BYTES: i64 = 4096;
@@ -45,7 +46,8 @@ CREATE TABLE state (
     id       INTEGER PRIMARY KEY CHECK (id = 0),
     kinds    TEXT NOT NULL,
     complete INTEGER NOT NULL,
-    written  INTEGER NOT NULL
+    written  INTEGER NOT NULL,
+    covered  TEXT
 ) STRICT;
 ";
 
@@ -64,6 +66,8 @@ pub(super) struct Found {
     pub(super) objects: Vec<Update>,
     /// How long ago the file was written last.
     pub(super) age: Duration,
+    /// Which endpoints are in it.
+    pub(super) covered: Covered,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +95,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Waiting {
     objects: HashMap<Key, Update>,
+    covered: Option<Covered>,
     complete: bool,
     closed: bool,
 }
@@ -103,14 +108,14 @@ fn lock(shared: &Shared) -> MutexGuard<'_, Waiting> {
 }
 
 /// Opens the file: the state that was kept, if there is a whole one, and who goes on keeping. Blocks on the disk.
-pub(super) fn open(file: &Path, kinds: &[Kind]) -> (Option<Found>, Option<Keeper>) {
-    let opened = existing(file, kinds).map(|(connection, found)| (connection, Some(found)));
+pub(super) fn open(file: &Path, subscription: &str) -> (Option<Found>, Option<Keeper>) {
+    let opened = existing(file, subscription).map(|(connection, found)| (connection, Some(found)));
     let opened = opened.or_else(|reason| {
         if file.exists() {
             tracing::warn!(file = %file.display(), reason = %Chain(&reason), "the kept state is not used");
         }
         remove(file);
-        Ok::<_, Unusable>((created(file, kinds)?, None))
+        Ok::<_, Unusable>((created(file, subscription)?, None))
     });
     let keeper = opened.and_then(|(connection, found)| {
         let shared = Arc::new(Shared::default());
@@ -147,7 +152,7 @@ fn connect(file: &Path) -> Result<Connection, Unusable> {
     Ok(connection)
 }
 
-fn created(file: &Path, kinds: &[Kind]) -> Result<Connection, Unusable> {
+fn created(file: &Path, subscription: &str) -> Result<Connection, Unusable> {
     if let Some(folder) = file.parent() {
         std::fs::create_dir_all(folder)?;
     }
@@ -158,20 +163,48 @@ fn created(file: &Path, kinds: &[Kind]) -> Result<Connection, Unusable> {
         .open(file)?;
     let connection = connect(file)?;
     connection.execute_batch(TABLES)?;
-    connection.execute("INSERT INTO state VALUES (0, ?1, 0, 0)", [text_of(kinds)])?;
+    connection.execute(
+        "INSERT INTO state VALUES (0, ?1, 0, 0, ?2)",
+        (subscription, text_of_covered(&Covered::default())),
+    )?;
     connection.pragma_update(None, "user_version", VERSION)?;
     connection.pragma_update(None, "application_id", APPLICATION_ID)?;
     Ok(connection)
 }
 
-/// The subscription: a state of other kinds is another state.
-fn text_of(kinds: &[Kind]) -> String {
+/// The subscription: a state of other kinds, or of another node's part, is another state.
+pub(super) fn text_of(kinds: &[Kind], node: Option<&str>) -> String {
     let mut kinds: Vec<String> = kinds.iter().map(Kind::to_string).collect();
     kinds.sort_unstable();
-    kinds.join(" ")
+    let mut text = kinds.join(" ");
+    if let Some(node) = node {
+        text.push_str(" of ");
+        text.push_str(node);
+    }
+    text
 }
 
-fn existing(file: &Path, kinds: &[Kind]) -> Result<(Connection, Found), Unusable> {
+/// The selectors as JSON; none where every endpoint is there.
+fn text_of_covered(covered: &Covered) -> Option<String> {
+    match covered {
+        Covered::Everything => None,
+        Covered::Selectors(selectors) => {
+            Some(serde_json::json!(selectors.iter().map(|s| &**s).collect::<Vec<_>>()).to_string())
+        }
+    }
+}
+
+fn covered_of(text: Option<&str>) -> Result<Covered, Unusable> {
+    let Some(text) = text else {
+        return Ok(Covered::Everything);
+    };
+    let selectors: Vec<String> = serde_json::from_str(text)
+        .map_err(|error| Unusable::Other(format!("the selectors are damaged: {error}")))?;
+    let selectors = selectors.into_iter().map(Arc::from).collect();
+    Ok(Covered::Selectors(Arc::new(selectors)))
+}
+
+fn existing(file: &Path, subscription: &str) -> Result<(Connection, Found), Unusable> {
     let refused = |why: &str| Err(Unusable::Other(why.to_owned()));
     if !file.exists() {
         return refused("there is none");
@@ -184,11 +217,13 @@ fn existing(file: &Path, kinds: &[Kind]) -> Result<(Connection, Found), Unusable
     if number("user_version")? != VERSION {
         return refused("the file is of another version");
     }
-    let (of, complete, written): (String, bool, i64) =
-        connection.query_row("SELECT kinds, complete, written FROM state", [], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
-        })?;
-    if of != text_of(kinds) {
+    let (of, complete, written, covered): (String, bool, i64, Option<String>) = connection
+        .query_row(
+            "SELECT kinds, complete, written, covered FROM state",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+        )?;
+    if of != subscription {
         return refused("the file is of another subscription");
     }
     if !complete {
@@ -203,6 +238,7 @@ fn existing(file: &Path, kinds: &[Kind]) -> Result<(Connection, Found), Unusable
     let found = Found {
         objects,
         age: now().saturating_sub(Duration::from_secs(u64::try_from(written).unwrap_or(0))),
+        covered: covered_of(covered.as_deref())?,
     };
     Ok((connection, found))
 }
@@ -251,6 +287,15 @@ fn now() -> Duration {
 }
 
 impl Keeper {
+    /// Which endpoints the consumer has been told of, once what was noted so far is written.
+    pub(super) fn cover(&self, covered: Covered) {
+        let mut waiting = lock(&self.shared);
+        if !waiting.closed {
+            waiting.covered = Some(covered);
+            self.shared.arrived.notify_one();
+        }
+    }
+
     /// The consumer is told this.
     pub(super) fn note(&self, event: &SyncEvent) {
         let mut waiting = lock(&self.shared);
@@ -259,7 +304,7 @@ impl Keeper {
         }
         match event {
             SyncEvent::Status(SyncStatus::InSync) => waiting.complete = true,
-            SyncEvent::Status(_) => return,
+            SyncEvent::Status(_) | SyncEvent::Complete(_) => return,
             SyncEvent::Updates(updates) => {
                 let new = updates
                     .iter()
@@ -281,7 +326,11 @@ impl Drop for Keeper {
 fn write_behind(mut connection: Connection, shared: &Shared, file: &Path) {
     loop {
         let mut waiting = lock(shared);
-        while waiting.objects.is_empty() && !waiting.complete && !waiting.closed {
+        while waiting.objects.is_empty()
+            && waiting.covered.is_none()
+            && !waiting.complete
+            && !waiting.closed
+        {
             waiting = shared
                 .arrived
                 .wait(waiting)
@@ -289,9 +338,10 @@ fn write_behind(mut connection: Connection, shared: &Shared, file: &Path) {
         }
         let objects = std::mem::take(&mut waiting.objects);
         let complete = std::mem::take(&mut waiting.complete);
+        let covered = waiting.covered.take();
         let closed = waiting.closed;
         drop(waiting);
-        if let Err(reason) = write(&mut connection, objects, complete) {
+        if let Err(reason) = write(&mut connection, objects, complete, covered.as_ref()) {
             // A state that lacks something would be worse than none.
             let mut waiting = lock(shared);
             waiting.closed = true;
@@ -312,6 +362,7 @@ fn write(
     connection: &mut Connection,
     objects: HashMap<Key, Update>,
     complete: bool,
+    covered: Option<&Covered>,
 ) -> rusqlite::Result<()> {
     let transaction = connection.transaction()?;
     {
@@ -348,5 +399,8 @@ fn write(
         "UPDATE state SET written = ?1, complete = complete OR ?2",
         (i64::try_from(now().as_secs()).unwrap_or(i64::MAX), complete),
     )?;
+    if let Some(covered) = covered {
+        transaction.execute("UPDATE state SET covered = ?1", [text_of_covered(covered)])?;
+    }
     transaction.commit()
 }

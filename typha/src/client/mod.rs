@@ -6,6 +6,7 @@
 //! Where a state is [`kept`] on disk, a new consumer is told that first: it is what a server is asked to make up from, and, if none
 //! answers for a while, what there is.
 
+mod asking;
 pub mod backoff;
 pub mod conn;
 pub mod discovery;
@@ -26,7 +27,9 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::Chain;
+use crate::interest::{Listener, Wanted};
 use crate::tls::{ClientTls, TlsError};
+pub use asking::Covered;
 use backoff::Backoff;
 pub use conn::{ClientError, Conn, Held, Identity, Output};
 pub use discovery::Servers;
@@ -55,6 +58,8 @@ pub struct ClientConfig {
     pub tls: Option<Arc<ClientTls>>,
     /// Where the last state is kept; nowhere without.
     pub keep: Option<Keep>,
+    /// Which part of the workload endpoints is wanted; all of them without.
+    pub interest: Option<Listener>,
 }
 
 /// What a client has of its servers.
@@ -117,7 +122,9 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         hostname: config.hostname,
         info: config.info,
         kinds: config.kinds,
+        node: config.interest.as_ref().map(|it| it.node().to_owned()),
     };
+    let mut interest = config.interest;
     let mut held = Held::default();
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
     // Seeded from the system's randomness; spreads clients over servers.
@@ -132,7 +139,7 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
     let contact = Arc::new(Contact::default());
     let mut keeper = None;
     if let Some(keep) = config.keep {
-        let begun = begin_from(keep, &identity.kinds, &mut held, &events, &contact).await;
+        let begun = begin_from(keep, &identity, &mut held, &events, &contact).await;
         let Ok(begun) = begun else { return };
         keeper = begun;
     }
@@ -147,19 +154,30 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         let Some(address) = servers.get(attempt % servers.len().max(1)) else {
             let wait = backoff.next_wait(random.hash_one(failures));
             tracing::warn!(servers = ?config.servers, retry_in = ?wait, "no server is known; the last state stays");
-            tokio::time::sleep(wait).await;
+            let pause = tokio::time::sleep(wait);
+            if consumer
+                .listen(pause, &mut interest, &mut held)
+                .await
+                .is_err()
+            {
+                return;
+            }
             continue;
         };
         let mut complete = false;
         let lost = async {
-            let stream = connect(address).await?;
+            let connecting = connect(address);
+            let stream = consumer
+                .listen(connecting, &mut interest, &mut held)
+                .await??;
             tracing::info!(server = %address, tls = config.tls.is_some(), "connected");
+            let asked = (&identity, &mut interest);
             Err::<Infallible, _>(match &config.tls {
                 Some(tls) => {
                     let stream = encrypt(tls, stream).await?;
-                    converse(stream, &identity, &mut held, &consumer, &mut complete).await
+                    converse(stream, asked, &mut held, &consumer, &mut complete).await
                 }
-                None => converse(stream, &identity, &mut held, &consumer, &mut complete).await,
+                None => converse(stream, asked, &mut held, &consumer, &mut complete).await,
             })
         };
         let Err(lost) = lost.await;
@@ -185,7 +203,14 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         };
         let wait = backoff.next_wait(random.hash_one(failures));
         tracing::warn!(server = %address, reason = %Chain(&lost), retry_in = ?wait, objects = held.len(), "no server; the last state stays");
-        tokio::time::sleep(wait).await;
+        let pause = tokio::time::sleep(wait);
+        if consumer
+            .listen(pause, &mut interest, &mut held)
+            .await
+            .is_err()
+        {
+            return;
+        }
     }
 }
 
@@ -197,6 +222,27 @@ struct Consumer {
 }
 
 impl Consumer {
+    /// While something else goes on, the consumer may ask for what is held already.
+    async fn listen<T>(
+        &self,
+        meanwhile: impl Future<Output = T>,
+        interest: &mut Option<Listener>,
+        held: &mut Held,
+    ) -> Result<T, Lost> {
+        tokio::pin!(meanwhile);
+        loop {
+            tokio::select! {
+                done = &mut meanwhile => return Ok(done),
+                wanted = next_wanted(interest) => {
+                    held.coverage.want(wanted);
+                    if let Some(number) = held.coverage.answer() {
+                        self.tell(SyncEvent::Complete(number)).await?;
+                    }
+                }
+            }
+        }
+    }
+
     async fn tell(&self, event: SyncEvent) -> Result<(), Lost> {
         if let Some(keeper) = &self.keeper {
             keeper.note(&event);
@@ -211,16 +257,30 @@ impl Consumer {
     }
 }
 
+/// What is asked for next; never, of a consumer that asks for nothing.
+async fn next_wanted(interest: &mut Option<Listener>) -> Wanted {
+    match interest {
+        Some(interest) => {
+            interest.changed().await;
+            interest.newest()
+        }
+        None => std::future::pending().await,
+    }
+}
+
 /// Tells the kept state, and, if no server answers for a while, that it is all there is.
 async fn begin_from(
     keep: Keep,
-    kinds: &[Kind],
+    identity: &Identity,
     held: &mut Held,
     events: &mpsc::Sender<SyncEvent>,
     contact: &Arc<Contact>,
 ) -> Result<Option<Keeper>, mpsc::error::SendError<SyncEvent>> {
-    let (file, kinds) = (keep.file, kinds.to_vec());
-    let opened = tokio::task::spawn_blocking(move || kept::open(&file, &kinds)).await;
+    let (file, subscription) = (
+        keep.file,
+        kept::text_of(&identity.kinds, identity.node.as_deref()),
+    );
+    let opened = tokio::task::spawn_blocking(move || kept::open(&file, &subscription)).await;
     let (found, keeper) = opened.unwrap_or_default();
     let Some(mut found) = found else {
         return Ok(keeper);
@@ -228,6 +288,7 @@ async fn begin_from(
     tracing::info!(objects = found.objects.len(), age = ?found.age, "the state of the last run is known");
     let resync = SyncEvent::Status(SyncStatus::ResyncInProgress);
     events.send(resync).await?;
+    held.coverage.set(found.covered);
     while !found.objects.is_empty() {
         let batch = found
             .objects
@@ -287,7 +348,7 @@ async fn encrypt(
 
 async fn converse(
     stream: impl AsyncRead + AsyncWrite,
-    identity: &Identity,
+    (identity, interest): (&Identity, &mut Option<Listener>),
     held: &mut Held,
     consumer: &Consumer,
     complete: &mut bool,
@@ -299,6 +360,10 @@ async fn converse(
         loop {
             let output = conn.poll_output(held);
             *complete = conn.is_complete();
+            if let (Some(covered), Some(keeper)) = (held.coverage.take_changed(), &consumer.keeper)
+            {
+                keeper.cover(covered);
+            }
             match output {
                 Ok(Some(output)) => {
                     if let Err(lost) = perform(output, &mut writer, consumer).await {
@@ -320,6 +385,7 @@ async fn converse(
                 }
                 Err(error) => return Lost::Io(error),
             },
+            wanted = next_wanted(interest) => conn.on_wanted(wanted, held),
             () = tokio::time::sleep_until(conn.poll_timeout().into()) => {
                 if let Err(error) = conn.on_timeout(Instant::now()) {
                     return error.into();

@@ -7,6 +7,9 @@
 //! The owner feeds bytes and time in, and takes frames out one at a time, a next one only when the former has been
 //! written. Together with the cache's cursors that is the whole backpressure: what a client has not read yet exists once, in the cache.
 //!
+//! A client that asks for a part of the endpoints has a second cursor, for them ([`super::scoped`]); its snapshot waits until it has
+//! said which part. Who owns a `Conn` calls [`Conn::leave`] at its end.
+//!
 //! Determinism: equal calls with equal arguments give equal results.
 
 use std::collections::VecDeque;
@@ -15,11 +18,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cali_api::Kind;
 
-use crate::cache::{Cache, KindSet, Next};
+use super::scoped::{Items, Scoped, Step, follow};
+use crate::cache::{Cache, KindSet};
 use crate::digest::{self, LEAVES};
 use crate::wire::{
-    Body, ClientHello, Decoder, Goodbye, PROTOCOL, Ping, ServerHello, SyncDone, SyncStart,
-    WireError, for_logs, frame,
+    Body, ClientHello, Decoder, Goodbye, MAX_SELECTOR_BYTES, MAX_SELECTORS, PROTOCOL, Ping, SCOPE,
+    ServerHello, SyncDone, SyncStart, WireError, for_logs, frame,
 };
 
 /// How patient the server is (environment `TYPHA_SERVER...`, defaults as Calico's).
@@ -65,6 +69,11 @@ pub enum CloseReason {
     /// Nothing in the subscription is known here.
     #[error("the subscription names no kind that this server knows")]
     EmptyInterest,
+    /// More than a client may ask for.
+    #[error(
+        "protocol violation: more than {MAX_SELECTORS} selectors, or than {MAX_SELECTOR_BYTES} bytes of them"
+    )]
+    TooManySelectors,
     /// No hello in time.
     #[error("no hello within {0:?}")]
     Handshake(Duration),
@@ -87,7 +96,7 @@ impl CloseReason {
     pub fn is_violation(&self) -> bool {
         matches!(
             self,
-            Self::Wire(_) | Self::Unexpected(_) | Self::Truncated(_)
+            Self::Wire(_) | Self::Unexpected(_) | Self::Truncated(_) | Self::TooManySelectors
         )
     }
 }
@@ -98,6 +107,10 @@ pub struct Conn {
     patience: Patience,
     decoder: Decoder,
     phase: Phase,
+    /// Of a client that asks for a part of the endpoints.
+    scoped: Option<Scoped>,
+    /// Whose turn it is, so that neither stream waits for the other's end.
+    endpoints_first: bool,
     control: VecDeque<Bytes>,
     hostname: String,
     handshake_deadline: Instant,
@@ -118,6 +131,8 @@ enum Phase {
         kinds: KindSet,
         started_at: u64,
         rest: Rest,
+        /// What follows, of a client with a scope.
+        endpoints: Option<Items>,
     },
     Deltas {
         kinds: KindSet,
@@ -140,6 +155,8 @@ impl Conn {
             patience,
             decoder: Decoder::from_clients(),
             phase: Phase::AwaitHello,
+            scoped: None,
+            endpoints_first: false,
             control: VecDeque::new(),
             hostname: String::new(),
             handshake_deadline: now + patience.handshake,
@@ -245,6 +262,12 @@ impl Conn {
                 self.closing = Some(CloseReason::Goodbye(for_logs(&goodbye.reason)))
             }
             (body, Phase::AwaitHello) => self.close(CloseReason::Unexpected(body.name())),
+            (Body::ScopeChange(change), _) if self.scoped.is_some() => {
+                let taken = self.scoped.as_mut().map(|scoped| scoped.on_change(change));
+                if let Some(Err(reason)) = taken {
+                    self.close(reason);
+                }
+            }
             (Body::Pong(_), _) => {}
             (body, _) => self.close(CloseReason::Unexpected(body.name())),
         }
@@ -257,9 +280,8 @@ impl Conn {
                 theirs: hello.protocol,
             });
         }
-        let (known, unknown): (Vec<_>, Vec<_>) = hello
-            .interest
-            .unwrap_or_default()
+        let interest = hello.interest.unwrap_or_default();
+        let (known, unknown): (Vec<_>, Vec<_>) = interest
             .kinds
             .into_iter()
             .map(|name| name.parse::<Kind>().map_err(|_| name))
@@ -268,6 +290,10 @@ impl Conn {
         if kinds == KindSet::default() {
             return self.close(CloseReason::EmptyInterest);
         }
+        let scope = interest
+            .scope
+            .filter(|scope| scope.version >= SCOPE && kinds.contains(Kind::WorkloadEndpoint));
+        self.scoped = scope.as_ref().map(Scoped::new);
         let token = hello
             .resume
             .filter(|token| {
@@ -282,6 +308,7 @@ impl Conn {
                 unknown_kinds: unknown.into_iter().filter_map(Result::err).collect(),
                 ping_interval_secs: u32::try_from(self.patience.ping.as_secs().max(1))
                     .unwrap_or(u32::MAX),
+                scope: if self.scoped.is_some() { SCOPE } else { 0 },
             }),
             false,
         ));
@@ -300,6 +327,13 @@ impl Conn {
         }
     }
 
+    /// Gives back what the cache keeps for the client.
+    pub fn leave(&mut self, cache: &mut Cache) {
+        if let Some(scoped) = self.scoped.take() {
+            scoped.end(cache);
+        }
+    }
+
     /// The next frame to write; to be called again when it has been written, and when the cache changed.
     pub fn poll_transmit(&mut self, cache: &mut Cache) -> Option<Bytes> {
         if let Some(frame) = self.control.pop_front() {
@@ -313,6 +347,9 @@ impl Conn {
             match &mut self.phase {
                 Phase::AwaitHello => return None,
                 Phase::AwaitCache { .. } if !cache.is_in_sync() => return None,
+                Phase::AwaitCache { .. } if self.scoped.as_ref().is_some_and(|s| !s.is_told()) => {
+                    return None;
+                }
                 Phase::AwaitCache { kinds, token } => {
                     let (kinds, token) = (*kinds, token.take());
                     return Some(self.start_snapshot(cache, kinds, token.as_deref()));
@@ -321,52 +358,96 @@ impl Conn {
                     kinds,
                     started_at,
                     rest,
-                } => match rest.take(cache, *kinds) {
-                    Some(Some(frame)) => return Some(frame),
-                    Some(None) => {}
-                    None => {
+                    endpoints,
+                } => {
+                    let pages = match &self.scoped {
+                        Some(scoped) if !scoped.is_everything() => kinds.without_endpoints(),
+                        _ => *kinds,
+                    };
+                    if let Some(piece) = rest.take(cache, pages) {
+                        if piece.is_some() {
+                            return piece;
+                        }
+                    } else if let (Some(items), Some(scoped)) = (&mut *endpoints, &self.scoped) {
+                        match items.take(cache, scoped.interest()) {
+                            Some(Some(frame)) => return Some(frame),
+                            Some(None) => {}
+                            None => *endpoints = None,
+                        }
+                    } else {
                         self.phase = Phase::Deltas {
                             kinds: *kinds,
                             cursor: *started_at,
                             done: false,
                         }
                     }
-                },
+                }
                 Phase::Deltas {
                     kinds,
                     cursor,
                     done,
                 } => {
-                    let kinds = *kinds;
-                    let next = if *done {
-                        cache.next(kinds, *cursor)
-                    } else {
-                        cache.newest_since(kinds, *cursor)
+                    if *done
+                        && let Some(scoped) = &mut self.scoped
+                        && let Some(frame) = scoped.take_up(cache)
+                    {
+                        return Some(frame);
+                    }
+                    let others = match &self.scoped {
+                        Some(_) => kinds.without_endpoints(),
+                        None => *kinds,
                     };
-                    match next {
-                        Next::UpToDate if *done => return None,
-                        Next::UpToDate => {
-                            *done = true;
-                            return Some(frame(Body::SyncDone(SyncDone {}), false));
-                        }
-                        Next::Frame {
-                            frame,
-                            cursor: after,
-                        } => {
-                            *cursor = after;
-                            if frame.is_some() {
-                                return frame;
+                    self.endpoints_first = !self.endpoints_first;
+                    for endpoints in [self.endpoints_first, !self.endpoints_first] {
+                        let step = match &mut self.scoped {
+                            Some(scoped) if endpoints => scoped.step(cache),
+                            None if endpoints => Step::UpToDate,
+                            _ => follow(cache, others, cursor, *done),
+                        };
+                        match step {
+                            Step::Frame(frame) => return Some(frame),
+                            Step::UpToDate => {}
+                            Step::Forgotten => {
+                                let kinds = *kinds;
+                                return Some(self.start_snapshot(cache, kinds, None));
                             }
                         }
-                        Next::Forgotten => return Some(self.start_snapshot(cache, kinds, None)),
                     }
+                    if *done {
+                        return None;
+                    }
+                    *done = true;
+                    let scope = self.scoped.as_ref().map_or(0, Scoped::taken);
+                    return Some(frame(Body::SyncDone(SyncDone { scope }), false));
                 }
             }
         }
     }
 
-    fn start_snapshot(&mut self, cache: &Cache, kinds: KindSet, token: Option<&[u64]>) -> Bytes {
-        let stale = token.map(|digests| (cache.stale_buckets(kinds, digests), digests.len()));
+    fn start_snapshot(
+        &mut self,
+        cache: &mut Cache,
+        kinds: KindSet,
+        token: Option<&[u64]>,
+    ) -> Bytes {
+        if let Some(scoped) = &mut self.scoped {
+            scoped.begin(cache);
+        }
+        let part = self
+            .scoped
+            .as_ref()
+            .filter(|scoped| !scoped.is_everything());
+        let in_pages = match part {
+            Some(_) => kinds.without_endpoints(),
+            None => kinds,
+        };
+        let stale = token.map(|digests| {
+            let interest = part.map(Scoped::interest);
+            (
+                cache.stale_buckets(in_pages, interest, digests),
+                digests.len(),
+            )
+        });
         let (start, rest) = match stale {
             // With most of it stale, the shared pages are cheaper than a selection of our own.
             Some((stale, buckets)) if stale.len() * 2 <= buckets => {
@@ -397,10 +478,13 @@ impl Conn {
                 },
             ),
         };
+        let of_buckets = (!start.full).then_some((start.stale.as_slice(), start.buckets as usize));
+        let endpoints = part.and_then(|scoped| scoped.snapshot(cache, of_buckets));
         self.phase = Phase::Snapshot {
             kinds,
             started_at: cache.head(),
             rest,
+            endpoints,
         };
         frame(Body::SyncStart(start), false)
     }

@@ -129,7 +129,7 @@ impl Drop for Counted {
 /// What the cache says of itself, read when it is asked for.
 pub(super) struct CacheMetrics {
     shared: Weak<Shared>,
-    gauges: [IntGauge; 4],
+    gauges: [IntGauge; 5],
     counters: [IntCounter; 4],
 }
 
@@ -150,6 +150,10 @@ impl CacheMetrics {
                 gauge(
                     "typha_breadcrumb_seq_number",
                     "Number of the newest change since the start",
+                ),
+                gauge(
+                    "typha_selectors",
+                    "Different selectors by which clients ask for a part of the workload endpoints",
                 ),
             ],
             counters: [
@@ -190,6 +194,7 @@ impl Collector for CacheMetrics {
                 cache.object_bytes(),
                 cache.backlog_bytes(),
                 usize::try_from(cache.head()).unwrap_or(usize::MAX),
+                cache.scopes().selectors(),
             ];
             (values, cache.counts())
         };

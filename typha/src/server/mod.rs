@@ -6,6 +6,7 @@ mod balance;
 mod clients;
 pub mod conn;
 mod metrics;
+mod scoped;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -277,6 +278,8 @@ impl Server {
                     }
                     gathered.extend(updates);
                 }
+                // A datastore is asked for nothing.
+                SyncEvent::Complete(_) => {}
                 SyncEvent::Status(status) => {
                     self.apply(gathered);
                     tracing::info!(
@@ -377,7 +380,8 @@ async fn attend(
     hang_up: HangUp,
 ) {
     let _active = Counted::new(&shared.metrics.active);
-    let (conn, outcome) = serve(stream, conn, shared, hang_up).await;
+    let (mut conn, outcome) = serve(stream, conn, shared, hang_up).await;
+    conn.leave(&mut shared.cache());
     let client = conn.hostname();
     match (outcome, conn.closing()) {
         (Err(error), _) => tracing::info!(%peer, client, %error, "connection lost"),

@@ -114,6 +114,7 @@ pub fn connect_to(ports: &[u16]) -> mpsc::Receiver<SyncEvent> {
         kinds: vec![Kind::GlobalNetworkSet],
         tls: None,
         keep: None,
+        interest: None,
     })
 }
 
@@ -147,6 +148,7 @@ impl View {
                 self.in_sync = status == SyncStatus::InSync;
                 self.in_sync_events += usize::from(self.in_sync);
             }
+            SyncEvent::Complete(_) => {}
             SyncEvent::Updates(updates) => {
                 updates.into_iter().for_each(|update| self.take(update));
             }

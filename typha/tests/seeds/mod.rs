@@ -177,6 +177,7 @@ pub(crate) async fn record() -> Vec<Seed> {
         kinds: all_kinds(),
         tls: None,
         keep: None,
+        interest: None,
     });
     let mut said = Vec::new();
     let mut stop = Some(stop);

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use cali_api::selector::{Labels, Restriction, Selector};
+use super::{Labels, Restriction, Selector};
 use foldhash::{HashMap, HashSet};
 use smallvec::SmallVec;
 
@@ -20,10 +20,13 @@ type LabelPairs = Arc<[(Arc<str>, Arc<str>)]>;
 
 /// A pair of item and selector that began or ceased to match.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct MatchChange<I, S> {
-    pub(super) item: I,
-    pub(super) selector: S,
-    pub(super) matches: bool,
+pub struct MatchChange<I, S> {
+    /// The item.
+    pub item: I,
+    /// The selector.
+    pub selector: S,
+    /// Whether it matches now.
+    pub matches: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -111,7 +114,7 @@ impl Bucket {
 }
 
 /// Index of items (`I`) and selectors (`S`).
-pub(super) struct LabelIndex<I, S> {
+pub struct LabelIndex<I, S> {
     classes: HashMap<u32, Class<I, S>>,
     next_class: u32,
     by_identity: HashMap<ClassIdentity, u32>,
@@ -124,7 +127,7 @@ pub(super) struct LabelIndex<I, S> {
     buckets: HashMap<Bucket, HashSet<S>>,
     texts: Interner,
     /// Number of selector evaluations so far: what narrowing and sharing are measured by.
-    pub(super) evaluations: u64,
+    pub evaluations: u64,
 }
 
 impl<I, S> Default for LabelIndex<I, S> {
@@ -146,7 +149,7 @@ impl<I, S> Default for LabelIndex<I, S> {
 
 impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     /// Adds an item or gives it other labels or parents.
-    pub(super) fn set_item<'a>(
+    pub fn set_item<'a>(
         &mut self,
         item: I,
         labels: impl IntoIterator<Item = (&'a str, &'a str)>,
@@ -189,7 +192,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// Removes an item.
-    pub(super) fn remove_item(&mut self, item: &I, changes: &mut Vec<MatchChange<I, S>>) {
+    pub fn remove_item(&mut self, item: &I, changes: &mut Vec<MatchChange<I, S>>) {
         let Some(class) = self.class_of.remove(item) else {
             return;
         };
@@ -204,7 +207,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// Gives a parent its labels; none takes them away.
-    pub(super) fn set_parent<'a>(
+    pub fn set_parent<'a>(
         &mut self,
         name: &Arc<str>,
         labels: impl IntoIterator<Item = (&'a str, &'a str)>,
@@ -228,7 +231,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// Adds a selector; an identity stands for one selector only.
-    pub(super) fn add_selector(
+    pub fn add_selector(
         &mut self,
         id: S,
         selector: Selector,
@@ -296,7 +299,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// Removes a selector.
-    pub(super) fn remove_selector(&mut self, id: &S, changes: &mut Vec<MatchChange<I, S>>) {
+    pub fn remove_selector(&mut self, id: &S, changes: &mut Vec<MatchChange<I, S>>) {
         let Some(entry) = self.selectors.remove(id) else {
             return;
         };
@@ -323,7 +326,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// The selectors that match an item, sorted.
-    pub(super) fn selectors_of(&self, item: &I) -> impl Iterator<Item = &S> {
+    pub fn selectors_of(&self, item: &I) -> impl Iterator<Item = &S> {
         self.class_of
             .get(item)
             .into_iter()
@@ -331,7 +334,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     }
 
     /// The items that a selector matches, in no order.
-    pub(super) fn items_of(&self, selector: &S) -> impl Iterator<Item = &I> {
+    pub fn items_of(&self, selector: &S) -> impl Iterator<Item = &I> {
         let classes = self
             .selectors
             .get(selector)
@@ -506,13 +509,14 @@ fn effective<'a>(
 
 /// One copy of each text. Texts that nobody holds any more are dropped when the store has doubled.
 #[derive(Default)]
-pub(super) struct Interner {
+pub struct Interner {
     texts: HashSet<Arc<str>>,
     sweep_at: usize,
 }
 
 impl Interner {
-    pub(super) fn get(&mut self, text: &str) -> Arc<str> {
+    /// The one copy of this text.
+    pub fn get(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.texts.get(text) {
             return known.clone();
         }
