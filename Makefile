@@ -6,7 +6,7 @@ BIN := target/debug
 PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: soak-ipam image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
+.PHONY: soak-ipam image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-cni bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -85,6 +85,10 @@ bench-calictl: setup ## the command line: 100,000 endpoints listed on each datas
 	scripts/kubernetes
 	cargo build --release -p calictl -p cali-bench --bin calictl --bin calictl-speed
 	target/release/calictl-speed
+
+bench-cni: setup ## pods that come and go: the plugin and a whole node, one after another and 250 at once (root; PLUGIN=file)
+	cargo build --release -p cali-cni -p cali-bench --bin calico --bin cni
+	$(SUDO) target/release/cni $(if $(PLUGIN),--plugin $(PLUGIN))
 
 bench-bgp: setup ## BGP daemons side by side under load, 12 minutes (root; ROUNDS=n, LOADS=fan-in,..., DAEMONS=cali,...)
 	scripts/peers

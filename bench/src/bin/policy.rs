@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use cali_bench::bgp::cost::{machine, own_cpu};
+use cali_bench::namespace::{Namespace, percentiles};
 use cali_bench::policy::{
     Change, Cluster, Node, Path, Rates, connect, established_flow, forget_flows, greet,
     policies_for, received, send_established, send_new,
@@ -62,41 +63,6 @@ fn all(arguments: &Arguments) -> Result<()> {
         println!();
     }
     Ok(())
-}
-
-/// A namespace that goes with the value.
-struct Namespace {
-    name: String,
-    netns: NetNs,
-}
-
-impl Namespace {
-    fn new(label: &str) -> Result<Self> {
-        let name = format!("calibench-{label}-{}", std::process::id());
-        let netns = NetNs::create(&name).context("cannot make a namespace: run as root")?;
-        Ok(Self { name, netns })
-    }
-
-    fn ip(&self, args: &str) -> Result<()> {
-        let output = self
-            .netns
-            .command("ip")
-            .args(args.split_whitespace())
-            .output()?;
-        ensure!(
-            output.status.success(),
-            "ip {args}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // The name shows where it came from if it stays.
-        let _ = NetNs::delete(&self.name);
-    }
 }
 
 /// Resident memory, now and at most, in MB.
@@ -210,15 +176,6 @@ fn transaction_sizes(shape: Cluster, namespace: &Namespace) -> Result<()> {
 /// Median and 99th percentile.
 fn spread(changes: &[Change], of: impl Fn(&Change) -> f64) -> [f64; 2] {
     percentiles(changes.iter().map(of).collect())
-}
-
-fn percentiles(mut values: Vec<f64>) -> [f64; 2] {
-    values.sort_by(f64::total_cmp);
-    let at = |part: usize| values.get(values.len() * part / 100).copied();
-    [
-        at(50).unwrap_or_default(),
-        at(99).or(values.last().copied()).unwrap_or_default(),
-    ]
 }
 
 /// One more address in a set of 100,000.
