@@ -25,12 +25,11 @@ use typha::server::{Server, ServerConfig};
 const PORT: u16 = 7000;
 /// First of the ports that mark a policy.
 const MARK: u32 = 41_000;
-const CHANGES: u32 = 10;
+const CHANGES: u32 = 40;
 /// Endpoints of other nodes that nothing on this node has to do with.
 const OTHERS: u32 = 300;
-/// An answer is waited for so long, so often. A single packet that is under way while rules are written may be lost.
-const ANSWER: Duration = Duration::from_millis(500);
-const ATTEMPTS: usize = 4;
+/// A packet that is not dropped is answered at once; on a machine that does other things, somewhat later.
+const ANSWER: Duration = Duration::from_secs(20);
 
 /// A peer on another node.
 fn peer(number: u32, address: &str, app: &str) -> Update {
@@ -237,11 +236,8 @@ fn no_allowed_peer_is_dropped_and_no_endpoint_opens_while_sets_are_incomplete() 
                         // Every probe is a new flow; that of the second peer is never allowed.
                         probe(second, 2)?;
                         probes.fetch_add(1, Ordering::Relaxed);
-                        for _ in 0..ATTEMPTS {
-                            if probe(first, 2)?.recv(&mut [0; 8]).is_ok() {
-                                answered.fetch_add(1, Ordering::Relaxed);
-                                break;
-                            }
+                        if probe(first, 2)?.recv(&mut [0; 8]).is_ok() {
+                            answered.fetch_add(1, Ordering::Relaxed);
                         }
                     }
                     Ok::<_, std::io::Error>(())

@@ -117,8 +117,7 @@ fn what_a_stranger_changes_is_put_right_and_the_rest_is_left_alone() {
         lab.node.run("nft", &change);
         let listed = lab.listed();
         let plan = plan_transaction(&listed, &desired);
-        let messages = plan.transaction.len() + plan.removal.len();
-        assert_eq!(messages, 1, "one message for {change:?}");
+        assert_eq!(plan.messages(), 1, "one message for {change:?}");
         lab.assume(listed);
         lab.enforce(&desired);
     }

@@ -84,8 +84,8 @@ impl Node {
         if let Some(touched) = sizes {
             let program = self.compiler.program();
             let plan = plan_touched(&self.kernel, program, &touched);
-            change.bytes = plan.transaction.bytes() + plan.removal.bytes();
-            change.messages = plan.transaction.len() + plan.removal.len();
+            change.bytes = plan.bytes();
+            change.messages = plan.messages();
             self.kernel.adopt(program, &touched, &plan.outcome, &[]);
         }
         Ok(change)

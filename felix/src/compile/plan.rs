@@ -5,10 +5,14 @@
 //! chains; then, backwards, what nobody refers to any more. Rules that are the same on both sides are
 //! not touched and keep their counters.
 //!
-//! Where sets go, what nobody refers to any more makes a second batch. A packet that is under way while the kernel takes
-//! a batch goes on through the rules as they were, but looks up the sets as they are now (`nft_do_chain` reads the
-//! generation once, `nft_set_elem_active` at each look-up): in a set that goes with its rules it would find nothing, and a
-//! packet that is allowed before and after would meet the drop at the end.
+//! Two things do not go into that batch, because a packet that is allowed before and after would meet the drop at the end:
+//!
+//! - The kernel makes the elements of interval sets visible after it has let packets into the new rules
+//!   (`nft_set_commit_update` comes late in `nf_tables_commit`). Where such a set is new, all that is new and that nothing leads
+//!   to yet makes a first batch of its own.
+//! - A packet that is under way goes on through the rules as they were, but looks up the sets as they are now (`nft_do_chain`
+//!   reads the generation once, `nft_set_elem_active` at each look-up): in a set that goes with its rules it would find nothing.
+//!   Where sets go, what nobody refers to any more makes a last batch.
 
 use std::sync::Arc;
 
@@ -16,22 +20,21 @@ use cali_netlink::nft::{Elem, Key, Position, Set, Transaction};
 
 use super::program::{ChainProgram, Program, SetProgram, Touched, same_ends};
 
-/// A planned transaction.
+/// Planned transactions.
 #[derive(Debug)]
 pub struct Plan {
-    /// What to send. It asks the kernel for the handles of the rules that it adds.
-    pub transaction: Transaction,
-    /// What to send after that: the removal of sets, and of what they lead to.
-    pub removal: Transaction,
-    /// What to tell [`Program::adopt`] once the kernel has taken the transaction.
+    /// What to send, in this order: what is prepared, the change, and the removal of sets and of what they lead to. Any may be
+    /// empty. They ask the kernel for the handles of the rules that they add.
+    pub steps: [Transaction; 3],
+    /// What to tell [`Program::adopt`] once the kernel has taken all of them.
     pub outcome: PlanOutcome,
 }
 
 /// What a committed transaction leaves behind.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PlanOutcome {
-    /// Chain and index of each added rule, in the order of the kernel's answer
-    /// (`Committed::rule_handles`).
+    /// Chain and index of each added rule, in the order of the kernel's answers
+    /// (`Committed::rule_handles`) to all steps.
     pub added: Vec<(Arc<str>, usize)>,
     /// Something in the kernel could only be put right by building the whole table anew.
     pub rebuilds: bool,
@@ -40,20 +43,30 @@ pub struct PlanOutcome {
 impl Plan {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.transaction.is_empty() && self.removal.is_empty()
+        self.steps.iter().all(Transaction::is_empty)
+    }
+
+    /// Messages of all steps.
+    pub fn messages(&self) -> usize {
+        self.steps.iter().map(Transaction::len).sum()
+    }
+
+    /// Octets of all steps.
+    pub fn bytes(&self) -> usize {
+        self.steps.iter().map(Transaction::bytes).sum()
     }
 }
 
-/// The transaction from `current` to `desired`, looking at everything: for start and audit.
+/// The transactions from `current` to `desired`, looking at everything: for start and audit.
 pub fn plan_transaction(current: &Program, desired: &Program) -> Plan {
     plan_touched(current, desired, &Touched::all(current, desired))
 }
 
-/// The transaction from `current` to `desired`, looking only at what `touched` names.
+/// The transactions from `current` to `desired`, looking only at what `touched` names.
 pub fn plan_touched(current: &Program, desired: &Program, touched: &Touched) -> Plan {
     if cannot_change(current, desired, touched) {
         let mut planner = Planner::new(desired);
-        planner.transaction.delete_table();
+        planner.step(Step::Change).delete_table();
         let absent = Program {
             exists: false,
             ..Program::absent()
@@ -84,9 +97,16 @@ fn same_element(a: &Elem, b: &Elem) -> bool {
     a.key == b.key && a.data == b.data && end(a) == end(b)
 }
 
+/// Places in [`Plan::steps`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Preparation,
+    Change,
+    Removal,
+}
+
 struct Planner {
-    transaction: Transaction,
-    removal: Transaction,
+    steps: [Transaction; 3],
     outcome: PlanOutcome,
 }
 
@@ -99,50 +119,83 @@ struct ElementChanges<'a> {
 
 impl Planner {
     fn new(desired: &Program) -> Self {
-        let mut transaction = Transaction::new(desired.table.clone());
-        transaction.echo_handles();
+        let step = || {
+            let mut transaction = Transaction::new(desired.table.clone());
+            transaction.echo_handles();
+            transaction
+        };
         Self {
-            transaction,
-            removal: Transaction::new(desired.table.clone()),
+            steps: [step(), step(), step()],
             outcome: PlanOutcome::default(),
         }
     }
 
+    fn step(&mut self, step: Step) -> &mut Transaction {
+        &mut self.steps[step as usize]
+    }
+
     fn finish(self) -> Plan {
         Plan {
-            transaction: self.transaction,
-            removal: self.removal,
+            steps: self.steps,
             outcome: self.outcome,
         }
     }
 
     fn plan(&mut self, current: &Program, desired: &Program, touched: &Touched) {
         if !current.exists && desired.exists {
-            self.transaction.add_table();
-        }
-        for name in &touched.sets {
-            if let (None, Some(set)) = (current.sets.get(name), desired.sets.get(name)) {
-                self.transaction.add_set(&set.set);
-            }
-        }
-        for name in &touched.chains {
-            if let (None, Some(chain)) = (current.chains.get(name), desired.chains.get(name)) {
-                self.transaction.add_chain(&chain.chain);
-            }
+            self.step(Step::Change).add_table();
         }
         let changes = element_changes(current, desired, touched);
-        for change in changes.iter().filter(|change| !change.gone.is_empty()) {
-            self.transaction
+        let (new, known): (Vec<_>, Vec<_>) = changes
+            .iter()
+            .partition(|change| !current.sets.contains_key(&change.set.name));
+        let is_late = |change: &&ElementChanges<'_>| change.set.interval && !change.new.is_empty();
+        // Without a table nothing is under way in it.
+        let first = if current.exists && new.iter().any(is_late) {
+            Step::Preparation
+        } else {
+            Step::Change
+        };
+        for name in &touched.sets {
+            if let (None, Some(set)) = (current.sets.get(name), desired.sets.get(name)) {
+                self.step(first).add_set(&set.set);
+            }
+        }
+        let chains: Vec<_> = touched
+            .chains
+            .iter()
+            .filter_map(|name| desired.chains.get(name))
+            .map(|chain| (current.chains.get(&chain.chain.name), chain))
+            .collect();
+        // Packets enter a base chain as soon as it is there.
+        let step_of = |former: Option<&ChainProgram>, chain: &ChainProgram| {
+            if former.is_none() && chain.chain.base.is_none() {
+                first
+            } else {
+                Step::Change
+            }
+        };
+        for (former, chain) in &chains {
+            if former.is_none() {
+                self.step(step_of(*former, chain)).add_chain(&chain.chain);
+            }
+        }
+        for change in known.iter().filter(|change| !change.gone.is_empty()) {
+            self.step(Step::Change)
                 .delete_elements(change.set, change.gone.iter());
         }
         // Values before rules, verdicts after them: a way into a chain comes last.
-        self.add_elements(&changes, |set| set.data.is_none());
-        for name in &touched.chains {
-            if let Some(chain) = desired.chains.get(name) {
-                self.rules(current.chains.get(name), chain);
+        self.add_elements(first, &new, |set| set.data.is_none());
+        self.add_elements(Step::Change, &known, |set| set.data.is_none());
+        for step in [Step::Preparation, Step::Change] {
+            for (former, chain) in &chains {
+                if step_of(*former, chain) == step {
+                    self.rules(step, *former, chain);
+                }
             }
         }
-        self.add_elements(&changes, |set| set.data.is_some());
+        self.add_elements(first, &new, |set| set.data.is_some());
+        self.add_elements(Step::Change, &known, |set| set.data.is_some());
 
         self.remove(current, desired, touched);
     }
@@ -161,11 +214,11 @@ impl Planner {
             .filter_map(|name| Some((name, current.chains.get(name)?)))
             .filter(|(name, _)| !desired.chains.contains_key(*name))
             .collect();
-        let into = if sets.is_empty() {
-            &mut self.transaction
+        let into = self.step(if sets.is_empty() {
+            Step::Change
         } else {
-            &mut self.removal
-        };
+            Step::Removal
+        });
         // Chains may refer to each other, so all are empty before the first one goes.
         for (name, chain) in &chains {
             if !chain.rules.is_empty() {
@@ -184,16 +237,21 @@ impl Planner {
         }
     }
 
-    fn add_elements(&mut self, changes: &[ElementChanges<'_>], which: impl Fn(&Set) -> bool) {
+    fn add_elements(
+        &mut self,
+        step: Step,
+        changes: &[&ElementChanges<'_>],
+        which: impl Fn(&Set) -> bool,
+    ) {
         for change in changes
             .iter()
             .filter(|change| which(change.set) && !change.new.is_empty())
         {
-            self.transaction.add_elements(change.set, change.new.iter());
+            self.step(step).add_elements(change.set, change.new.iter());
         }
     }
 
-    fn rules(&mut self, current: Option<&ChainProgram>, desired: &ChainProgram) {
+    fn rules(&mut self, step: Step, current: Option<&ChainProgram>, desired: &ChainProgram) {
         let old = current.map_or(&[][..], |chain| &chain.rules);
         let new = desired.rules.as_slice();
         let name = &desired.chain.name;
@@ -210,18 +268,18 @@ impl Planner {
         let handles: Option<Vec<u64>> = replaced.iter().map(|rule| rule.handle).collect();
         if let (Some(position), Some(handles)) = (position, handles) {
             for index in added {
-                self.transaction.add_rule(name, position, &new[index].rule);
+                self.step(step).add_rule(name, position, &new[index].rule);
                 self.outcome.added.push((name.clone(), index));
             }
             handles
                 .iter()
-                .for_each(|handle| self.transaction.delete_rule(name, *handle));
+                .for_each(|handle| self.step(step).delete_rule(name, *handle));
             return;
         }
         // Without handles rules cannot be told apart: all of them are written again.
-        self.transaction.flush_chain(name);
+        self.step(step).flush_chain(name);
         for (index, rule) in new.iter().enumerate() {
-            self.transaction.append_rule(name, &rule.rule);
+            self.step(step).append_rule(name, &rule.rule);
             self.outcome.added.push((name.clone(), index));
         }
     }

@@ -10,7 +10,7 @@ use cali_netlink::nft::{Family, Nft, TableName};
 
 use crate::calc::Batch;
 use crate::compile::{Compiler, Program, Touched, plan_transaction};
-use crate::dataplane::{Iptables, Variant};
+use crate::dataplane::{Iptables, Variant, write};
 use crate::iptables::{self, Renderer};
 
 /// Addresses by interface.
@@ -60,13 +60,10 @@ impl Nftables {
         let plan = plan_transaction(&self.current, desired);
         let touched = Touched::all(&self.current, desired);
         if !plan.is_empty() {
-            let committed = self
-                .nft
-                .commit(plan.transaction)
-                .and_then(|committed| self.nft.commit(plan.removal).map(|_| committed))
-                .map_err(|rejected| format!("{rejected:?}"))?;
+            let handles =
+                write(&self.nft, plan.steps).map_err(|rejected| format!("{rejected:?}"))?;
             self.current
-                .adopt(desired, &touched, &plan.outcome, &committed.rule_handles);
+                .adopt(desired, &touched, &plan.outcome, &handles);
         }
         let listed = self.listed().map_err(|error| error.to_string())?;
         if !plan_transaction(&listed, desired).is_empty() {

@@ -39,6 +39,7 @@ pub use enforcer::BackendOverride;
 pub use iptables::{Iptables, Tools, Variant};
 pub use lockout::{Purpose, Servers};
 pub use resources::{KINDS, Resources};
+pub(crate) use ruleset::write;
 pub use ruleset::{Refused, Ruleset};
 pub use state::{EndpointState, NotProgrammed, State, StatusSink};
 pub use status_log::StatusLog;

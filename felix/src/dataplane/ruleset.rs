@@ -1,5 +1,5 @@
-//! The nf_tables program in the kernel: adopted at start, changed in one transaction per step and a second one for sets
-//! that go ([`crate::compile::Plan`]), put right when somebody else changes it.
+//! The nf_tables program in the kernel: adopted at start, changed in one transaction per step, beside which there may be one for
+//! what it prepares and one for sets that go ([`crate::compile::Plan`]), put right when somebody else changes it.
 //!
 //! [`Ruleset`] keeps what the kernel is believed to hold, so a step costs what it changes. Rules are compared by the
 //! hash that they carry as user data. A transaction that the kernel refuses is tried again without the objects that
@@ -403,23 +403,15 @@ impl Ruleset {
                     "a set or base chain has another type than wanted; building the table anew in one transaction"
                 );
             }
-            let committed = self
-                .nft
-                .commit(plan.transaction)
-                .and_then(|committed| self.nft.commit(plan.removal).map(|_| committed));
-            match committed {
-                Ok(committed) => {
+            match write(&self.nft, plan.steps) {
+                Ok(handles) => {
                     let timed = |(name, set): (&Arc<str>, &SetProgram)| {
                         set.set.timeout
                             && (plan.outcome.rebuilds || !self.current.sets.contains_key(name))
                     };
                     self.emptied |= effective.sets.iter().any(timed);
-                    self.current.adopt(
-                        &effective,
-                        &self.open,
-                        &plan.outcome,
-                        &committed.rule_handles,
-                    );
+                    self.current
+                        .adopt(&effective, &self.open, &plan.outcome, &handles);
                     self.open = Touched::default();
                     self.failures = 0;
                     self.problem = None;
@@ -522,6 +514,15 @@ impl Ruleset {
         self.problem = Some(reason);
         self.not_before = Some(now + pause);
     }
+}
+
+/// Sends the steps of a plan; returns the handles of all rules that they add.
+pub(crate) fn write(nft: &Nft, steps: [Transaction; 3]) -> Result<Vec<u64>, Rejected> {
+    let mut handles = Vec::new();
+    for step in steps {
+        handles.extend(nft.commit(step)?.rule_handles);
+    }
+    Ok(handles)
 }
 
 /// A chain that drops everything; none for base chains, where that would cut off the host.
