@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::spec::{DEFAULT_VERSION, VERSIONS, code, failure};
 
+/// `ipam.type` of the addresses that are managed here.
+const MANAGED_HERE: &str = "calico-ipam";
+
 /// A network configuration.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Config {
@@ -50,7 +53,7 @@ pub struct Config {
 /// Address management.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct Ipam {
-    /// `calico-ipam`, or nothing.
+    /// `calico-ipam`, or nothing; else the name of another IPAM plugin.
     #[serde(rename = "type", default)]
     pub type_: Option<String>,
     /// `"true"` unless said otherwise.
@@ -159,6 +162,11 @@ pub struct Attachment {
     pub ifname: String,
 }
 
+/// The name of an executable in one of the folders of `CNI_PATH`, and not this one.
+fn is_plugin_name(name: &str) -> bool {
+    !name.is_empty() && name != "calico" && !name.contains(['/', '\0']) && !name.starts_with('.')
+}
+
 fn default_version() -> String {
     DEFAULT_VERSION.to_owned()
 }
@@ -190,15 +198,19 @@ impl Config {
                 "the network configuration has no name",
             ));
         }
-        match config.ipam.type_.as_deref() {
-            None | Some("calico-ipam") => Ok(config),
-            Some(other) => Err(failure(
+        match config.delegate() {
+            Some(name) if !is_plugin_name(name) => Err(failure(
                 code::CONFIGURATION,
-                format!(
-                    "ipam.type is {other:?}; this plugin manages addresses itself and takes only \"calico-ipam\""
-                ),
+                format!("ipam.type is {name:?}, which is not the name of an IPAM plugin"),
             )),
+            _ => Ok(config),
         }
+    }
+
+    /// The other IPAM plugin that manages addresses; none where they are managed here.
+    pub fn delegate(&self) -> Option<&str> {
+        let name = self.ipam.type_.as_deref()?;
+        (name != MANAGED_HERE).then_some(name)
     }
 
     /// The handle of a container's addresses. The first interface has Calico's; further ones add their name.
@@ -241,10 +253,22 @@ mod tests {
             6
         );
         assert_eq!(code(json!({"cniVersion": "1.0.0"})), 7);
-        assert_eq!(
-            code(json!({"cniVersion": "1.0.0", "name": "n", "ipam": {"type": "host-local"}})),
-            7
-        );
+        for name in ["", "../x", "calico", "/bin/sh"] {
+            let config = json!({"cniVersion": "1.0.0", "name": "n", "ipam": {"type": name}});
+            assert_eq!(code(config), 7, "{name}");
+        }
+    }
+
+    #[test]
+    fn another_plugin_may_manage_the_addresses() {
+        let of = |ipam| {
+            let config = json!({"cniVersion": "1.0.0", "name": "n", "ipam": ipam});
+            Config::read(&config).unwrap()
+        };
+        assert_eq!(of(json!({"type": "calico-ipam"})).delegate(), None);
+        assert_eq!(of(json!({})).delegate(), None);
+        let local = of(json!({"type": "host-local", "subnet": "usePodCidr"}));
+        assert_eq!(local.delegate(), Some("host-local"));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //!   server over a unix socket, and prints the answer. With the server away, `DEL` removes the interface itself and
 //!   leaves a [`tombstone`] that the server replays.
 //! - [`server`] runs inside `cali-node`: it makes the interface pair, takes addresses from the node's reserve, hands the
-//!   endpoint to whoever programs policy and routes ([`server::EndpointSink`]) and answers once that stands.
+//!   endpoint to whoever programs policy and routes ([`server::EndpointSink`]) and answers once that stands. Where the
+//!   configuration names another IPAM plugin, the executable calls that one and hands its addresses over.
 //! - [`spec`], [`config`], [`result`] are the formats; [`request`] decides which addresses a pod gets, [`nat`] which ports
 //!   and addresses of the host lead to it. All pure.
 //!
@@ -12,6 +13,7 @@
 
 pub mod bandwidth;
 pub mod config;
+mod delegate;
 mod durable;
 pub mod nat;
 pub mod plugin;

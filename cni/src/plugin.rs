@@ -17,6 +17,7 @@ use cali_netlink::{NetNs, Netlink, fdpass};
 use serde_json::{Value, json};
 
 use crate::config::Config;
+use crate::delegate::{self, Delegate};
 use crate::spec::{self, Asked, Call, VERSIONS, code, failure, failure_of};
 use crate::{tombstone, wiring};
 
@@ -73,7 +74,7 @@ fn answer(plugin: Plugin) -> (String, Result<Value, Failure>) {
         Ok(known) => known,
         Err(failure) => return (newest, Err(failure)),
     };
-    let request = Request {
+    let mut request = Request {
         plugin,
         command: call.command,
         container_id: call.container_id.clone(),
@@ -81,8 +82,88 @@ fn answer(plugin: Plugin) -> (String, Result<Value, Failure>) {
         netns: call.netns.clone(),
         args: call.args.clone(),
         config,
+        delegated: None,
     };
-    (known.cni_version, serve(&call, &request))
+    let result = match known.delegate() {
+        Some(kind) if plugin == Plugin::Network => serve_beside(kind, &call, &mut request),
+        _ => serve(&call, &request),
+    };
+    (known.cni_version, result)
+}
+
+/// A call for which another plugin gives and takes the addresses.
+fn serve_beside(kind: &str, call: &Call, request: &mut Request) -> Result<Value, Failure> {
+    let path = std::env::var("CNI_PATH").ok();
+    let other = Delegate::find(kind, path.as_deref())?;
+    let config = delegate::for_others(&request.config);
+    match call.command {
+        Command::Add => add_beside(kind, &other, call, request),
+        Command::Del => {
+            // The address may be given out again only once nothing leads to the container.
+            let result = serve(call, request)?;
+            other.call("DEL", &config)?;
+            Ok(result)
+        }
+        Command::Check => {
+            other.call("CHECK", &config)?;
+            serve(call, request)
+        }
+        Command::Gc | Command::Status | Command::PodCidrs => {
+            let result = serve(call, request)?;
+            // These came with version 1.1.
+            let verb = if call.command == Command::Gc {
+                "GC"
+            } else {
+                "STATUS"
+            };
+            other.call_if_known(verb, &delegate::with_version(config, &request.config))?;
+            Ok(result)
+        }
+    }
+}
+
+fn add_beside(
+    kind: &str,
+    other: &Delegate<'_>,
+    call: &Call,
+    request: &mut Request,
+) -> Result<Value, Failure> {
+    let mut ranges = Vec::new();
+    if delegate::needs_pod_cidrs(&request.config) {
+        let question = Request {
+            command: Command::PodCidrs,
+            ..request.clone()
+        };
+        ranges = match ask(&question, None)? {
+            Response::Ok(value) => serde_json::from_value(value).map_err(|e| {
+                failure_of(code::IO, "cali-node's answer about the node's ranges", &e)
+            })?,
+            Response::Err(failure) => return Err(failure),
+        };
+    }
+    let config = delegate::for_add(&request.config, &ranges)?;
+    let given = other.call("ADD", &config)?;
+    let result = delegate::addresses(kind, &given).and_then(|addresses| {
+        request.delegated = Some(addresses);
+        serve(call, request)
+    });
+    match result {
+        Ok(mut result) => {
+            if let Some(dns) = given.get("dns").filter(|dns| dns.is_object()) {
+                result["dns"] = dns.clone();
+            }
+            Ok(result)
+        }
+        Err(failure) => {
+            if let Err(e) = other.call("DEL", &config) {
+                eprintln!(
+                    "{}: {}; its address stays taken until DEL",
+                    e.msg, e.details
+                );
+            }
+            Err(failure)
+        }
+    }
 }
 
 /// The answer to `VERSION`. It repeats the caller's version, if the caller said one.

@@ -84,6 +84,7 @@ mod tests {
             netns: String::new(),
             args: [("K8S_POD_NAME".to_owned(), "p".to_owned())].into(),
             config: serde_json::json!({"name": "n"}),
+            delegated: None,
         };
         leave(&folder, &request).unwrap();
         leave(&folder, &request).unwrap();

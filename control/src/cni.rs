@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// Name in the [`crate::Hello`].
 pub const PROTOCOL: &str = "cali-cni";
@@ -26,6 +27,8 @@ pub enum Command {
     Check,
     Gc,
     Status,
+    /// Not the runtime's: the plugin asks for the ranges that Kubernetes gave to the node. The answer is a list of texts.
+    PodCidrs,
 }
 
 /// Which executable was called.
@@ -52,6 +55,9 @@ pub struct Request {
     pub args: BTreeMap<String, String>,
     /// The network configuration from standard input.
     pub config: serde_json::Value,
+    /// `ADD`: the addresses that another IPAM plugin gave; none where the server manages them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delegated: Option<Vec<IpAddr>>,
 }
 
 /// The answer: what the plugin prints.

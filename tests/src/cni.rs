@@ -11,14 +11,20 @@ use serde_json::{Value, json};
 
 use crate::lab::programs;
 
+mod node;
+
+pub use self::node::{NAMESPACE, NODE, Node};
+
 /// How long a runtime goes on with an `ADD`.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// A runtime whose daemon has `run` and `lib` of a folder as run and state folders.
 #[derive(Debug)]
 pub struct Runtime {
     folder: PathBuf,
     namespace: String,
+    /// `CNI_PATH`.
+    plugins: Vec<PathBuf>,
 }
 
 impl Runtime {
@@ -27,7 +33,13 @@ impl Runtime {
         Self {
             folder: folder.to_owned(),
             namespace: namespace.to_owned(),
+            plugins: vec![programs()],
         }
+    }
+
+    /// Names one more folder with plugins.
+    pub fn look_for_plugins_in(&mut self, folder: PathBuf) {
+        self.plugins.push(folder);
     }
 
     /// Gives a program the folders of the daemon.
@@ -54,7 +66,10 @@ impl Runtime {
             .env("CNI_CONTAINERID", format!("sandbox-{name}"))
             .env("CNI_NETNS", Path::new("/run/netns").join(pod.name()))
             .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", programs())
+            .env(
+                "CNI_PATH",
+                std::env::join_paths(&self.plugins).expect("folders without a colon"),
+            )
             .env(
                 "CNI_ARGS",
                 format!(
@@ -91,7 +106,15 @@ impl Runtime {
     /// # Panics
     /// If it does not.
     pub fn del(&self, name: &str, pod: &TestNs) {
-        let output = self.call("DEL", name, pod, &json!({})).wait_with_output();
+        self.del_with(name, pod, &json!({}));
+    }
+
+    /// A `DEL` with `more` in its configuration, which always succeeds.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn del_with(&self, name: &str, pod: &TestNs, more: &Value) {
+        let output = self.call("DEL", name, pod, more).wait_with_output();
         let output = output.expect("the end of the plugin");
         assert!(output.status.success(), "{}", told(&output));
     }

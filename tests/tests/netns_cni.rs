@@ -6,150 +6,12 @@
 )]
 
 use std::net::{IpAddr, SocketAddr};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
-use cali_api::AnyResource;
-use cali_datastore::Datastore;
-use cali_datastore::sqlite::Sqlite;
 use cali_netlink::testing::{TestNs, eventually};
-use cali_tests::cni::{Runtime, given, told};
-use cali_tests::lab::programs;
+use cali_tests::cni::{LIMIT, Node, given};
 use cali_tests::traffic;
-use serde_json::{Value, json};
-
-const LIMIT: Duration = Duration::from_secs(60);
-const NODE: &str = "node1";
-
-/// A node with its daemon, and somebody beyond its link.
-struct Node {
-    host: TestNs,
-    outside: TestNs,
-    folder: tempfile::TempDir,
-    runtime: Runtime,
-    store: Arc<dyn Datastore>,
-    daemon: Option<Child>,
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn object(value: Value) -> AnyResource {
-    AnyResource::from_json(value).unwrap()
-}
-
-impl Node {
-    async fn new() -> Self {
-        let (host, outside) = (TestNs::new("cnihost"), TestNs::new("cniout"));
-        host.veth("eth0", &outside, "far").await;
-        host.ip("link set eth0 up");
-        host.ip("address add 192.0.2.1/24 dev eth0");
-        outside.ip("address add 192.0.2.2/24 dev far");
-        let folder = tempfile::tempdir().unwrap();
-        let store: Arc<dyn Datastore> =
-            Arc::new(Sqlite::open(&folder.path().join("cali.db")).unwrap());
-        let node = Self {
-            host,
-            outside,
-            runtime: Runtime::new(folder.path(), "test"),
-            folder,
-            store,
-            daemon: None,
-        };
-        for object in [
-            json!({"apiVersion": "projectcalico.org/v3", "kind": "IPPool",
-                "metadata": {"name": "pods"}, "spec": {"cidr": "10.65.0.0/24"}}),
-            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "test"}}),
-        ] {
-            node.put(object).await;
-        }
-        node
-    }
-
-    async fn put(&self, value: Value) {
-        self.store.apply(object(value)).await.unwrap();
-    }
-
-    async fn pod(&self, name: &str) {
-        self.put(json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": name, "namespace": "test", "labels": {"app": name}},
-            "spec": {"nodeName": NODE, "containers": [{"name": "c", "image": "i"}]}
-        }))
-        .await;
-    }
-
-    fn start(&mut self) {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.folder.path().join("log"))
-            .unwrap();
-        let mut command = self.host.netns().command(programs().join("cali-node"));
-        self.runtime
-            .folders(&mut command)
-            .env("NODENAME", NODE)
-            .env("CALI_SQLITE_PATH", self.folder.path().join("cali.db"))
-            .env("CALI_CNI_INSTALL", "false")
-            .env("NO_DEFAULT_POOLS", "true")
-            .env("CALICO_NETWORKING_BACKEND", "none")
-            .env("NO_COLOR", "1")
-            .stderr(Stdio::from(log));
-        self.daemon = Some(command.spawn().unwrap());
-    }
-
-    /// `SIGKILL`.
-    fn kill(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
-    }
-
-    fn plugin(&self, command: &str, name: &str, pod: &TestNs, more: &Value) -> Child {
-        self.runtime.call(command, name, pod, more)
-    }
-
-    fn add(&self, name: &str, pod: &TestNs, more: &Value) -> IpAddr {
-        self.runtime.add(name, pod, more, || self.log())
-    }
-
-    fn calictl(&self, args: &[&str]) -> String {
-        let output = Command::new(programs().join("calictl"))
-            .args(args)
-            .env("DATASTORE_TYPE", "sqlite")
-            .env("CALI_SQLITE_PATH", self.folder.path().join("cali.db"))
-            .env("NO_COLOR", "1")
-            .output()
-            .unwrap();
-        told(&output)
-    }
-
-    /// Waits until `calictl ipam check` finds nothing.
-    fn is_consistent(&self) {
-        eventually(LIMIT, || {
-            let told = self.calictl(&["ipam", "check"]);
-            if told.contains("found 0 problems") {
-                Ok(())
-            } else {
-                Err(format!("{told}\n{}", self.log()))
-            }
-        });
-    }
-}
-
-fn reaches(from: &TestNs, to: IpAddr) -> bool {
-    let args = ["-c1", "-W1", &to.to_string()];
-    from.output("ping", &args).status.success()
-}
+use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_daemon_leaves_nothing_that_the_next_add_cannot_finish() {
@@ -175,7 +37,7 @@ async fn a_killed_daemon_leaves_nothing_that_the_next_add_cannot_finish() {
             assert_eq!(first, address, "what was answered stays");
         }
         eventually(LIMIT, || {
-            if reaches(&node.host, address) {
+            if node.host_reaches(address) {
                 Ok(())
             } else {
                 Err(format!("no answer from {address}\n{}", node.log()))

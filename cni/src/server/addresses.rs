@@ -31,6 +31,13 @@ impl Calls {
         job: &Job<'_>,
         known: &Known,
     ) -> Result<Vec<IpAddr>, Failure> {
+        if let Some(other) = job.config.delegate() {
+            return job.request.delegated.clone().ok_or_else(|| {
+                let msg =
+                    format!("ipam.type is {other:?}, and the call came without its addresses");
+                failure(code::CONFIGURATION, msg)
+            });
+        }
         if let Some(attachment) = self.keeper.attachment(&job.handle).await {
             return Ok(attachment.addresses.iter().map(|h| h.address).collect());
         }

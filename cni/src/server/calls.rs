@@ -102,6 +102,10 @@ impl Calls {
         match request.command {
             Command::Status => return self.status(&config).await,
             Command::Gc => return self.collect(&config).await,
+            Command::PodCidrs => {
+                let wait = self.settings.wait_for_pod;
+                return self.directory.pod_cidrs(wait).await.map(Value::from);
+            }
             Command::Add | Command::Del | Command::Check => {}
         }
         let handle = config.handle(&request.container_id, &request.ifname);
@@ -405,11 +409,14 @@ impl Calls {
 
     async fn delete(&self, job: &Job<'_>, netns: Option<NetNs>) -> Result<Value, Failure> {
         let attachment = self.keeper.attachment(&job.handle).await;
-        let addresses: Vec<IpAddr> = attachment
-            .iter()
-            .flat_map(|a| &a.addresses)
-            .map(|held| held.address)
-            .collect();
+        let addresses: Vec<IpAddr> = match &attachment {
+            Some(attachment) => attachment.addresses.iter().map(|h| h.address).collect(),
+            // Managed by nobody, or by another plugin: the container's for as long as it has its interface.
+            None if wiring::host_side(&self.host, &job.alias()).is_ok_and(|l| l.is_some()) => {
+                promised(job.config.prev_result.as_ref())
+            }
+            None => Vec::new(),
+        };
         // The runtime may leave CNI_ARGS out; the journal remembers the pod.
         let who = match (&job.who, attachment.as_ref().map(|a| &a.owner)) {
             (Who::Container { .. }, Some(owner)) => {
@@ -492,12 +499,13 @@ impl Calls {
             return not_available("the node is not ready for pods", &e);
         }
         let none = StringMap::new();
-        if let Addresses::Pools {
-            v4,
-            v6,
-            pools_v4,
-            pools_v6,
-        } = addresses(config, &none, &none)?
+        if config.delegate().is_none()
+            && let Addresses::Pools {
+                v4,
+                v6,
+                pools_v4,
+                pools_v6,
+            } = addresses(config, &none, &none)?
         {
             let node = &self.settings.node;
             let ask = Ask {

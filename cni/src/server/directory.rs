@@ -4,7 +4,7 @@
 //! is asked once, in case it is the watch that is late.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use cali_api::kubernetes::Pod;
@@ -47,6 +47,8 @@ pub(super) struct Directory {
     view: Arc<watch::Sender<View>>,
     store: Arc<dyn Datastore>,
     node: String,
+    /// Once there are any: Kubernetes never changes them.
+    pod_cidrs: OnceLock<Vec<String>>,
     _tasks: JoinSet<()>,
 }
 
@@ -68,6 +70,7 @@ impl Directory {
             view,
             store,
             node: node.to_owned(),
+            pod_cidrs: OnceLock::new(),
             _tasks: tasks,
         }
     }
@@ -114,6 +117,41 @@ impl Directory {
             return Ok(known);
         }
         self.ask(namespace, name, uid, wait).await
+    }
+
+    /// The ranges that Kubernetes gave to this node. The datastore is asked until there are some.
+    pub(super) async fn pod_cidrs(&self, wait: Duration) -> Result<Vec<String>, Failure> {
+        if let Some(known) = self.pod_cidrs.get() {
+            return Ok(known.clone());
+        }
+        let key = Key::cluster(Kind::K8sNode, self.node.as_str());
+        let not_yet = || {
+            let msg = format!(
+                "node {} has no spec.podCIDRs in the datastore yet; try again",
+                self.node
+            );
+            failure(code::TRY_AGAIN, msg)
+        };
+        let answer = tokio::time::timeout(wait, self.store.get(&key)).await;
+        let found = answer.map_err(|_| not_yet())?.map_err(|e| {
+            failure_of(
+                code::TRY_AGAIN,
+                format!("cannot read node {}", self.node),
+                &e,
+            )
+        })?;
+        let AnyResource::K8sNode(node) = found.object.as_ref() else {
+            return Err(not_yet());
+        };
+        let ranges = match (&node.spec.pod_cidrs, &node.spec.pod_cidr) {
+            (Some(ranges), _) if !ranges.is_empty() => ranges.clone(),
+            (_, Some(range)) => vec![range.clone()],
+            _ => Vec::new(),
+        };
+        if ranges.is_empty() {
+            return Err(not_yet());
+        }
+        Ok(self.pod_cidrs.get_or_init(|| ranges).clone())
     }
 
     /// Asks the datastore, once.
