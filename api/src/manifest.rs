@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
-use serde_saphyr::{Location, Spanned};
+use serde_saphyr::{Budget, Location, Spanned};
 
 use crate::AnyResource;
 use crate::decode::{self, DecodeError, join};
@@ -253,6 +253,21 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Located<AnyResource>>, Vec<Ma
     }
 }
 
+/// What a text of so many octets may hold. Without aliases it holds no more than it is long, so a whole cluster's resources may stand
+/// in one; what aliases make of a short one stays bounded as the parser bounds it.
+fn budget(length: usize) -> Option<Budget> {
+    let mut budget = Budget::default();
+    for (limit, of_text) in [
+        (&mut budget.max_events, length.saturating_mul(2)),
+        (&mut budget.max_nodes, length),
+        (&mut budget.max_documents, length),
+        (&mut budget.max_total_scalar_bytes, length),
+    ] {
+        *limit = of_text.max(*limit);
+    }
+    Some(budget)
+}
+
 /// What a manifest holds, good and bad.
 #[derive(Debug, Default)]
 pub struct Parsed {
@@ -267,7 +282,7 @@ pub struct Parsed {
 /// # Errors
 /// The text is not YAML: no object of it is known.
 pub fn objects_of(file: &str, text: &str) -> Result<Parsed, ManifestError> {
-    let options = serde_saphyr::options! { strict_booleans: true };
+    let options = serde_saphyr::options! { strict_booleans: true, budget: budget(text.len()) };
     let documents: Vec<Spanned<Tree>> = serde_saphyr::from_multiple_with_options(text, options)
         .map_err(|error| {
             let (line, column) = error.location().as_ref().map_or((0, 0), place);

@@ -262,3 +262,30 @@ proptest! {
         }
     }
 }
+
+/// What `calictl datastore export` writes of a large cluster.
+#[test]
+fn a_manifest_may_be_as_large_as_a_cluster() {
+    let tier = |number: usize| {
+        format!(
+            "---\napiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {{name: t{number}}}\nspec: {{order: {number}}}\n"
+        )
+    };
+    let documents: String = (0..3_000).map(tier).collect();
+    let parse = |text: &str| manifest::parse("file.yaml", text);
+    assert_eq!(parse(&documents).unwrap().len(), 3_000);
+    let nets: String = (0..300_000_u32)
+        .map(|number| format!("- {}/32\n", std::net::Ipv4Addr::from(number)))
+        .collect();
+    let set = format!(
+        "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {{name: many}}\nspec:\n  nets:\n{nets}"
+    );
+    assert_eq!(parse(&set).unwrap().len(), 1);
+    // A few lines that stand for thousands of millions.
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..10 {
+        let former = vec![format!("*a{}", level - 1); 10].join(", ");
+        bomb += &format!("a{level}: &a{level} [{former}]\n");
+    }
+    assert!(parse(&bomb).is_err());
+}
