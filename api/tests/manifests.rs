@@ -275,7 +275,7 @@ fn a_manifest_may_be_as_large_as_a_cluster() {
     let parse = |text: &str| manifest::parse("file.yaml", text);
     assert_eq!(parse(&documents).unwrap().len(), 3_000);
     let nets: String = (0..300_000_u32)
-        .map(|number| format!("- {}/32\n", std::net::Ipv4Addr::from(number)))
+        .map(|number| format!("  - {}/32\n", std::net::Ipv4Addr::from(number)))
         .collect();
     let set = format!(
         "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkSet\nmetadata: {{name: many}}\nspec:\n  nets:\n{nets}"
