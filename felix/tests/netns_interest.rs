@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, Kind};
-use flow_lab::{Host, PATIENCE, address, run, set};
+use flow_lab::{ANSWER, Host, PATIENCE, SetAtEnd, address, run, set};
 use tokio::sync::{mpsc, watch};
 use typha::client::{self, ClientConfig, Servers};
 use typha::interest;
@@ -28,8 +28,6 @@ const MARK: u32 = 41_000;
 const CHANGES: u32 = 40;
 /// Endpoints of other nodes that nothing on this node has to do with.
 const OTHERS: u32 = 300;
-/// A packet that is not dropped is answered at once; on a machine that does other things, somewhat later.
-const ANSWER: Duration = Duration::from_secs(20);
 
 /// A peer on another node.
 fn peer(number: u32, address: &str, app: &str) -> Update {
@@ -51,17 +49,6 @@ fn allow(pod: u8, selector: &str, mark: u32) -> Update {
             "ingress":[{{"action":"Allow","protocol":"UDP","source":{{"selector":"{selector}"}},"destination":{{"ports":[{PORT},{mark}]}}}}]}}}}"#
     ));
     Update { revision, ..update }
-}
-
-/// Sets the flags when the value goes, also after a panic: threads must end.
-struct Set<'a>([&'a AtomicBool; 2]);
-
-impl Drop for Set<'_> {
-    fn drop(&mut self) {
-        for flag in self.0 {
-            flag.store(true, Ordering::Relaxed);
-        }
-    }
 }
 
 /// Endpoints that the dataplane was told of and has not been told to be gone.
@@ -206,18 +193,11 @@ fn no_allowed_peer_is_dropped_and_no_endpoint_opens_while_sets_are_incomplete() 
             .await
             .unwrap();
 
-        let server_of = |pod: u8| {
-            let socket = host.inside(pod, || UdpSocket::bind(SocketAddr::new(address(pod), PORT)));
-            socket
-                .set_read_timeout(Some(Duration::from_millis(50)))
-                .unwrap();
-            socket
-        };
-        let (to_second, to_third) = (server_of(2), server_of(3));
+        let (to_second, to_third) = (host.listens(2, PORT), host.listens(3, PORT));
         let (over, done) = (AtomicBool::new(false), AtomicBool::new(false));
         let (probes, answered, leaked) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
         std::thread::scope(|scope| {
-            let _end = Set([&over, &done]);
+            let _end = SetAtEnd([&over, &done]);
             scope.spawn(|| {
                 let mut data = [0; 8];
                 while !done.load(Ordering::Relaxed) {

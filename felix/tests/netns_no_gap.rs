@@ -5,10 +5,9 @@ mod flow_lab;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
 
 use cali_api::update::Update;
-use flow_lab::{Conversation, Host, address, gone, pod, run, set};
+use flow_lab::{ANSWER, Conversation, Host, SetAtEnd, address, gone, pod, run, set};
 
 const CHANGES: u32 = 300;
 /// One change takes `iptables-restore` some 40 ms in an unoptimised build.
@@ -16,19 +15,6 @@ const CHANGES_OF_IPTABLES: u32 = 100;
 const ALLOWED: u16 = 7000;
 const ALWAYS: &str = r#"{"action":"Allow","protocol":"UDP","destination":{"ports":[7000]}}"#;
 const DENIED: u16 = 7001;
-/// A packet that is not dropped is answered at once; on a machine that does other things, somewhat later.
-const ANSWER: Duration = Duration::from_secs(20);
-
-/// Sets the flags when the value goes, also after a panic: threads must end.
-struct Set<'a>([&'a AtomicBool; 2]);
-
-impl Drop for Set<'_> {
-    fn drop(&mut self) {
-        for flag in self.0 {
-            flag.store(true, Ordering::Relaxed);
-        }
-    }
-}
 
 /// SplitMix64: the same history every time.
 struct Dice(u64);
@@ -159,16 +145,7 @@ fn no_gap(backend: [&str; 2], changes: u32, change: impl Fn(&mut Dice, [&str; 2]
         all.push(set(&policy(0, &mut dice)));
         all.push(Host::backend(backend[0], backend[1]));
         host.in_sync(all).await;
-        let server = |number: u8, port| {
-            let socket = host.inside(number, || {
-                UdpSocket::bind(SocketAddr::new(address(number), port))
-            });
-            socket
-                .set_read_timeout(Some(Duration::from_millis(50)))
-                .expect("a time limit");
-            socket
-        };
-        let (allowed, denied) = (server(2, ALLOWED), server(3, DENIED));
+        let (allowed, denied) = (host.listens(2, ALLOWED), host.listens(3, DENIED));
         let mut established = host.tcp(2, 1, 7002);
         let (over, done, probes, answered, leaked) = (
             AtomicBool::new(false),
@@ -178,7 +155,7 @@ fn no_gap(backend: [&str; 2], changes: u32, change: impl Fn(&mut Dice, [&str; 2]
             AtomicU32::new(0),
         );
         std::thread::scope(|scope| {
-            let _end = Set([&over, &done]);
+            let _end = SetAtEnd([&over, &done]);
             // Answers what the allowed stream says.
             scope.spawn(|| {
                 let mut data = [0; 8];

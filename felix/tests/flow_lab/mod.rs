@@ -9,6 +9,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
@@ -22,8 +23,20 @@ use typha::interest::Asker;
 
 /// For everything that has no promise about time.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a read waits for what must come; only a failing test waits so long.
-const ANSWER: Duration = Duration::from_secs(20);
+/// How long a read waits for what must come; only a failing test waits so long. A packet that is not dropped is answered at once; on
+/// a machine that does other things, somewhat later.
+pub(crate) const ANSWER: Duration = Duration::from_secs(20);
+
+/// Sets the flags when the value goes, also after a panic: threads must end.
+pub(crate) struct SetAtEnd<'a>(pub(crate) [&'a AtomicBool; 2]);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        for flag in self.0 {
+            flag.store(true, Ordering::Relaxed);
+        }
+    }
+}
 
 struct Quiet;
 
@@ -293,6 +306,15 @@ impl Host {
         let peer = client.local_addr().unwrap();
         server.connect(peer).unwrap();
         UdpFlow { client, server }
+    }
+
+    /// A socket of a pod that waits for datagrams, a moment at a time.
+    pub(crate) fn listens(&self, pod: u8, port: u16) -> UdpSocket {
+        let socket = self.inside(pod, || UdpSocket::bind(SocketAddr::new(address(pod), port)));
+        socket
+            .set_read_timeout(Some(Duration::from_millis(50)))
+            .expect("a time limit");
+        socket
     }
 
     pub(crate) fn inside<T>(&self, pod: u8, run: impl FnOnce() -> std::io::Result<T> + Send) -> T

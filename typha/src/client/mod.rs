@@ -154,9 +154,8 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         let Some(address) = servers.get(attempt % servers.len().max(1)) else {
             let wait = backoff.next_wait(random.hash_one(failures));
             tracing::warn!(servers = ?config.servers, retry_in = ?wait, "no server is known; the last state stays");
-            let pause = tokio::time::sleep(wait);
             if consumer
-                .listen(pause, &mut interest, &mut held)
+                .pause(wait, &mut interest, &mut held)
                 .await
                 .is_err()
             {
@@ -203,9 +202,8 @@ async fn keep_connected(config: ClientConfig, events: mpsc::Sender<SyncEvent>) {
         };
         let wait = backoff.next_wait(random.hash_one(failures));
         tracing::warn!(server = %address, reason = %Chain(&lost), retry_in = ?wait, objects = held.len(), "no server; the last state stays");
-        let pause = tokio::time::sleep(wait);
         if consumer
-            .listen(pause, &mut interest, &mut held)
+            .pause(wait, &mut interest, &mut held)
             .await
             .is_err()
         {
@@ -241,6 +239,15 @@ impl Consumer {
                 }
             }
         }
+    }
+
+    async fn pause(
+        &self,
+        wait: Duration,
+        interest: &mut Option<Listener>,
+        held: &mut Held,
+    ) -> Result<(), Lost> {
+        self.listen(tokio::time::sleep(wait), interest, held).await
     }
 
     async fn tell(&self, event: SyncEvent) -> Result<(), Lost> {
