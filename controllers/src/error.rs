@@ -27,6 +27,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A certificate cannot be made.
+    #[error("cannot make what belongs into Secret {secret}: {reason}")]
+    Certificate {
+        /// Namespace and name.
+        secret: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A setting cannot be used.
     #[error("{name}: {reason}")]
     Setting {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::certificates::Lifetimes;
+use crate::certificates::keep::Certificates;
 use crate::election::{Election, StoredLock};
 use crate::gc::{self, Collector, Rules};
 use crate::run;
@@ -11,7 +13,7 @@ use cali_ipam::Allocator;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Cluster-wide controllers of Cali: garbage collection of addresses.
+/// Cluster-wide controllers of Cali: garbage collection of addresses, host endpoints, addresses of services, certificates.
 #[derive(Debug, Parser)]
 #[command(name = "cali-controllers", version)]
 struct Arguments {
@@ -27,6 +29,50 @@ struct Arguments {
     /// Seconds that a lease holds
     #[arg(long, env = "CALI_CONTROLLERS_LEASE_SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=3600))]
     lease_seconds: u64,
+    /// Namespace of the Secrets typha-certs and node-certs
+    #[arg(long, env = "NAMESPACE", default_value = "kube-system")]
+    namespace: String,
+    /// Namespace of the Secret cali-ca-private
+    #[arg(
+        long,
+        env = "CALI_AUTHORITY_NAMESPACE",
+        default_value = "cali-certificates"
+    )]
+    authority_namespace: String,
+    /// Seconds that a certificate holds; it is renewed after two thirds of them
+    #[arg(long, env = "CALI_CERTIFICATE_SECONDS", default_value_t = Lifetimes::default().certificate.as_secs(), value_parser = clap::value_parser!(u64).range(LIFE))]
+    certificate_seconds: u64,
+    /// Seconds that an authority holds; its successor is introduced after two thirds of them
+    #[arg(long, env = "CALI_AUTHORITY_SECONDS", default_value_t = Lifetimes::default().authority.as_secs(), value_parser = clap::value_parser!(u64).range(LIFE))]
+    authority_seconds: u64,
+    /// Seconds after which every daemon has what was written into a Secret
+    #[arg(long, env = "CALI_CERTIFICATE_SETTLE_SECONDS", default_value_t = Lifetimes::default().settle.as_secs(), value_parser = clap::value_parser!(u64).range(LIFE))]
+    certificate_settle_seconds: u64,
+}
+
+/// Up to a hundred years.
+const LIFE: std::ops::RangeInclusive<u64> = 1..=3_155_760_000;
+
+impl Arguments {
+    /// Which certificates to look after: the API server alone keeps Secrets.
+    fn certificates(&self) -> Result<Option<Certificates>> {
+        if std::env::var("DATASTORE_TYPE").as_deref() != Ok("kubernetes") {
+            return Ok(None);
+        }
+        let lifetimes = Lifetimes {
+            certificate: Duration::from_secs(self.certificate_seconds),
+            authority: Duration::from_secs(self.authority_seconds),
+            settle: Duration::from_secs(self.certificate_settle_seconds),
+        };
+        let lifetimes = lifetimes.check().map_err(|reason| {
+            anyhow::anyhow!("CALI_CERTIFICATE_SECONDS, CALI_AUTHORITY_SECONDS, CALI_CERTIFICATE_SETTLE_SECONDS: {reason}")
+        })?;
+        Ok(Some(Certificates {
+            namespace: self.namespace.clone(),
+            authority_namespace: self.authority_namespace.clone(),
+            lifetimes,
+        }))
+    }
 }
 
 /// Runs the program with the arguments and the environment of the process.
@@ -55,6 +101,7 @@ pub async fn main() -> Result<()> {
         }
         return Ok(());
     }
+    let certificates = arguments.certificates()?;
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = arguments
         .name
@@ -71,6 +118,6 @@ pub async fn main() -> Result<()> {
     };
     let lock = StoredLock::new(Arc::clone(&store));
     let election = Election::new(name, Duration::from_secs(arguments.lease_seconds));
-    run::run(store, &lock, election, stop).await;
+    run::run(store, &lock, election, certificates, stop).await;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The loop of one replica: leads or waits, and works while it leads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use cali_api::Kind;
 use cali_datastore::{Datastore, WatchEvent, WatchStream};
 use cali_ipam::Allocator;
 
+use crate::certificates::keep::Certificates;
 use crate::election::{Election, Lock, take_turn};
 use crate::error::Error;
 use crate::gc::{self, Collector, Rules};
@@ -25,11 +26,12 @@ const GATHER: Duration = Duration::from_secs(1);
 /// Host endpoints are looked at anew after so long, whatever is heard (Calico's `reconcilerPeriod`).
 const RECONCILE: Duration = Duration::from_secs(300);
 
-/// Runs until `stop` is done; then the lease is given back.
+/// Runs until `stop` is done; then the lease is given back. Certificates are looked after where it is said where they are.
 pub async fn run(
     store: Arc<dyn Datastore>,
     lock: &dyn Lock,
     mut election: Election,
+    certificates: Option<Certificates>,
     stop: impl Future<Output = ()>,
 ) {
     let mut stop = std::pin::pin!(stop);
@@ -50,7 +52,7 @@ pub async fn run(
         match (election.leads(Instant::now()), &reign) {
             (true, None) => {
                 tracing::info!("leads from now on");
-                reign = Some(tokio::spawn(work(Arc::clone(&store))));
+                reign = Some(tokio::spawn(work(Arc::clone(&store), certificates.clone())));
             }
             (false, Some(task)) => {
                 tracing::warn!("leads no longer");
@@ -77,7 +79,7 @@ pub async fn run(
 }
 
 /// What a leader does.
-async fn work(store: Arc<dyn Datastore>) {
+async fn work(store: Arc<dyn Datastore>, certificates: Option<Certificates>) {
     let services = Services {
         allocator: Allocator::for_load_balancers(Arc::clone(&store)),
         told: BTreeMap::new(),
@@ -85,8 +87,37 @@ async fn work(store: Arc<dyn Datastore>) {
     tokio::join!(
         collect(Arc::clone(&store)),
         look_after(Arc::clone(&store), HostEndpoints::default()),
-        look_after(store, services),
+        look_after(Arc::clone(&store), services),
+        renew(store, certificates),
     );
+}
+
+/// Looks after certificates, where there are any.
+async fn renew(store: Arc<dyn Datastore>, certificates: Option<Certificates>) {
+    let Some(certificates) = certificates else {
+        return;
+    };
+    let mut told = BTreeSet::new();
+    let mut wait = RETRY.0;
+    loop {
+        let pause = match certificates.pass(&store).await {
+            Ok(done) => {
+                for note in done.notes.difference(&told) {
+                    tracing::warn!(note, "certificates");
+                }
+                told = done.notes;
+                wait = RETRY.0;
+                certificates.pause()
+            }
+            Err(error) => {
+                tracing::warn!(%error, cause = ?std::error::Error::source(&error), retry_in = ?wait, "certificates are not looked after");
+                let pause = wait;
+                wait = (wait * 2).min(RETRY.1);
+                pause
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// What is brought to order at once, after each change of some kinds, and regularly.

@@ -31,8 +31,8 @@ use std::sync::Arc;
 pub use edit::edit;
 pub use error::{Cause, Error};
 pub use store::{
-    Applied, Datastore, List, Outcome, Page, PageToken, Secret, Undecodable, Versioned, Warning,
-    WatchEvent, WatchStream,
+    Applied, Datastore, List, Outcome, Page, PageToken, Secret, SecretObject, Undecodable,
+    Versioned, Warning, WatchEvent, WatchStream,
 };
 
 /// The file of the embedded store when `CALI_SQLITE_PATH` is not set.

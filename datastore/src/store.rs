@@ -137,6 +137,28 @@ pub struct Applied {
 /// The values of a secret by their names.
 pub type Secret = std::collections::BTreeMap<String, Vec<u8>>;
 
+/// A secret of Kubernetes with what a write of it takes.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretObject {
+    /// Its values.
+    pub data: Secret,
+    /// Its annotations.
+    pub annotations: std::collections::BTreeMap<String, String>,
+    /// As of which it is.
+    pub revision: Revision,
+}
+
+/// The values stay out of logs.
+impl std::fmt::Debug for SecretObject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecretObject")
+            .field("names", &self.data.keys())
+            .field("annotations", &self.annotations)
+            .field("revision", &self.revision)
+            .finish()
+    }
+}
+
 /// Something about an object that whoever owns it should hear.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Warning {
@@ -221,6 +243,26 @@ pub trait Datastore: Send + Sync {
     /// Reads a secret of Kubernetes; `None` if there is none, and always in stores that keep none.
     async fn secret(&self, _namespace: &str, _name: &str) -> Result<Option<Secret>, Error> {
         Ok(None)
+    }
+
+    /// [`Self::secret`] with what a write of it takes.
+    async fn secret_object(
+        &self,
+        _namespace: &str,
+        _name: &str,
+    ) -> Result<Option<SecretObject>, Error> {
+        Ok(None)
+    }
+
+    /// Writes the values of a secret that is there, all of them, and these annotations beside others, if its revision is still the given
+    /// one; false if it is not, and always in stores that keep no secrets.
+    async fn replace_secret(
+        &self,
+        _namespace: &str,
+        _name: &str,
+        _new: &SecretObject,
+    ) -> Result<bool, Error> {
+        Ok(false)
     }
 
     /// Shows a warning beside an object, where the store has a place for it (Events of Kubernetes); in others nothing

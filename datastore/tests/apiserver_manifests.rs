@@ -135,6 +135,36 @@ async fn every_overlay_is_accepted_and_accounts_may_what_they_need() {
             false,
         ),
         ("cali-controllers", &["get", "secrets", "-A"], false),
+        (
+            "cali-controllers",
+            &["patch", "secrets/node-certs", "-n", "kube-system"],
+            true,
+        ),
+        (
+            "cali-controllers",
+            &["get", "secrets/other", "-n", "kube-system"],
+            false,
+        ),
+        (
+            "cali-controllers",
+            &["create", "secrets", "-n", "kube-system"],
+            false,
+        ),
+        (
+            "cali-controllers",
+            &[
+                "patch",
+                "secrets/cali-ca-private",
+                "-n",
+                "cali-certificates",
+            ],
+            true,
+        ),
+        (
+            "cali-node",
+            &["get", "secrets/cali-ca-private", "-n", "cali-certificates"],
+            false,
+        ),
     ] {
         assert_eq!(may(&server, account, words), allowed, "{account} {words:?}");
     }

@@ -115,10 +115,13 @@ impl Cluster {
             Group::V3 => "crds/v3.yaml",
             Group::V1 => "crds/v1.yaml",
         };
-        let base = ["accounts.yaml", "roles.yaml", "own-objects.yaml"];
-        let mut words = ["apply", "--server-side", "-n", "kube-system"]
-            .map(str::to_owned)
-            .to_vec();
+        let base = [
+            "accounts.yaml",
+            "roles.yaml",
+            "certificates.yaml",
+            "own-objects.yaml",
+        ];
+        let mut words = ["apply", "--server-side"].map(str::to_owned).to_vec();
         let files = base.map(|name| format!("kubernetes/base/{name}"));
         for file in [definitions.to_owned()].into_iter().chain(files) {
             let path = repository().join("deploy").join(file);

@@ -22,9 +22,9 @@ mod failure;
 mod follow;
 mod node;
 mod places;
+mod secret;
 mod wire;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -33,19 +33,19 @@ use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
 use kube::core::params::{DeleteParams, GetParams, Preconditions};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
-use self::cluster::{Cluster, Failed, Scope, call};
+use self::cluster::{Cluster, Failed, Scope};
 pub use self::connect::Settings;
 use self::failure::{conflict, failure, is_missing};
 use self::places::viewed;
 use crate::admission;
 use crate::error::Error;
 use crate::store::{
-    Datastore, List, Page, PageToken, Secret, Undecodable, Versioned, Warning, WatchStream,
+    Datastore, List, Page, PageToken, Secret, SecretObject, Undecodable, Versioned, Warning,
+    WatchStream,
 };
 use crate::stored;
 
@@ -689,23 +689,24 @@ impl Datastore for Kubernetes {
     }
 
     async fn secret(&self, namespace: &str, name: &str) -> Result<Option<Secret>, Error> {
-        #[derive(Deserialize)]
-        struct Body {
-            #[serde(default)]
-            data: BTreeMap<String, k8s_openapi::ByteString>,
-        }
-        let cluster = self.cluster().await?;
-        let request = Request::new(format!("/api/v1/namespaces/{namespace}/secrets"))
-            .get(name, &GetParams::default());
-        match call::<Body>(&cluster.client, request).await {
-            Ok(body) => Ok(Some(
-                body.data
-                    .into_iter()
-                    .map(|(key, value)| (key, value.0))
-                    .collect(),
-            )),
-            Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(error.unavailable(format!("read Secret({namespace}/{name})"))),
-        }
+        let read = self.secret_object(namespace, name).await?;
+        Ok(read.map(|object| object.data))
+    }
+
+    async fn secret_object(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<SecretObject>, Error> {
+        secret::read(&*self.cluster().await?, namespace, name).await
+    }
+
+    async fn replace_secret(
+        &self,
+        namespace: &str,
+        name: &str,
+        new: &SecretObject,
+    ) -> Result<bool, Error> {
+        secret::replace(&*self.cluster().await?, namespace, name, new).await
     }
 }
