@@ -14,11 +14,12 @@
 //! go back in time. Deletions are remembered up to a bound; behind it, the client is sent the snapshot again.
 
 mod scoped;
+mod slots;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::ops::Bound;
 
 use bytes::Bytes;
+use cali_api::selector::index::Interner;
 use cali_api::update::Update;
 use cali_api::{Key, Kind};
 
@@ -26,6 +27,7 @@ use crate::digest::{self, LEAVES, Leaves};
 use crate::scope::{Interest, Scopes};
 use crate::wire::{self, MAX_OBJECT, Object};
 use scoped::Frames;
+use slots::{Slot, Slots};
 
 /// Raw size near which batches made for one client, and pages, are cut.
 pub const CHUNK: usize = 256 * 1024;
@@ -115,11 +117,14 @@ pub struct Cache {
     limits: Limits,
     in_sync: bool,
     head: u64,
-    objects: BTreeMap<(u64, Key), Stored>,
+    slots: Slots,
+    namespaces: Interner,
+    live: usize,
     object_bytes: usize,
-    changes: BTreeMap<u64, Change>,
-    /// Where a remembered deletion stands in `changes`.
-    gone: HashMap<Key, u64>,
+    /// The last change of each object, deletions too.
+    changes: BTreeMap<u64, u32>,
+    /// Those of them that are deletions.
+    gone: BTreeMap<u64, u32>,
     /// Deletions up to here have been forgotten.
     horizon: u64,
     leaves: HashMap<Kind, Leaves>,
@@ -144,19 +149,6 @@ pub struct Counts {
     pub pages_built: u64,
     /// Pages that were there already.
     pub pages_shared: u64,
-}
-
-#[derive(Debug)]
-struct Stored {
-    encoded: Bytes,
-    sequence: u64,
-    digest: u64,
-}
-
-#[derive(Debug)]
-enum Change {
-    Live((u64, Key)),
-    Gone(Key, Bytes),
 }
 
 #[derive(Debug)]
@@ -198,10 +190,12 @@ impl Cache {
             limits,
             in_sync: false,
             head: 0,
-            objects: BTreeMap::new(),
+            slots: Slots::default(),
+            namespaces: Interner::default(),
+            live: 0,
             object_bytes: 0,
             changes: BTreeMap::new(),
-            gone: HashMap::new(),
+            gone: BTreeMap::new(),
             horizon: 0,
             leaves: HashMap::new(),
             leaf_changed: vec![0; LEAVES].into_boxed_slice(),
@@ -233,12 +227,12 @@ impl Cache {
 
     /// Number of objects.
     pub fn len(&self) -> usize {
-        self.objects.len()
+        self.live
     }
 
     /// True without objects.
     pub fn is_empty(&self) -> bool {
-        self.objects.is_empty()
+        self.live == 0
     }
 
     /// Bytes of shared deltas that are kept, for metrics.
@@ -306,83 +300,109 @@ impl Cache {
     }
 
     fn apply_one(&mut self, update: Update) -> Result<Option<Bytes>, (Key, Unsendable)> {
-        let slot = (digest::position(&update.key), update.key.clone());
         let Update {
-            value, revision, ..
+            key,
+            value,
+            revision,
+            ..
         } = &update;
-        let former = self.objects.get(&slot);
+        let position = digest::position(key);
+        let known = self.slots.find(position, key);
+        let former = known
+            .and_then(|number| self.slots.get(number))
+            .filter(|slot| slot.live);
         let json = match value {
             Some(value) => {
-                let digest = digest::object(&slot.1, revision);
+                let digest = digest::object(key, revision);
                 if former.is_some_and(|former| former.digest == digest) {
                     return Ok(None);
                 }
                 match serde_json::to_vec(&**value) {
                     Ok(json) if json.len() > MAX_OBJECT => {
-                        return Err((slot.1, Unsendable::TooLarge(json.len())));
+                        return Err((key.clone(), Unsendable::TooLarge(json.len())));
                     }
                     Ok(json) => Some((Bytes::from(json), digest)),
-                    Err(error) => return Err((slot.1, error.into())),
+                    Err(error) => return Err((key.clone(), error.into())),
                 }
             }
             None if former.is_none() => return Ok(None),
             None => None,
         };
         self.head += 1;
-        self.leaf_changed[digest::bucket(slot.0, LEAVES)] = self.head;
-        let leaves = self.leaves.entry(slot.1.kind).or_default();
-        if let Some(former) = self.objects.remove(&slot) {
-            leaves.toggle(slot.0, former.digest);
-            self.changes.remove(&former.sequence);
+        self.leaf_changed[digest::bucket(position, LEAVES)] = self.head;
+        let leaves = self.leaves.entry(key.kind).or_default();
+        if let Some(former) = former {
+            leaves.toggle(position, former.digest);
             self.object_bytes -= former.encoded.len();
+            self.live -= 1;
         }
         let digest = json.as_ref().map(|(_, digest)| *digest);
         let encoded = wire::encode_object(&Object {
-            kind: slot.1.kind.to_string(),
-            namespace: slot.1.namespace.as_deref().unwrap_or_default().to_owned(),
-            name: slot.1.name.to_string(),
+            kind: key.kind.to_string(),
+            namespace: key.namespace.as_deref().unwrap_or_default().to_owned(),
+            name: key.name.to_string(),
             revision: revision.as_str().to_owned(),
             json: json.map(|(json, _)| json),
         });
-        if let Some(sequence) = self.gone.remove(&slot.1) {
-            self.changes.remove(&sequence);
-        }
-        let (position, sequence) = (slot.0, self.head);
         if let Some(digest) = digest {
-            leaves.toggle(slot.0, digest);
+            leaves.toggle(position, digest);
             self.object_bytes += encoded.len();
-            self.changes.insert(sequence, Change::Live(slot.clone()));
-            self.objects.insert(
-                slot,
-                Stored {
-                    encoded: encoded.clone(),
-                    sequence,
-                    digest,
-                },
-            );
-        } else {
-            self.gone.insert(slot.1.clone(), sequence);
-            self.changes
-                .insert(sequence, Change::Gone(slot.1, encoded.clone()));
+            self.live += 1;
         }
-        self.follow(&update, position);
+        let number = self.store(&update.key, known, position, encoded.clone(), digest);
+        self.follow(&update, number);
         Ok(Some(encoded))
     }
 
+    /// Puts the newest version, or a deletion when there is no digest, into the object's slot.
+    fn store(
+        &mut self,
+        key: &Key,
+        known: Option<u32>,
+        position: u64,
+        encoded: Bytes,
+        digest: Option<u64>,
+    ) -> u32 {
+        let key = match known.and_then(|number| self.slots.get(number)) {
+            Some(slot) => slot.key.clone(),
+            None => Key {
+                namespace: key.namespace.as_deref().map(|it| self.namespaces.get(it)),
+                ..key.clone()
+            },
+        };
+        let new = Slot {
+            key,
+            position,
+            encoded,
+            sequence: self.head,
+            digest: digest.unwrap_or_default(),
+            live: digest.is_some(),
+        };
+        let number = match known {
+            Some(number) => {
+                if let Some(slot) = self.slots.get_mut(number) {
+                    self.changes.remove(&slot.sequence);
+                    self.gone.remove(&slot.sequence);
+                    *slot = new;
+                }
+                number
+            }
+            None => self.slots.insert(new),
+        };
+        self.changes.insert(self.head, number);
+        if digest.is_none() {
+            self.gone.insert(self.head, number);
+        }
+        number
+    }
+
     fn forget_oldest_deletion(&mut self) {
-        let oldest = self
-            .changes
-            .iter()
-            .find_map(|(sequence, change)| match change {
-                Change::Gone(key, _) => Some((*sequence, key.clone())),
-                Change::Live(_) => None,
-            });
-        let Some((sequence, key)) = oldest else {
+        let Some((sequence, number)) = self.gone.pop_first() else {
             return;
         };
         self.changes.remove(&sequence);
-        self.gone.remove(&key);
-        self.scopes.forget(&key);
+        self.scopes.forget(number);
+        self.slots.remove(number);
         self.horizon = sequence;
     }
 
@@ -411,17 +431,13 @@ impl Cache {
         let mut chunk = Vec::new();
         let mut size = 0;
         let mut reached = self.head;
-        for (sequence, change) in self.changes.range(cursor + 1..) {
-            let (key, encoded) = match change {
-                Change::Live(slot) => match self.objects.get(slot) {
-                    Some(stored) => (&slot.1, &stored.encoded),
-                    None => continue,
-                },
-                Change::Gone(key, encoded) => (key, encoded),
+        for (sequence, number) in self.changes.range(cursor + 1..) {
+            let Some(slot) = self.slots.get(*number) else {
+                continue;
             };
-            if kinds.contains(key.kind) {
-                size += encoded.len();
-                chunk.push(encoded);
+            if kinds.contains(slot.key.kind) {
+                size += slot.encoded.len();
+                chunk.push(&slot.encoded);
                 if size >= CHUNK {
                     reached = *sequence;
                     break;
@@ -493,20 +509,11 @@ impl Cache {
     }
 
     fn collect(&self, kinds: KindSet, bucket: usize, buckets: usize, into: &mut Vec<Bytes>) {
-        let range = digest::range(bucket, buckets);
-        let lowest = |position| (position, Key::cluster(Kind::ALL[0], ""));
-        let end = match range.end().checked_add(1) {
-            Some(next) => Bound::Excluded(lowest(next)),
-            None => Bound::Unbounded,
-        };
-        for ((_, key), stored) in self
-            .objects
-            .range((Bound::Included(lowest(*range.start())), end))
-        {
-            if kinds.contains(key.kind) {
-                into.push(stored.encoded.clone());
-            }
-        }
+        let all = self.slots.live_in(digest::range(bucket, buckets));
+        into.extend(
+            all.filter(|slot| kinds.contains(slot.key.kind))
+                .map(|slot| slot.encoded.clone()),
+        );
     }
 
     /// The buckets in which a client that reported these digests differs; it has a part of the endpoints where it has an

@@ -6,6 +6,9 @@
 //! An endpoint *moves* when it leaves a node or ceases to match a selector: by a change of its own, of a profile's labels, or because it is
 //! gone. What it left is remembered, so that exactly those clients that may hold it are told. A client that is told of
 //! an endpoint's end without having had it ignores it.
+//!
+//! Endpoints are named by the numbers of their slots in the cache, which has their keys; here is nothing of them while nobody asks for
+//! a part. A number that is given out again may stand for another endpoint than a client's list meant: it is looked at when it is sent.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,6 +26,7 @@ pub struct Interest {
     /// By text. Without a number: everything, or what this version cannot read, which may be anything.
     selectors: BTreeMap<Arc<str>, Option<u32>>,
     numbers: HashSet<u32>,
+    begun: bool,
 }
 
 impl Interest {
@@ -32,6 +36,7 @@ impl Interest {
             node: node.into(),
             selectors: BTreeMap::new(),
             numbers: HashSet::default(),
+            begun: false,
         }
     }
 
@@ -68,19 +73,21 @@ pub enum Verdict {
     Skip,
 }
 
-#[derive(Debug)]
+/// An endpoint, by its number. What is gone has no node.
+#[derive(Debug, Default, Clone)]
 struct Entry {
-    key: Key,
-    position: u64,
-    node: Arc<str>,
-    /// Whether it exists. What is gone is here until its deletion is forgotten.
-    live: bool,
-    /// Sequence number of the last change that concerns anybody.
+    node: Option<Arc<str>>,
+    /// Number of the last change that concerns anybody; zero: none since somebody asks.
     sequence: u64,
-    /// Sequence number of the last time that it left something.
+}
+
+/// What an endpoint left.
+#[derive(Debug, Default)]
+struct Left {
+    /// Sequence number of the last time.
     moved: u64,
-    left: Vec<u32>,
-    left_nodes: Vec<Arc<str>>,
+    selectors: Vec<u32>,
+    nodes: Vec<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -93,9 +100,10 @@ struct Interned {
 #[derive(Default)]
 pub struct Scopes {
     index: LabelIndex<u32, u32>,
-    entries: HashMap<u32, Entry>,
-    numbers: HashMap<Key, u32>,
-    next_number: u32,
+    /// Clients that ask for a part.
+    users: usize,
+    entries: Vec<Entry>,
+    left: HashMap<u32, Left>,
     nodes: HashMap<Arc<str>, BTreeSet<u32>>,
     /// Changes, by sequence number; each endpoint once, with its last one.
     log: BTreeMap<u64, u32>,
@@ -107,16 +115,18 @@ pub struct Scopes {
 impl std::fmt::Debug for Scopes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Scopes")
-            .field(
-                "endpoints",
-                &self.nodes.values().map(BTreeSet::len).sum::<usize>(),
-            )
+            .field("endpoints", &self.endpoints())
             .field("selectors", &self.selectors.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Scopes {
+    /// Number of endpoints that are known here.
+    pub fn endpoints(&self) -> usize {
+        self.nodes.values().map(BTreeSet::len).sum()
+    }
+
     /// Number of different selectors that are asked for.
     pub fn selectors(&self) -> usize {
         self.selectors.len()
@@ -127,45 +137,45 @@ impl Scopes {
         self.index.evaluations
     }
 
-    /// An endpoint is new or has changed.
-    pub fn put(&mut self, sequence: u64, key: &Key, position: u64, endpoint: &WorkloadEndpoint) {
-        let number = match self.numbers.get(key) {
-            Some(number) => *number,
-            None => {
-                let number = self.next_number;
-                self.next_number = self.next_number.wrapping_add(1);
-                self.numbers.insert(key.clone(), number);
-                let entry = Entry {
-                    key: key.clone(),
-                    position,
-                    node: "".into(),
-                    live: false,
-                    sequence: 0,
-                    moved: 0,
-                    left: Vec::new(),
-                    left_nodes: Vec::new(),
-                };
-                self.entries.insert(number, entry);
-                number
-            }
-        };
+    /// Whether any client asks for a part. While none does, nothing needs to be told here.
+    pub fn is_asked(&self) -> bool {
+        self.users > 0
+    }
+
+    /// A client is there. True for the first: what there is has to be told then.
+    pub fn begin(&mut self, interest: &mut Interest) -> bool {
+        if std::mem::replace(&mut interest.begun, true) {
+            return false;
+        }
+        self.users += 1;
+        self.users == 1
+    }
+
+    /// An endpoint is new or has changed; with sequence number zero, it was there before anybody asked.
+    pub fn put(
+        &mut self,
+        sequence: u64,
+        number: u32,
+        namespace: Option<&str>,
+        endpoint: &WorkloadEndpoint,
+    ) {
+        let at = number as usize;
+        if self.entries.len() <= at {
+            self.entries.resize(at + 1, Entry::default());
+        }
         let node = endpoint.spec.node.as_str();
-        let Some(entry) = self.entries.get_mut(&number) else {
-            return;
-        };
-        if !entry.live || *entry.node != *node {
+        let entry = &mut self.entries[at];
+        if entry.node.as_deref() != Some(node) {
             let node: Arc<str> = match self.nodes.get_key_value(node) {
                 Some((known, _)) => Arc::clone(known),
                 None => node.into(),
             };
-            let former = std::mem::replace(&mut entry.node, Arc::clone(&node));
-            if std::mem::replace(&mut entry.live, true) {
-                entry.leave_node(&former, sequence);
-                remove_from(&mut self.nodes, &former, number);
+            if let Some(former) = entry.node.replace(Arc::clone(&node)) {
+                self.leave_node(number, &former, sequence);
             }
             self.nodes.entry(node).or_default().insert(number);
         }
-        let labels = endpoint.effective_labels(key.namespace.as_deref());
+        let labels = endpoint.effective_labels(namespace);
         let parents: Vec<Arc<str>> = endpoint
             .spec
             .profiles
@@ -180,33 +190,40 @@ impl Scopes {
     }
 
     /// An endpoint is gone.
-    pub fn remove(&mut self, sequence: u64, key: &Key) {
-        let Some(number) = self.numbers.get(key).copied() else {
+    pub fn remove(&mut self, sequence: u64, number: u32) {
+        let entry = self.entries.get_mut(number as usize);
+        let Some(node) = entry.and_then(|entry| entry.node.take()) else {
             return;
         };
         let mut changes = Vec::new();
         self.index.remove_item(&number, &mut changes);
         self.note(&changes, sequence);
-        if let Some(entry) = self.entries.get_mut(&number) {
-            entry.live = false;
-            let node = Arc::clone(&entry.node);
-            entry.leave_node(&node, sequence);
-            remove_from(&mut self.nodes, &node, number);
-        }
+        self.leave_node(number, &node, sequence);
         self.relog(number, sequence);
     }
 
     /// Nobody is told of this deletion any more.
-    pub fn forget(&mut self, key: &Key) {
-        let Some(number) = self.numbers.get(key).copied() else {
-            return;
-        };
-        if let Some(entry) = self.entries.get(&number)
-            && !entry.live
+    pub fn forget(&mut self, number: u32) {
+        if let Some(entry) = self.entries.get_mut(number as usize)
+            && entry.node.is_none()
         {
             self.log.remove(&entry.sequence);
-            self.entries.remove(&number);
-            self.numbers.remove(key);
+            entry.sequence = 0;
+            self.left.remove(&number);
+        }
+    }
+
+    fn leave_node(&mut self, number: u32, node: &Arc<str>, sequence: u64) {
+        let left = self.left.entry(number).or_default();
+        if !left.nodes.contains(node) {
+            left.nodes.push(Arc::clone(node));
+        }
+        left.moved = left.moved.max(sequence);
+        if let Some(numbers) = self.nodes.get_mut(node) {
+            numbers.remove(&number);
+            if numbers.is_empty() {
+                self.nodes.remove(node);
+            }
         }
     }
 
@@ -226,25 +243,26 @@ impl Scopes {
 
     fn note(&mut self, changes: &[MatchChange<u32, u32>], sequence: u64) {
         for change in changes {
-            let Some(entry) = self.entries.get_mut(&change.item) else {
-                continue;
-            };
             if change.matches {
-                entry.left.retain(|selector| *selector != change.selector);
-            } else {
-                // Those that nobody asks for any more need no memory.
-                let known = &self.selectors;
-                entry.left.retain(|selector| known.contains_key(selector));
-                if !entry.left.contains(&change.selector) {
-                    entry.left.push(change.selector);
+                if let Some(left) = self.left.get_mut(&change.item) {
+                    left.selectors.retain(|it| *it != change.selector);
                 }
-                entry.moved = entry.moved.max(sequence);
+                continue;
             }
+            let left = self.left.entry(change.item).or_default();
+            // Those that nobody asks for any more need no memory.
+            left.selectors.retain(|it| self.selectors.contains_key(it));
+            if !left.selectors.contains(&change.selector) {
+                left.selectors.push(change.selector);
+            }
+            left.moved = left.moved.max(sequence);
         }
     }
 
     fn relog(&mut self, number: u32, sequence: u64) {
-        if let Some(entry) = self.entries.get_mut(&number) {
+        if let Some(entry) = self.entries.get_mut(number as usize)
+            && sequence > 0
+        {
             self.log.remove(&entry.sequence);
             entry.sequence = sequence;
             self.log.insert(sequence, number);
@@ -260,54 +278,34 @@ impl Scopes {
 
     /// What a client whose cursor stands there is to be told of an endpoint.
     pub fn verdict(&self, interest: &Interest, number: u32, cursor: u64) -> Verdict {
-        let Some(entry) = self.entries.get(&number) else {
-            return Verdict::Skip;
-        };
-        if self.selects(interest, number, entry) {
+        if self.has(interest, number) {
             return Verdict::Send;
         }
-        let may_hold = || {
-            entry
-                .left
-                .iter()
-                .any(|selector| interest.numbers.contains(selector))
-                || entry.left_nodes.contains(&interest.node)
+        let may_hold = |left: &Left| {
+            let mut selectors = left.selectors.iter();
+            left.moved > cursor
+                && (selectors.any(|selector| interest.numbers.contains(selector))
+                    || left.nodes.contains(&interest.node))
         };
-        if entry.moved > cursor && may_hold() {
+        if self.left.get(&number).is_some_and(may_hold) {
             Verdict::Remove
         } else {
             Verdict::Skip
         }
     }
 
-    fn selects(&self, interest: &Interest, number: u32, entry: &Entry) -> bool {
-        entry.live
-            && (entry.node == interest.node
+    /// Whether an endpoint exists and is asked for.
+    pub fn has(&self, interest: &Interest, number: u32) -> bool {
+        let entry = self.entries.get(number as usize);
+        let node = entry.and_then(|entry| entry.node.as_ref());
+        node.is_some_and(|node| {
+            *node == interest.node
                 || interest.is_everything()
                 || self
                     .index
                     .selectors_of(&number)
-                    .any(|selector| interest.numbers.contains(selector)))
-    }
-
-    /// Whether an endpoint exists and is asked for.
-    pub fn has(&self, interest: &Interest, number: u32) -> bool {
-        self.entries
-            .get(&number)
-            .is_some_and(|entry| self.selects(interest, number, entry))
-    }
-
-    /// [`Self::has`], by key.
-    pub fn has_key(&self, interest: &Interest, key: &Key) -> bool {
-        self.numbers
-            .get(key)
-            .is_some_and(|number| self.has(interest, *number))
-    }
-
-    /// Position and key of what has the number.
-    pub fn slot(&self, number: u32) -> Option<(u64, &Key)> {
-        let entry = self.entries.get(&number)?;
-        Some((entry.position, &entry.key))
+                    .any(|selector| interest.numbers.contains(selector))
+        })
     }
 
     /// All that is asked for, but for an interest in everything.
@@ -327,12 +325,13 @@ impl Scopes {
         all
     }
 
-    /// The client, whose cursor stands there, wants these selectors instead.
+    /// The client, whose cursor stands there, wants these selectors instead. `key` knows the keys of the numbers.
     pub fn change(
         &mut self,
         interest: &mut Interest,
         wanted: &BTreeSet<Arc<str>>,
         cursor: u64,
+        key: impl Fn(u32) -> Option<Key>,
     ) -> Change {
         let was_everything = interest.is_everything();
         let gone: Vec<Arc<str>> = interest
@@ -393,8 +392,7 @@ impl Scopes {
                 remove: leaving
                     .into_iter()
                     .filter(|number| !self.has(interest, *number))
-                    .filter_map(|number| self.entries.get(&number))
-                    .map(|entry| entry.key.clone())
+                    .filter_map(key)
                     .collect(),
             },
         };
@@ -408,6 +406,17 @@ impl Scopes {
     pub fn end(&mut self, interest: Interest) {
         for selector in interest.numbers {
             self.release(selector);
+        }
+        if interest.begun {
+            self.users -= 1;
+        }
+        if self.users == 0 {
+            let mut index = LabelIndex::default();
+            index.evaluations = self.index.evaluations;
+            *self = Self {
+                index,
+                ..Self::default()
+            };
         }
     }
 
@@ -442,24 +451,6 @@ impl Scopes {
             self.by_text.remove(&known.text);
             self.selectors.remove(&number);
             self.index.remove_selector(&number, &mut Vec::new());
-        }
-    }
-}
-
-impl Entry {
-    fn leave_node(&mut self, node: &Arc<str>, sequence: u64) {
-        if !self.left_nodes.contains(node) {
-            self.left_nodes.push(Arc::clone(node));
-        }
-        self.moved = self.moved.max(sequence);
-    }
-}
-
-fn remove_from(nodes: &mut HashMap<Arc<str>, BTreeSet<u32>>, node: &Arc<str>, number: u32) {
-    if let Some(numbers) = nodes.get_mut(node) {
-        numbers.remove(&number);
-        if numbers.is_empty() {
-            nodes.remove(node);
         }
     }
 }

@@ -597,6 +597,26 @@ fn resume_of_a_part_at_a_restarted_server_sends_only_what_changed() {
 }
 
 #[test]
+fn endpoints_are_looked_at_only_while_somebody_asks_for_a_part() {
+    let mut net = Net::new(Limits::default());
+    cluster(&mut net, 60);
+    net.feed(usize::MAX);
+    assert_eq!(net.cache.scopes().endpoints(), 0);
+    net.want(selectors([0, 5]));
+    net.settle();
+    assert_eq!(net.cache.scopes().endpoints(), net.datastore.pods.len());
+    assert!(net.content.len() > 10);
+    net.hang_up();
+    assert_eq!(net.cache.scopes().endpoints(), 0);
+    // What changes meanwhile is known to the next one, deletions too.
+    let update = net.datastore.delete(0);
+    net.pending.extend(update);
+    let update = net.datastore.set_profile(1, true);
+    net.pending.push_back(update);
+    net.settle();
+}
+
+#[test]
 fn a_selector_is_evaluated_once_for_all_clients() {
     let mut net = Net::new(Limits::default());
     cluster(&mut net, 30);

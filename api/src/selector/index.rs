@@ -7,7 +7,11 @@
 //! that have this parent.
 //!
 //! An item's own labels win over its parents', and a former parent over a later one.
+//!
+//! A cluster whose pods have labels of their own each (stateful sets) has as many classes as pods. So a class is small: labels and
+//! parents are numbers into tables that have each of them once.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -15,8 +19,6 @@ use std::sync::Arc;
 use super::{Labels, Restriction, Selector};
 use foldhash::{HashMap, HashSet};
 use smallvec::SmallVec;
-
-type LabelPairs = Arc<[(Arc<str>, Arc<str>)]>;
 
 /// A pair of item and selector that began or ceased to match.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,15 +31,23 @@ pub struct MatchChange<I, S> {
     pub matches: bool,
 }
 
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct ClassIdentity {
-    labels: LabelPairs,
-    parents: SmallVec<[Arc<str>; 2]>,
+/// How many labels of its own a class has, their numbers by label, and the numbers of its parents in their order.
+type Identity = Arc<[u32]>;
+
+fn own_labels(identity: &[u32]) -> &[u32] {
+    identity
+        .get(1..=identity.first().map_or(0, |count| *count as usize))
+        .unwrap_or_default()
+}
+
+fn parents_of(identity: &[u32]) -> &[u32] {
+    let own = identity.first().map_or(0, |count| *count as usize);
+    identity.get(own + 1..).unwrap_or_default()
 }
 
 struct Class<I, S> {
-    identity: ClassIdentity,
-    items: HashSet<I>,
+    identity: Identity,
+    items: SmallVec<[I; 2]>,
     matching: BTreeSet<S>,
 }
 
@@ -46,29 +56,88 @@ struct Entry {
     classes: HashSet<u32>,
 }
 
-#[derive(Default)]
+/// A label with its value, and the classes that have it themselves.
+struct Pair {
+    label: Arc<str>,
+    value: Arc<str>,
+    classes: BTreeSet<u32>,
+}
+
 struct Parent {
+    name: Arc<str>,
     labels: HashMap<Arc<str>, Arc<str>>,
-    classes: HashSet<u32>,
+    classes: BTreeSet<u32>,
+}
+
+/// Values by number. A number that is free is given out again.
+struct Slab<T> {
+    slots: Vec<Option<T>>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+}
+
+impl<T> Slab<T> {
+    fn insert(&mut self, value: T) -> u32 {
+        if let Some(number) = self.free.pop() {
+            self.slots[number as usize] = Some(value);
+            return number;
+        }
+        self.slots.push(Some(value));
+        u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    fn get(&self, number: u32) -> Option<&T> {
+        self.slots.get(number as usize)?.as_ref()
+    }
+
+    fn get_mut(&mut self, number: u32) -> Option<&mut T> {
+        self.slots.get_mut(number as usize)?.as_mut()
+    }
+
+    fn remove(&mut self, number: u32) -> Option<T> {
+        let value = self.slots.get_mut(number as usize)?.take()?;
+        self.free.push(number);
+        Some(value)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0u32..)
+            .zip(&self.slots)
+            .filter_map(|(number, slot)| Some((number, slot.as_ref()?)))
+    }
 }
 
 /// What a selector sees of a class.
 struct Effective<'a> {
-    own: &'a [(Arc<str>, Arc<str>)],
+    own: &'a [u32],
+    pairs: &'a Slab<Pair>,
     parents: SmallVec<[&'a HashMap<Arc<str>, Arc<str>>; 2]>,
 }
 
 impl Effective<'_> {
     fn pairs(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
-        let own = self.own.iter().map(|(label, value)| (label, value));
-        own.chain(self.parents.iter().flat_map(|parent| parent.iter()))
+        let own = self.own.iter().filter_map(|pair| self.pairs.get(*pair));
+        own.map(|pair| (&pair.label, &pair.value))
+            .chain(self.parents.iter().flat_map(|parent| parent.iter()))
     }
 }
 
 impl Labels for Effective<'_> {
     fn get(&self, key: &str) -> Option<&str> {
-        if let Ok(at) = self.own.binary_search_by(|(name, _)| (**name).cmp(key)) {
-            return Some(&self.own[at].1);
+        let by_label = |pair: &u32| self.pairs.get(*pair).map(|pair| (*pair.label).cmp(key));
+        let own = self
+            .own
+            .binary_search_by(|pair| by_label(pair).unwrap_or(Ordering::Less));
+        if let Ok(at) = own {
+            return self.pairs.get(self.own[at]).map(|pair| &*pair.value);
         }
         self.parents
             .iter()
@@ -115,13 +184,14 @@ impl Bucket {
 
 /// Index of items (`I`) and selectors (`S`).
 pub struct LabelIndex<I, S> {
-    classes: HashMap<u32, Class<I, S>>,
-    next_class: u32,
-    by_identity: HashMap<ClassIdentity, u32>,
-    class_of: HashMap<I, u32>,
-    parents: HashMap<Arc<str>, Parent>,
-    /// Classes by label and value of their own, by which the classes that a new selector may match are found.
-    own: HashMap<Arc<str>, HashMap<Arc<str>, HashSet<u32>>>,
+    classes: Slab<Class<I, S>>,
+    by_identity: HashMap<Identity, u32>,
+    /// The class of an item, and where it stands in it.
+    class_of: HashMap<I, (u32, u32)>,
+    pairs: Slab<Pair>,
+    pair_of: HashMap<Arc<str>, HashMap<Arc<str>, u32>>,
+    parents: Slab<Parent>,
+    parent_of: HashMap<Arc<str>, u32>,
     selectors: HashMap<S, Entry>,
     /// Selectors by one condition that whatever they match must satisfy.
     buckets: HashMap<Bucket, HashSet<S>>,
@@ -133,12 +203,13 @@ pub struct LabelIndex<I, S> {
 impl<I, S> Default for LabelIndex<I, S> {
     fn default() -> Self {
         Self {
-            classes: HashMap::default(),
-            next_class: 0,
+            classes: Slab::default(),
             by_identity: HashMap::default(),
             class_of: HashMap::default(),
-            parents: HashMap::default(),
-            own: HashMap::default(),
+            pairs: Slab::default(),
+            pair_of: HashMap::default(),
+            parents: Slab::default(),
+            parent_of: HashMap::default(),
             selectors: HashMap::default(),
             buckets: HashMap::default(),
             texts: Interner::default(),
@@ -158,52 +229,56 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     ) {
         let identity = self.identity(labels, parents);
         let old = self.class_of.get(&item).copied();
-        if old.is_some_and(|class| self.classes[&class].identity == identity) {
+        let known = self.by_identity.get(&*identity).copied();
+        if let (Some((old, _)), Some(known)) = (old, known)
+            && old == known
+        {
             return;
         }
-        let new = match self.by_identity.get(&identity) {
-            Some(class) => *class,
-            None => self.create_class(identity),
-        };
-        self.class_of.insert(item.clone(), new);
-        if let Some(class) = self.classes.get_mut(&new) {
-            class.items.insert(item.clone());
-        }
+        let new = known.unwrap_or_else(|| self.create_class(&identity));
         let none = BTreeSet::new();
-        let before = old.map_or(&none, |class| &self.classes[&class].matching);
-        let after = &self.classes[&new].matching;
-        for selector in before.difference(after) {
-            changes.push(MatchChange {
-                item: item.clone(),
-                selector: selector.clone(),
-                matches: false,
-            });
+        let matching = |class: u32| self.classes.get(class).map_or(&none, |it| &it.matching);
+        let before = old.map_or(&none, |(class, _)| matching(class));
+        let after = matching(new);
+        let change = |selector: &S, matches| MatchChange {
+            item: item.clone(),
+            selector: selector.clone(),
+            matches,
+        };
+        changes.extend(
+            before
+                .difference(after)
+                .map(|selector| change(selector, false)),
+        );
+        changes.extend(
+            after
+                .difference(before)
+                .map(|selector| change(selector, true)),
+        );
+        if let Some((class, at)) = old {
+            self.leave_class(class, at);
         }
-        for selector in after.difference(before) {
-            changes.push(MatchChange {
-                item: item.clone(),
-                selector: selector.clone(),
-                matches: true,
-            });
-        }
-        if let Some(old) = old {
-            self.leave_class(&item, old);
+        if let Some(class) = self.classes.get_mut(new) {
+            class.items.push(item.clone());
+            let at = u32::try_from(class.items.len() - 1).unwrap_or(u32::MAX);
+            self.class_of.insert(item, (new, at));
         }
     }
 
     /// Removes an item.
     pub fn remove_item(&mut self, item: &I, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some(class) = self.class_of.remove(item) else {
+        let Some((number, at)) = self.class_of.remove(item) else {
             return;
         };
-        for selector in &self.classes[&class].matching {
-            changes.push(MatchChange {
-                item: item.clone(),
-                selector: selector.clone(),
-                matches: false,
-            });
-        }
-        self.leave_class(item, class);
+        let Some(class) = self.classes.get(number) else {
+            return;
+        };
+        changes.extend(class.matching.iter().map(|selector| MatchChange {
+            item: item.clone(),
+            selector: selector.clone(),
+            matches: false,
+        }));
+        self.leave_class(number, at);
     }
 
     /// Gives a parent its labels; none takes them away.
@@ -217,17 +292,18 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             .into_iter()
             .map(|(key, value)| (self.texts.get(key), self.texts.get(value)))
             .collect();
-        let parent = self.parents.entry(name.clone()).or_default();
-        if parent.labels == labels {
-            self.drop_unused_parent(name);
+        let number = self.parent(name);
+        let Some(parent) = self.parents.get_mut(number) else {
             return;
+        };
+        if parent.labels != labels {
+            parent.labels = labels;
+            let classes: Vec<u32> = parent.classes.iter().copied().collect();
+            for class in classes {
+                self.evaluate_class(class, changes);
+            }
         }
-        parent.labels = labels;
-        let classes: Vec<u32> = parent.classes.iter().copied().collect();
-        for class in classes {
-            self.evaluate_class(class, changes);
-        }
-        self.drop_unused_parent(name);
+        self.drop_unused_parent(number);
     }
 
     /// Adds a selector; an identity stands for one selector only.
@@ -243,13 +319,13 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         let mut classes = HashSet::default();
         let candidates = self
             .candidates(&selector)
-            .unwrap_or_else(|| self.classes.keys().copied().collect());
+            .unwrap_or_else(|| self.classes.iter().map(|(number, _)| number).collect());
         for number in candidates {
-            let Some(class) = self.classes.get_mut(&number) else {
+            let Some(class) = self.classes.get_mut(number) else {
                 continue;
             };
             self.evaluations += 1;
-            if selector.matches(&effective(&class.identity, &self.parents)) {
+            if selector.matches(&effective(&class.identity, &self.pairs, &self.parents)) {
                 classes.insert(number);
                 class.matching.insert(id.clone());
                 for item in &class.items {
@@ -272,14 +348,13 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     fn candidates(&self, selector: &Selector) -> Option<HashSet<u32>> {
         let with = |label: &str, value: &str| {
             let own = self
-                .own
-                .get(label)
-                .and_then(|values| values.get(value))
-                .into_iter()
-                .flatten();
+                .pair_number(label, value)
+                .and_then(|pair| self.pairs.get(pair));
+            let own = own.into_iter().flat_map(|pair| &pair.classes);
             let inherited = self
                 .parents
-                .values()
+                .iter()
+                .map(|(_, parent)| parent)
                 .filter(move |parent| parent.labels.get(label).is_some_and(|it| **it == *value))
                 .flat_map(|parent| &parent.classes);
             own.chain(inherited).copied().collect::<Vec<u32>>()
@@ -312,7 +387,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             }
         }
         for number in entry.classes {
-            if let Some(class) = self.classes.get_mut(&number) {
+            if let Some(class) = self.classes.get_mut(number) {
                 class.matching.remove(id);
                 for item in &class.items {
                     changes.push(MatchChange {
@@ -329,8 +404,9 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     pub fn selectors_of(&self, item: &I) -> impl Iterator<Item = &S> {
         self.class_of
             .get(item)
+            .and_then(|(class, _)| self.classes.get(*class))
             .into_iter()
-            .flat_map(|class| &self.classes[class].matching)
+            .flat_map(|class| &class.matching)
     }
 
     /// The items that a selector matches, in no order.
@@ -341,64 +417,90 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             .into_iter()
             .flat_map(|entry| &entry.classes);
         classes
-            .filter_map(|class| self.classes.get(class))
+            .filter_map(|class| self.classes.get(*class))
             .flat_map(|class| &class.items)
     }
 
+    /// A pair or parent that nobody has yet makes the identity new, so that a class follows that has it.
     fn identity<'a>(
         &mut self,
         labels: impl IntoIterator<Item = (&'a str, &'a str)>,
         parents: &[Arc<str>],
-    ) -> ClassIdentity {
-        let mut pairs: Vec<_> = labels
-            .into_iter()
-            .map(|(key, value)| (self.texts.get(key), self.texts.get(value)))
-            .collect();
-        pairs.sort_unstable();
-        pairs.dedup_by(|later, former| later.0 == former.0);
-        ClassIdentity {
-            labels: pairs.into(),
-            parents: parents.iter().map(|name| self.texts.get(name)).collect(),
-        }
+    ) -> SmallVec<[u32; 16]> {
+        let mut labels: SmallVec<[(&str, &str); 12]> = labels.into_iter().collect();
+        labels.sort_unstable();
+        labels.dedup_by(|later, former| later.0 == former.0);
+        let mut identity = SmallVec::new();
+        identity.push(u32::try_from(labels.len()).unwrap_or(u32::MAX));
+        identity.extend(
+            labels
+                .into_iter()
+                .map(|(label, value)| self.pair(label, value)),
+        );
+        identity.extend(parents.iter().map(|name| self.parent(name)));
+        identity
     }
 
-    fn create_class(&mut self, identity: ClassIdentity) -> u32 {
-        let number = self.next_class;
-        self.next_class = self.next_class.wrapping_add(1);
-        for name in &identity.parents {
-            self.parents
-                .entry(name.clone())
-                .or_default()
-                .classes
-                .insert(number);
+    fn pair_number(&self, label: &str, value: &str) -> Option<u32> {
+        self.pair_of.get(label)?.get(value).copied()
+    }
+
+    fn pair(&mut self, label: &str, value: &str) -> u32 {
+        if let Some(number) = self.pair_number(label, value) {
+            return number;
         }
-        for (label, value) in &*identity.labels {
-            self.own
-                .entry(label.clone())
-                .or_default()
-                .entry(value.clone())
-                .or_default()
-                .insert(number);
+        let (label, value) = (self.texts.get(label), self.texts.get(value));
+        let number = self.pairs.insert(Pair {
+            label: label.clone(),
+            value: value.clone(),
+            classes: BTreeSet::new(),
+        });
+        self.pair_of.entry(label).or_default().insert(value, number);
+        number
+    }
+
+    fn parent(&mut self, name: &str) -> u32 {
+        if let Some(number) = self.parent_of.get(name) {
+            return *number;
         }
-        self.by_identity.insert(identity.clone(), number);
-        self.classes.insert(
-            number,
-            Class {
-                identity,
-                items: HashSet::default(),
-                matching: BTreeSet::new(),
-            },
-        );
+        let name = self.texts.get(name);
+        let number = self.parents.insert(Parent {
+            name: name.clone(),
+            labels: HashMap::default(),
+            classes: BTreeSet::new(),
+        });
+        self.parent_of.insert(name, number);
+        number
+    }
+
+    fn create_class(&mut self, identity: &[u32]) -> u32 {
+        let identity: Identity = identity.into();
+        let number = self.classes.insert(Class {
+            identity: identity.clone(),
+            items: SmallVec::new(),
+            matching: BTreeSet::new(),
+        });
+        for parent in parents_of(&identity) {
+            if let Some(parent) = self.parents.get_mut(*parent) {
+                parent.classes.insert(number);
+            }
+        }
+        for pair in own_labels(&identity) {
+            if let Some(pair) = self.pairs.get_mut(*pair) {
+                pair.classes.insert(number);
+            }
+        }
+        self.by_identity.insert(identity, number);
         self.evaluate_class(number, &mut Vec::new());
         number
     }
 
     /// Evaluates every selector against one class and tells what changed for its items.
     fn evaluate_class(&mut self, number: u32, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some(class) = self.classes.get_mut(&number) else {
+        let Some(class) = self.classes.get_mut(number) else {
             return;
         };
-        let labels = effective(&class.identity, &self.parents);
+        let labels = effective(&class.identity, &self.pairs, &self.parents);
         // What matched so far is looked at again: a label that led to its bucket may have gone.
         let mut candidates: HashSet<S> = class.matching.iter().cloned().collect();
         let mut look = |bucket: Bucket| {
@@ -438,77 +540,89 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         }
     }
 
-    fn leave_class(&mut self, item: &I, number: u32) {
-        let Some(class) = self.classes.get_mut(&number) else {
+    /// Takes the item that stands there out of a class; the last one takes its place.
+    fn leave_class(&mut self, number: u32, at: u32) {
+        let Some(class) = self.classes.get_mut(number) else {
             return;
         };
-        class.items.remove(item);
+        class.items.swap_remove(at as usize);
+        if let Some(moved) = class.items.get(at as usize)
+            && let Some(place) = self.class_of.get_mut(moved)
+        {
+            place.1 = at;
+        }
         if !class.items.is_empty() {
             return;
         }
-        let Some(class) = self.classes.remove(&number) else {
+        let Some(class) = self.classes.remove(number) else {
             return;
         };
         self.by_identity.remove(&class.identity);
-        for (label, value) in &*class.identity.labels {
-            self.forget_own(label, value, number);
+        for pair in own_labels(&class.identity) {
+            self.leave_pair(*pair, number);
         }
         for id in &class.matching {
             if let Some(entry) = self.selectors.get_mut(id) {
                 entry.classes.remove(&number);
             }
         }
-        for name in &class.identity.parents {
-            if let Some(parent) = self.parents.get_mut(name) {
+        for parent in parents_of(&class.identity) {
+            if let Some(parent) = self.parents.get_mut(*parent) {
                 parent.classes.remove(&number);
             }
-            self.drop_unused_parent(name);
+            self.drop_unused_parent(*parent);
         }
     }
 
-    fn forget_own(&mut self, label: &str, value: &str, number: u32) {
-        let Some(values) = self.own.get_mut(label) else {
+    fn leave_pair(&mut self, number: u32, class: u32) {
+        let Some(pair) = self.pairs.get_mut(number) else {
             return;
         };
-        if let Some(classes) = values.get_mut(value) {
-            classes.remove(&number);
-            if classes.is_empty() {
-                values.remove(value);
-            }
+        pair.classes.remove(&class);
+        if !pair.classes.is_empty() {
+            return;
         }
-        if values.is_empty() {
-            self.own.remove(label);
+        let Some(pair) = self.pairs.remove(number) else {
+            return;
+        };
+        if let Some(values) = self.pair_of.get_mut(&pair.label) {
+            values.remove(&pair.value);
+            if values.is_empty() {
+                self.pair_of.remove(&pair.label);
+            }
         }
     }
 
-    fn drop_unused_parent(&mut self, name: &Arc<str>) {
+    fn drop_unused_parent(&mut self, number: u32) {
         if self
             .parents
-            .get(name)
+            .get(number)
             .is_some_and(|parent| parent.labels.is_empty() && parent.classes.is_empty())
+            && let Some(parent) = self.parents.remove(number)
         {
-            self.parents.remove(name);
+            self.parent_of.remove(&parent.name);
         }
     }
 }
 
 fn effective<'a>(
-    identity: &'a ClassIdentity,
-    parents: &'a HashMap<Arc<str>, Parent>,
+    identity: &'a [u32],
+    pairs: &'a Slab<Pair>,
+    parents: &'a Slab<Parent>,
 ) -> Effective<'a> {
     Effective {
-        own: &identity.labels,
-        parents: identity
-            .parents
+        own: own_labels(identity),
+        pairs,
+        parents: parents_of(identity)
             .iter()
-            .filter_map(|name| parents.get(name))
+            .filter_map(|parent| parents.get(*parent))
             .map(|parent| &parent.labels)
             .collect(),
     }
 }
 
 /// One copy of each text. Texts that nobody holds any more are dropped when the store has doubled.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Interner {
     texts: HashSet<Arc<str>>,
     sweep_at: usize,

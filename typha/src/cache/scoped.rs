@@ -8,12 +8,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use cali_api::update::Update;
-use cali_api::{AnyResource, Key, Kind, StringMap};
+use cali_api::v3::{Profile, WorkloadEndpoint};
+use cali_api::{AnyResource, Key, Kind, ObjectMeta, Resource, Spec, StringMap};
+use prost::Message as _;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
-use super::{CHUNK, Cache, Change, KindSet, Next};
+use super::{CHUNK, Cache, KindSet, Next};
 use crate::digest;
 use crate::scope::{self, Interest, Scopes, Verdict};
-use crate::wire::{self, Object};
+use crate::wire::{self, Object, Updates};
 
 /// Frames that are kept, and how large they may be.
 const KEPT_FRAMES: usize = 64;
@@ -51,6 +55,19 @@ fn removal(key: &Key) -> Bytes {
     })
 }
 
+/// An object of ours, read back from how it is sent.
+fn read_back<S: Spec + DeserializeOwned>(encoded: &Bytes) -> Option<Resource<S>> {
+    #[derive(Deserialize)]
+    struct Parts<S> {
+        metadata: ObjectMeta,
+        spec: S,
+    }
+    let objects = Updates::decode(encoded.clone()).ok()?.objects;
+    let json = objects.into_iter().next()?.json?;
+    let parts: Parts<S> = serde_json::from_slice(&json).ok()?;
+    Some(Resource::new(parts.metadata, parts.spec))
+}
+
 impl KindSet {
     /// The kinds of a client that asks for a part of the endpoints, without them.
     pub fn without_endpoints(self) -> Self {
@@ -64,6 +81,34 @@ impl KindSet {
 }
 
 impl Cache {
+    /// A client is there that asks for a part; it has been told nothing of the endpoints yet. Given back with [`Self::end_interest`].
+    ///
+    /// The first of them makes the cache look at all endpoints that it has.
+    pub fn begin_interest(&mut self, interest: &mut Interest) {
+        if !self.scopes.begin(interest) {
+            return;
+        }
+        for (_, slot) in self.slots.live() {
+            if slot.key.kind == Kind::Profile {
+                let Some(profile): Option<Profile> = read_back(&slot.encoded) else {
+                    continue;
+                };
+                let labels = &profile.spec.labels_to_apply;
+                self.scopes
+                    .set_profile(&mut self.head, &slot.key.name, labels);
+            }
+        }
+        for (number, slot) in self.slots.live() {
+            if slot.key.kind == Kind::WorkloadEndpoint {
+                let Some(endpoint): Option<WorkloadEndpoint> = read_back(&slot.encoded) else {
+                    continue;
+                };
+                let namespace = slot.key.namespace.as_deref();
+                self.scopes.put(0, number, namespace, &endpoint);
+            }
+        }
+    }
+
     /// See [`Scopes::change`].
     pub fn change_interest(
         &mut self,
@@ -71,7 +116,10 @@ impl Cache {
         wanted: &BTreeSet<Arc<str>>,
         cursor: u64,
     ) -> scope::Change {
-        self.scopes.change(interest, wanted, cursor)
+        self.begin_interest(interest);
+        let slots = &self.slots;
+        let key = |number| slots.get(number).map(|slot| slot.key.clone());
+        self.scopes.change(interest, wanted, cursor, key)
     }
 
     /// See [`Scopes::end`].
@@ -80,12 +128,16 @@ impl Cache {
     }
 
     /// Takes an update that was put into the cache as number `self.head` into account.
-    pub(super) fn follow(&mut self, update: &Update, position: u64) {
+    pub(super) fn follow(&mut self, update: &Update, number: u32) {
+        if !self.scopes.is_asked() {
+            return;
+        }
         match (update.key.kind, update.value.as_deref()) {
             (Kind::WorkloadEndpoint, Some(AnyResource::WorkloadEndpoint(endpoint))) => {
-                self.scopes.put(self.head, &update.key, position, endpoint);
+                self.scopes
+                    .put(self.head, number, update.key.namespace.as_deref(), endpoint);
             }
-            (Kind::WorkloadEndpoint, _) => self.scopes.remove(self.head, &update.key),
+            (Kind::WorkloadEndpoint, _) => self.scopes.remove(self.head, number),
             (Kind::Profile, Some(AnyResource::Profile(profile))) => self.scopes.set_profile(
                 &mut self.head,
                 &update.key.name,
@@ -115,10 +167,13 @@ impl Cache {
             let found = match verdict {
                 Verdict::Skip => None,
                 Verdict::Send => self.encoded(number),
-                Verdict::Remove => match self.changes.get(&sequence) {
-                    Some(Change::Gone(_, encoded)) => Some(encoded.clone()),
-                    _ => self.scopes.slot(number).map(|(_, key)| removal(key)),
-                },
+                Verdict::Remove => self.slots.get(number).map(|slot| {
+                    if slot.live {
+                        removal(&slot.key)
+                    } else {
+                        slot.encoded.clone()
+                    }
+                }),
             };
             let Some(encoded) = found else {
                 continue;
@@ -138,9 +193,8 @@ impl Cache {
     }
 
     fn encoded(&self, number: u32) -> Option<Bytes> {
-        let (position, key) = self.scopes.slot(number)?;
-        let stored = self.objects.get(&(position, key.clone()))?;
-        Some(stored.encoded.clone())
+        let slot = self.slots.get(number).filter(|slot| slot.live)?;
+        Some(slot.encoded.clone())
     }
 
     /// Those of these endpoints that are still asked for, up to about [`CHUNK`] bytes; and how many numbers that took.
@@ -166,9 +220,10 @@ impl Cache {
     pub fn removals(&self, interest: &Interest, keys: &[Key]) -> (Option<Bytes>, usize) {
         const MAX: usize = 1000;
         let keys = &keys[..keys.len().min(MAX)];
-        let gone = keys
-            .iter()
-            .filter(|key| !self.scopes.has_key(interest, key));
+        let gone = keys.iter().filter(|key| {
+            let number = self.slots.find(digest::position(key), key);
+            !number.is_some_and(|number| self.scopes.has(interest, number))
+        });
         let objects: Vec<Bytes> = gone.map(removal).collect();
         let frame = (!objects.is_empty()).then(|| wire::frame_updates(objects.iter()));
         (frame, keys.len())
@@ -179,8 +234,8 @@ impl Cache {
         let mut all = self.scopes.all_of(interest);
         if let Some((stale, buckets)) = stale {
             all.retain(|number| {
-                let slot = self.scopes.slot(*number);
-                let bucket = slot.map(|(position, _)| digest::bucket(position, buckets));
+                let slot = self.slots.get(*number);
+                let bucket = slot.map(|slot| digest::bucket(slot.position, buckets));
                 bucket
                     .and_then(|bucket| u32::try_from(bucket).ok())
                     .is_some_and(|bucket| stale.binary_search(&bucket).is_ok())
@@ -192,11 +247,8 @@ impl Cache {
     /// The digests of the endpoints that are asked for.
     pub(super) fn scope_digests(&self, interest: &Interest, into: &mut [u64]) {
         for number in self.scopes.all_of(interest) {
-            let Some((position, key)) = self.scopes.slot(number) else {
-                continue;
-            };
-            if let Some(stored) = self.objects.get(&(position, key.clone())) {
-                into[digest::bucket(position, into.len())] ^= stored.digest;
+            if let Some(slot) = self.slots.get(number).filter(|slot| slot.live) {
+                into[digest::bucket(slot.position, into.len())] ^= slot.digest;
             }
         }
     }

@@ -153,6 +153,7 @@ impl Scoped {
 
     /// A snapshot begins, which has everything that the client asks for by now.
     pub(super) fn begin(&mut self, cache: &mut Cache) {
+        cache.begin_interest(&mut self.interest);
         if let Some(id) = self.told.take() {
             cache.change_interest(&mut self.interest, &self.wanted, self.cursor);
             self.taken = id;
