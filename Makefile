@@ -50,6 +50,7 @@ test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked
 test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real kube-apiserver (built once, some 10 minutes)
 	scripts/peers etcd
 	scripts/kubernetes
+	scripts/helm
 	scripts/test-as-root 'etcd_*'
 	scripts/test-as-root 'apiserver_*'
 
