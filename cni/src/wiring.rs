@@ -58,12 +58,15 @@ pub(crate) fn alias(container_id: &str, ifname: &str) -> String {
     format!("{container_id}/{ifname}")
 }
 
-/// The host side of a container's interface, under whatever name.
-pub(crate) fn host_side(host: &Netlink, alias: &str) -> Result<Option<Link>> {
-    let links = host.dump_links()?;
-    Ok(links
-        .into_iter()
-        .find(|l| l.kind == LinkKind::Veth && l.alias.as_deref() == Some(alias)))
+/// The host side of a container's interface, under whatever name; `name` is the likely one.
+pub(crate) fn host_side(host: &Netlink, name: &str, alias: &str) -> Result<Option<Link>> {
+    let is = |link: &Link| link.kind == LinkKind::Veth && link.alias.as_deref() == Some(alias);
+    if let Some(link) = host.link_by_name(name)?
+        && is(&link)
+    {
+        return Ok(Some(link));
+    }
+    Ok(host.dump_links()?.into_iter().find(is))
 }
 
 /// Makes the pair. What a failure leaves is removed again. A host side of the same name is a left-over of an earlier
@@ -121,14 +124,15 @@ async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) ->
     let host_side = host
         .link_by_name(&wish.host_name)?
         .ok_or_else(|| not_found(&wish.host_name))?;
-    let alias = LinkChange {
+    prepare_host(host.netns(), &wish.host_name, wish.route_localnet).await?;
+    // The kernel takes the alias first: what is up has one.
+    let named_and_up = LinkChange {
         alias: Some(wish.alias.clone()),
+        up: Some(true),
         ..LinkChange::default()
     };
-    host.change_link(host_side.index, &alias).await?;
-    prepare_host(host.netns(), &wish.host_name, wish.route_localnet).await?;
-    host.set_link_up(host_side.index, true).await?;
-    if let Some(lo) = pod.link_by_name("lo")? {
+    host.change_link(host_side.index, &named_and_up).await?;
+    if let Some(lo) = pod.link_by_name("lo")?.filter(|lo| !lo.up) {
         pod.set_link_up(lo.index, true).await?;
     }
     for address in &wish.addresses {
@@ -189,64 +193,89 @@ fn default_of(address: IpAddr) -> IpNetwork {
     }
 }
 
-async fn write(netns: &NetNs, settings: Vec<(String, &'static str)>, optional: bool) -> Result<()> {
-    let netns = netns.clone();
-    let written = tokio::task::spawn_blocking(move || {
-        let settings: Vec<(&str, &str)> = settings
-            .iter()
-            .map(|(key, value)| (key.as_str(), *value))
-            .collect();
-        sysctl::write_all(&netns, &settings)
-    });
-    let results = written.await.map_err(|_| {
-        cali_netlink::Error::errno("write", "settings of an interface", Errno::ECANCELED)
-    })?;
-    for result in results {
-        match result {
-            // A kernel without IPv6 has no such settings.
-            Err(e) if optional && e.is_not_found() => {}
-            other => {
-                other?;
-            }
+/// One kernel setting. A kernel without IPv6 lacks those of IPv6, which is an error only where they are needed.
+struct Setting {
+    key: String,
+    value: &'static str,
+    needed: bool,
+}
+
+impl Setting {
+    fn v4(key: impl Into<String>, value: &'static str) -> Self {
+        Self {
+            key: format!("ipv4/{}", key.into()),
+            value,
+            needed: true,
         }
     }
-    Ok(())
+
+    fn v6(key: impl Into<String>, value: &'static str, needed: bool) -> Self {
+        Self {
+            key: format!("ipv6/{}", key.into()),
+            value,
+            needed,
+        }
+    }
+}
+
+async fn write(netns: &NetNs, settings: Vec<Setting>) -> Result<()> {
+    let netns = netns.clone();
+    let written = tokio::task::spawn_blocking(move || {
+        let pairs: Vec<(&str, &str)> = settings
+            .iter()
+            .map(|setting| (setting.key.as_str(), setting.value))
+            .collect();
+        let results = sysctl::write_all(&netns, &pairs);
+        let needed = settings.iter().map(|setting| setting.needed);
+        needed
+            .zip(results)
+            .try_for_each(|(needed, result)| match result {
+                Err(e) if !needed && e.is_not_found() => Ok(()),
+                other => other.map(|_| ()),
+            })
+    });
+    written.await.map_err(|_| {
+        cali_netlink::Error::errno("write", "settings of an interface", Errno::ECANCELED)
+    })?
 }
 
 async fn prepare_pod(netns: &NetNs, v6: bool, forwarding: bool) -> Result<()> {
     let on = if forwarding { "1" } else { "0" };
-    write(netns, vec![("ipv4/ip_forward".to_owned(), on)], false).await?;
-    // Without duplicate address detection an address can be used at once; nobody else is on the link.
     let mut settings = vec![
-        ("ipv6/conf/default/accept_dad".to_owned(), "0"),
-        ("ipv6/conf/all/forwarding".to_owned(), on),
+        Setting::v4("ip_forward", on),
+        // Without duplicate address detection an address can be used at once; nobody else is on the link.
+        Setting::v6("conf/default/accept_dad", "0", v6),
+        Setting::v6("conf/all/forwarding", on, v6),
     ];
     if v6 {
-        settings
-            .extend(["all", "default", "lo"].map(|d| (format!("ipv6/conf/{d}/disable_ipv6"), "0")));
+        let devices = ["all", "default", "lo"];
+        settings.extend(devices.map(|d| Setting::v6(format!("conf/{d}/disable_ipv6"), "0", true)));
     }
-    write(netns, settings, !v6).await
+    write(netns, settings).await
 }
 
 async fn prepare_host(netns: &NetNs, name: &str, route_localnet: bool) -> Result<()> {
-    let mut v4 = vec![
-        (format!("ipv4/neigh/{name}/proxy_delay"), "0"),
-        (format!("ipv4/conf/{name}/proxy_arp"), "1"),
-        (format!("ipv4/conf/{name}/forwarding"), "1"),
+    let conf = |key: &str| format!("conf/{name}/{key}");
+    let mut settings = vec![
+        Setting::v4(format!("neigh/{name}/proxy_delay"), "0"),
+        Setting::v4(conf("proxy_arp"), "1"),
+        Setting::v4(conf("forwarding"), "1"),
     ];
     if route_localnet {
-        v4.push((format!("ipv4/conf/{name}/route_localnet"), "1"));
+        settings.push(Setting::v4(conf("route_localnet"), "1"));
     }
-    write(netns, v4, false).await?;
-    let v6 = vec![
-        (format!("ipv6/conf/{name}/disable_ipv6"), "0"),
-        (format!("ipv6/conf/{name}/addr_gen_mode"), "0"),
-        (format!("ipv6/conf/{name}/accept_dad"), "0"),
-        (format!("ipv6/conf/{name}/accept_ra"), "0"),
-        (format!("ipv6/conf/{name}/proxy_ndp"), "1"),
-        (format!("ipv6/conf/{name}/forwarding"), "1"),
-    ];
-    write(netns, v6, true).await
+    settings.extend(
+        [
+            ("disable_ipv6", "0"),
+            ("addr_gen_mode", "0"),
+            ("accept_dad", "0"),
+            ("accept_ra", "0"),
+            ("proxy_ndp", "1"),
+            ("forwarding", "1"),
+        ]
+        .map(|(key, value)| Setting::v6(conf(key), value, false)),
+    );
+    write(netns, settings).await
 }
 
 /// Removes an interface of a pod by its name there, if it is one end of a pair.

@@ -419,22 +419,36 @@ kernel_test! {
 
     async fn a_restarted_server_publishes_what_was_answered_before() {
         let mut node = Node::new("cniresume").await;
-        let pod = TestNs::new("cnipod");
-        node.pod("p", json!({})).await;
-        let result = node.call(&Call::new("ADD", "p", "c1", pod.name())).ok();
-        soon("the annotation", async || node.annotations("p").await.contains_key(POD_IP)).await;
+        let pods = [TestNs::new("cnipod"), TestNs::new("cnipod")];
+        // The addresses of one are not ours: only its interface and the route over it tell of it.
+        node.pod("ours", json!({})).await;
+        node.pod("theirs", json!({"cni.projectcalico.org/ipAddrsNoIpam": "[\"10.99.0.5\"]"})).await;
+        let mut results = Vec::new();
+        for (name, pod) in ["ours", "theirs"].into_iter().zip(&pods) {
+            let container = format!("c-{name}");
+            let call = Call::new("ADD", name, &container, pod.name())
+                .with("feature_control", json!({"ip_addrs_no_ipam": true}));
+            results.push(node.call(&call).ok());
+            soon("the annotation", async || node.annotations(name).await.contains_key(POD_IP)).await;
+        }
+        assert_eq!(address(&results[1], 0), IpAddr::from([10, 99, 0, 5]));
         node.stop();
         // As if the daemon had died between the answer and the annotation.
-        let key = cali_api::Key::namespaced(cali_api::Kind::K8sPod, "test", "p");
-        let mut stored = node.store.get(&key).await.unwrap().object.as_ref().clone();
-        stored.metadata_mut().annotations.clear();
-        node.store.update(stored).await.unwrap();
+        for name in ["ours", "theirs"] {
+            let key = cali_api::Key::namespaced(cali_api::Kind::K8sPod, "test", name);
+            let mut stored = node.store.get(&key).await.unwrap().object.as_ref().clone();
+            let annotations = &mut stored.metadata_mut().annotations;
+            annotations.retain(|name, _| name.ends_with("NoIpam"));
+            node.store.update(stored).await.unwrap();
+        }
         node.sink.up.lock().unwrap().clear();
         node.start();
-        soon("the annotation", async || {
-            node.annotations("p").await.get(POD_IP) == Some(&format!("{}/32", address(&result, 0)))
-        }).await;
-        soon("the endpoint", async || node.sink.up.lock().unwrap().len() == 1).await;
+        for (name, result) in ["ours", "theirs"].into_iter().zip(&results) {
+            soon("the annotation", async || {
+                node.annotations(name).await.get(POD_IP) == Some(&format!("{}/32", address(result, 0)))
+            }).await;
+        }
+        soon("the endpoints", async || node.sink.up.lock().unwrap().len() == 2).await;
     }
 
     async fn what_an_earlier_run_left_half_made_is_left_to_the_next_add() {

@@ -209,7 +209,7 @@ impl Applier {
                         turn_at.get_or_insert(now + SETTLE);
                     }
                 }
-                first = events.next() => match burst(&mut events, first).await {
+                burst = events.next_burst(BURST, BURST_LIMIT) => match burst {
                     Ok(burst) => {
                         if self.on_burst(burst) {
                             turn_at.get_or_insert(now + SETTLE);
@@ -571,8 +571,4 @@ pub(crate) fn with_cause(problem: &dyn std::error::Error) -> String {
         Some(source) => format!("{problem}: {source}"),
         None => problem.to_string(),
     }
-}
-
-async fn burst(events: &mut EventStream, first: Result<Event, Error>) -> Result<Vec<Event>, Error> {
-    events.burst_after(first?, BURST, BURST_LIMIT).await
 }

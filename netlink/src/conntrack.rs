@@ -21,7 +21,10 @@ const NFNL_SUBSYS_CTNETLINK: u16 = 1;
 const CT_NEW: u16 = NFNL_SUBSYS_CTNETLINK << 8;
 const CT_GET: u16 = NFNL_SUBSYS_CTNETLINK << 8 | 1;
 const CT_DELETE: u16 = NFNL_SUBSYS_CTNETLINK << 8 | 2;
+const CT_GET_STATS: u16 = NFNL_SUBSYS_CTNETLINK << 8 | 5;
 const NFGENMSG: usize = 4;
+/// `CTA_STATS_GLOBAL_ENTRIES`: of the namespace, in spite of its name.
+const CTA_STATS_GLOBAL_ENTRIES: u16 = 1;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_STATUS: u16 = 3;
@@ -129,6 +132,29 @@ impl Conntrack {
         })
     }
 
+    /// How many flows there are. Costs nothing, whereas for a dump, filtered or not, the kernel walks the table of all
+    /// namespaces: 10 ms where it has a quarter of a million buckets.
+    pub fn count(&self) -> Result<u32> {
+        let write = |writer: &mut Writer, sequence| {
+            writer.begin(CT_GET_STATS, NLM_F_REQUEST, sequence);
+            writer.raw(&[0; NFGENMSG]);
+            writer.finish();
+        };
+        let read = |message: &Message<'_>| {
+            if message.kind != CT_GET_STATS {
+                return None;
+            }
+            Attrs::after(message.payload, NFGENMSG)
+                .find(CTA_STATS_GLOBAL_ENTRIES)?
+                .get_be32()
+        };
+        self.socket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .query(write, read)
+            .map_err(|cause| Error::new("count", "conntrack", cause))
+    }
+
     /// All flows of both families.
     pub fn dump(&self) -> Result<Vec<Flow>> {
         let write = |writer: &mut Writer, sequence| {
@@ -195,9 +221,13 @@ impl Conntrack {
 
     /// Removes the flows for which `which` holds; says how many there were.
     ///
-    /// Costs a dump of the whole table: collect addresses and tuples, and call it once for all of them. An entry that
-    /// has expired in between, or was replaced by a new flow with the same tuple, is not an error and not touched.
+    /// Costs a dump of the whole table, where it has any flows: collect addresses and tuples, and call it once for all of
+    /// them. An entry that has expired in between, or was replaced by a new flow with the same tuple, is not an error and not
+    /// touched.
     pub fn delete_matching(&self, which: impl Fn(&Flow) -> bool) -> Result<usize> {
+        if self.count()? == 0 {
+            return Ok(0);
+        }
         let flows: Vec<Flow> = self
             .dump()?
             .into_iter()

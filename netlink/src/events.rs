@@ -145,6 +145,9 @@ pub enum Event {
 pub struct EventStream {
     socket: AsyncFd<EventSocket>,
     waiting: VecDeque<Event>,
+    /// The burst that is being gathered, and until when.
+    gathered: Vec<Event>,
+    gathered_until: tokio::time::Instant,
     decode: fn(&Message<'_>) -> Option<Event>,
     port: u32,
 }
@@ -208,6 +211,8 @@ impl EventStream {
         Ok(Self {
             socket,
             waiting: VecDeque::new(),
+            gathered: Vec::new(),
+            gathered_until: tokio::time::Instant::now(),
             decode,
             port,
         })
@@ -241,37 +246,40 @@ impl EventStream {
         self.waiting.pop_front()
     }
 
-    /// `first` and what comes within `window` after it, at most `limit` in all. Unlike [`Self::next_burst`] this loses
-    /// nothing in a `select!` whose branch waits for [`Self::next`]: the collecting is done in the branch's body.
-    pub async fn burst_after(
-        &mut self,
-        first: Event,
-        window: Duration,
-        limit: usize,
-    ) -> Result<Vec<Event>> {
-        let mut burst = vec![first];
-        let end = tokio::time::Instant::now() + window;
-        while burst.len() < limit {
-            match tokio::time::timeout_at(end, self.next()).await {
-                Ok(event) => burst.push(event?),
+    /// What comes within `window` after the first notification, at most `limit` of them. For owners that would rather handle
+    /// a burst at once. Safe to drop while waiting: what has come so far is part of the next burst, so a `select!` is free
+    /// for its other branches meanwhile.
+    pub async fn next_burst(&mut self, window: Duration, limit: usize) -> Result<Vec<Event>> {
+        if self.gathered.is_empty() {
+            let first = self.next().await?;
+            self.gathered.push(first);
+            self.gathered_until = tokio::time::Instant::now() + window;
+        }
+        while self.gathered.len() < limit {
+            match tokio::time::timeout_at(self.gathered_until, self.next()).await {
+                Ok(event) => {
+                    let event = event?;
+                    self.gathered.push(event);
+                }
                 Err(_) => break,
             }
         }
-        Ok(burst)
+        Ok(std::mem::take(&mut self.gathered))
     }
 
-    /// What comes within `window` after the first notification, at most `limit` of them. For owners that would
-    /// rather handle a burst at once.
-    pub async fn next_burst(&mut self, window: Duration, limit: usize) -> Result<Vec<Event>> {
-        let mut burst = vec![self.next().await?];
-        let end = tokio::time::Instant::now() + window;
-        while burst.len() < limit {
-            match tokio::time::timeout_at(end, self.next()).await {
-                Ok(event) => burst.push(event?),
-                Err(_) => break,
+    /// What has come by now, without waiting for the end of a burst: for owners that are about to act upon what they know.
+    ///
+    /// # Errors
+    /// The socket's; what has come before is kept for the next call.
+    pub fn burst_so_far(&mut self) -> Result<Vec<Event>> {
+        // Bounded: somebody may be writing faster than this reads.
+        for _ in 0..TURN {
+            if read_turn(&mut self.socket.get_mut().0, self.decode, &mut self.waiting)? {
+                break;
             }
         }
-        Ok(burst)
+        self.gathered.extend(self.waiting.drain(..));
+        Ok(std::mem::take(&mut self.gathered))
     }
 }
 

@@ -10,6 +10,7 @@
 //! - [`wireguard`]: keys and peers of WireGuard devices, over generic netlink.
 //! - [`echo`]: whether a path carries packets of a size.
 //! - [`process`]: a process held by a descriptor.
+//! - [`together`]: what many callers want, asked of the kernel at once.
 //! - [`reconcile`]: the pure planner that every kernel programmer here uses.
 //! - [`probe`]: what this host can do, said so that an operator can act on it.
 //!
@@ -27,6 +28,7 @@ mod genetlink;
 pub mod ipset;
 pub mod link;
 mod link_change;
+mod link_removal;
 pub mod mac;
 pub mod neighbour;
 mod netlink;
@@ -47,6 +49,7 @@ pub mod sysctl;
 pub mod tcp;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod together;
 mod wire;
 pub mod wireguard;
 
@@ -55,6 +58,7 @@ pub use error::{Cause, Error, Result};
 pub use events::{Event, EventStream, Group, Notice};
 pub use ipnetwork::IpNetwork;
 pub use link::{IfIndex, IpIp, Link, LinkChange, LinkKind, NewLink, NewLinkKind, VethPeer, Vxlan};
+pub use link_removal::LinkRemover;
 pub use mac::MacAddr;
 pub use neighbour::{FdbEntry, Neighbour};
 pub use netlink::{Netlink, ReadyRoutes};

@@ -185,6 +185,39 @@ async fn a_burst_beyond_the_buffer_is_told_as_overflow_and_the_stream_goes_on() 
 }
 
 #[tokio::test]
+async fn a_burst_that_nobody_waited_for_to_its_end_is_not_lost() {
+    let (ns, _peer, eth0) = pair("gather").await;
+    let mut events = ns.netlink().events(&[Group::Ipv4Route]).unwrap();
+    let route = |prefix: &str| {
+        let hop = Target::Hop(Hop::via("10.0.0.2".parse().unwrap(), eth0));
+        Change::Replace(Route::new(prefix.parse().unwrap(), 80, hop))
+    };
+    let prefixes = |events: Vec<Event>| -> Vec<String> {
+        let prefix = |event: &Event| match event {
+            Event::Route(notice) => notice.object().prefix.to_string(),
+            other => format!("{other:?}"),
+        };
+        events.iter().map(prefix).collect()
+    };
+    // The window is longer than the test: the first burst is given up with its event in hand.
+    let window = Duration::from_secs(3600);
+    ns.netlink().apply_routes(&[route("11.0.0.0/26")]);
+    let given_up = tokio::time::timeout(Duration::from_millis(50), events.next_burst(window, 10));
+    assert!(given_up.await.is_err());
+    ns.netlink().apply_routes(&[route("11.0.1.0/26")]);
+    let so_far = prefixes(events.burst_so_far().unwrap());
+    assert_eq!(so_far, ["11.0.0.0/26", "11.0.1.0/26"]);
+    assert!(events.burst_so_far().unwrap().is_empty());
+    ns.netlink().apply_routes(&[route("11.0.2.0/26")]);
+    let given_up = tokio::time::timeout(Duration::from_millis(50), events.next_burst(window, 2));
+    assert!(given_up.await.is_err());
+    ns.netlink().apply_routes(&[route("11.0.3.0/26")]);
+    let full = events.next_burst(window, 2);
+    let full = tokio::time::timeout(patient(LIMIT), full).await.unwrap();
+    assert_eq!(prefixes(full.unwrap()), ["11.0.2.0/26", "11.0.3.0/26"]);
+}
+
+#[tokio::test]
 async fn five_thousand_routes_fit_into_the_default_buffer_of_a_stream() {
     let (ns, _peer, eth0) = pair("burst").await;
     let mut events = ns.netlink().events(&[Group::Ipv4Route]).unwrap();
@@ -219,6 +252,11 @@ fn flows_of_an_address_are_found_and_deleted() {
     ns.ip("addr add 10.5.0.1/32 dev lo");
     ns.ip("addr add fd05::1/128 dev lo nodad");
     let conntrack = Conntrack::open(ns.netns()).unwrap();
+    assert_eq!(
+        conntrack.count().unwrap(),
+        0,
+        "a new namespace has no flows"
+    );
     ns.netns()
         .run(|| {
             for (from, to) in [
@@ -242,6 +280,7 @@ fn flows_of_an_address_are_found_and_deleted() {
         .unwrap();
     ns.run("ping", &["-c", "1", "10.5.0.1"]);
     let flows = conntrack.dump().unwrap();
+    assert_eq!(conntrack.count().unwrap() as usize, flows.len());
     let udp = |destination: &str, port| Tuple {
         source: if destination.contains(':') {
             "::1".parse().unwrap()

@@ -1,11 +1,13 @@
 //! Pods that come and go, told to the dataplane on behalf of the CNI server.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use cali_cni::server::{Endpoint, EndpointSink, Leaving, NotProgrammed};
 use cali_netlink::conntrack::Conntrack;
+use cali_netlink::together::Together;
 use cali_netlink::{Error, Netlink};
 use felix::dataplane::Handle;
 
@@ -16,16 +18,19 @@ const LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Endpoints {
     dataplane: Handle,
-    conntrack: Conntrack,
+    /// Ends the connections of addresses.
+    ending: Together<Vec<IpAddr>, Result<(), Error>>,
 }
 
 impl Endpoints {
     /// Speaks to this dataplane, which works in the namespace of `netlink`.
     pub fn new(dataplane: Handle, netlink: &Netlink) -> Result<Self, Error> {
-        Ok(Self {
-            dataplane,
-            conntrack: Conntrack::open(netlink.netns())?,
-        })
+        let conntrack = Conntrack::open(netlink.netns())?;
+        let ending = Together::start("connections", move |leaving: Vec<Vec<IpAddr>>| {
+            let ended = conntrack.delete_addresses(&leaving.concat());
+            vec![ended.map(|_| ()); leaving.len()]
+        })?;
+        Ok(Self { dataplane, ending })
     }
 }
 
@@ -55,10 +60,8 @@ impl EndpointSink for Endpoints {
             .map_err(refused)?;
         // The datastore may show the endpoint a little longer than its interface exists; its connections end now in any
         // case, before anybody else can have the addresses.
-        self.conntrack
-            .delete_addresses(&leaving.addresses)
-            .map(|_| ())
-            .map_err(refused)
+        let ended = self.ending.ask(leaving.addresses).await;
+        ended.and_then(|ended| ended).map_err(refused)
     }
 
     fn ready(&self) -> Result<(), NotProgrammed> {

@@ -556,6 +556,15 @@ impl Program {
         })
     }
 
+    /// The device that a selected route waits for.
+    #[must_use]
+    pub fn missing_device(&self, prefix: &Cidr) -> Option<Arc<str>> {
+        match self.placed.get(prefix)?.row.as_ref().err()? {
+            Waiting::Device(device) => Some(device.clone()),
+            Waiting::Ids(_) => None,
+        }
+    }
+
     /// Devices and gateways of the rows in the kernel: what must not be taken away from under them.
     pub fn gateways_in_use(&self) -> impl Iterator<Item = (IfIndex, std::net::IpAddr)> + '_ {
         self.nexthops

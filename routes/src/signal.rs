@@ -85,8 +85,23 @@ impl Task {
         let same = |known: &Link| {
             known.name == link.name && known.up == link.up && known.carrier == link.carrier
         };
-        if matches!(notice, Notice::Present(_)) && known.is_some_and(same) {
-            return;
+        if matches!(notice, Notice::Present(_)) {
+            if known.is_some_and(same) {
+                return;
+            }
+            // A device that comes, or comes up, takes nothing away; only whether it is still so has to be asked.
+            if link.up && !known.is_some_and(|known| known.up) {
+                let index = link.index;
+                if let Some(link) = self.fresh_link(index) {
+                    self.on_fresh_link(link);
+                }
+                self.audit.reach_all = true;
+                return;
+            }
+            if !link.up && known.is_none() {
+                // Nothing goes over it yet.
+                return;
+            }
         }
         self.audit.links = true;
         self.audit.nexthops = true;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cali_api::{Cidr, NodeName};
-use cali_netlink::events::{Event, EventStream, Group};
+use cali_netlink::events::{EventStream, Group};
 use cali_netlink::reconcile::{Drift, Op};
 use cali_netlink::{Error, IfIndex, Link, Netlink, Route, RouteKey};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -195,19 +195,22 @@ impl Task {
             let due = due.into_iter().flatten().min().unwrap_or(next_audit);
             tokio::select! {
                 command = inbox.recv() => match command {
-                    Some(command) => self.on_command(command, &mut inbox),
+                    Some(command) => {
+                        // What somebody else did before is taken in before what is asked for is written.
+                        match events.burst_so_far() {
+                            Ok(burst) => self.on_burst(burst, Instant::now()),
+                            Err(error) => return notifications_ended(&error),
+                        }
+                        self.on_command(command, &mut inbox);
+                    }
                     None => return,
                 },
-                first = events.next() => match burst(&mut events, first).await {
+                burst = events.next_burst(BURST, BURST_LIMIT) => match burst {
                     Ok(burst) => {
                         self.on_burst(burst, Instant::now());
                         self.turn();
                     }
-                    Err(error) => {
-                        // Without notifications only the audit is left; that is not how this is meant to run.
-                        warn!(%error, "route notifications have ended");
-                        return;
-                    }
+                    Err(error) => return notifications_ended(&error),
                 },
                 () = tokio::time::sleep_until(due.into()) => {
                     if Instant::now() >= next_audit {
@@ -266,6 +269,7 @@ impl Task {
             next = inbox.try_recv().ok();
         }
         self.turn();
+        self.look_for_devices(waiting.iter().flat_map(|(_, asked)| asked));
         for (done, asked) in waiting {
             let failed = asked.into_iter().filter_map(|prefix| {
                 let reason = self.problem_of(&prefix)?;
@@ -409,6 +413,42 @@ impl Task {
         Ok(())
     }
 
+    /// Somebody waits for these routes: a device that they need may be there, and the news of it on its way.
+    fn look_for_devices<'a>(&mut self, asked: impl Iterator<Item = &'a Cidr>) {
+        let missing: BTreeSet<Arc<str>> = asked
+            .filter_map(|prefix| self.program.missing_device(prefix))
+            .collect();
+        let mut found = false;
+        for name in missing {
+            match self.netlink.link_by_name(&name) {
+                Ok(link) => found |= link.is_some_and(|link| self.on_fresh_link(link)),
+                Err(error) => warn!(%error, "cannot look for the device of a route"),
+            }
+        }
+        if found {
+            self.turn();
+        }
+    }
+
+    /// Takes in a device as it is now; true where routes can go over it that could not before.
+    pub(crate) fn on_fresh_link(&mut self, link: Link) -> bool {
+        let better = link.up && !self.links.get(&link.index).is_some_and(|known| known.up);
+        if better {
+            self.links.insert(link.index, link);
+            self.program.set_devices(kernel::usable(&self.links));
+        }
+        better
+    }
+
+    /// The device as the kernel has it; what cannot be read now is read with the next audit.
+    pub(crate) fn fresh_link(&mut self, index: IfIndex) -> Option<Link> {
+        self.netlink.link_by_index(index).unwrap_or_else(|error| {
+            warn!(%error, "cannot look at a device; reading all of them");
+            self.audit.links = true;
+            None
+        })
+    }
+
     fn read_links(&mut self) -> Result<(), Error> {
         self.links = self
             .netlink
@@ -521,6 +561,7 @@ pub(crate) fn log_drift(drift: &Drift<RouteKey, Route>) {
     }
 }
 
-async fn burst(events: &mut EventStream, first: Result<Event, Error>) -> Result<Vec<Event>, Error> {
-    events.burst_after(first?, BURST, BURST_LIMIT).await
+/// Without notifications only the audit is left; that is not how this is meant to run.
+fn notifications_ended(error: &Error) {
+    warn!(%error, "route notifications have ended");
 }

@@ -184,6 +184,31 @@ fn routes_have_the_form_that_users_know() {
     });
 }
 
+/// A pod's interface comes up and its route is asked for in the same moment: the news of the one must not delay the other.
+#[test]
+fn a_route_over_a_device_that_has_just_come_up_is_there_with_the_answer() {
+    run(async {
+        let node = Node::new("fresh").await;
+        let writer = node.start();
+        writer.apply(everything()).await.unwrap();
+        for number in 10..20 {
+            let (device, prefix) = (format!("cali{number}"), format!("192.168.1.{number}/32"));
+            let pair = format!("link add {device} type veth peer name peer{number}");
+            node.ns.ip(&pair);
+            let early = writer
+                .apply(vec![workload(&prefix, &device)])
+                .await
+                .unwrap();
+            assert_eq!(early.len(), 1, "the device is down: {early:?}");
+            node.ns.ip(&format!("link set {device} up"));
+            let asked = writer.apply(vec![workload(&prefix, &device)]).await;
+            assert_eq!(asked.unwrap(), Vec::new());
+            let row = node.route(&prefix).unwrap();
+            assert!(row.contains(&format!("dev {device} proto 80")), "{row}");
+        }
+    });
+}
+
 #[test]
 fn deleted_routes_are_back_within_a_second() {
     run(async {

@@ -13,7 +13,7 @@ use cali_api::AnyResource;
 use cali_bench::bgp::cost::machine;
 use cali_bench::cni::node::{self, Node};
 use cali_bench::cni::plugin::{Called, Pod, Runtime};
-use cali_bench::cni::{NAMESPACE, NODE};
+use cali_bench::cni::{NAMESPACE, NODE, stages};
 use cali_bench::namespace::{Namespace, percentiles};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
@@ -168,6 +168,12 @@ impl Scene {
         Ok(node)
     }
 
+    /// The log of the node from this octet on, and how long it is.
+    fn log(&self, from: usize) -> Result<(String, usize)> {
+        let log = std::fs::read_to_string(self.folder.path().join("log"))?;
+        Ok((log.get(from..).unwrap_or_default().to_owned(), log.len()))
+    }
+
     /// One call for each of these pods, one after another.
     fn each(&self, verb: &str, count: usize, watched: bool) -> Result<Vec<Called>> {
         (0..count)
@@ -314,8 +320,19 @@ fn alone(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
+/// Where the server's part of the time went.
+fn stage_row(verb: &str, log: &str) {
+    let parts: Vec<String> = stages::medians(log, verb)
+        .iter()
+        .map(|(stage, median)| format!("{stage} {median:.1} ms"))
+        .collect();
+    let what = format!("of that in the server, stage by stage, medians (`{verb}`)");
+    row(&what, &parts.join(", "), "", &[]);
+}
+
 fn one_after_another(scene: &Scene, node: &mut Node, count: usize) -> Result<()> {
     let before = node.settled()?;
+    let (_, begun) = scene.log(0)?;
     let adds = scene.each("ADD", count, false)?;
     let after = node.settled()?;
     scene.stands(count)?;
@@ -326,9 +343,11 @@ fn one_after_another(scene: &Scene, node: &mut Node, count: usize) -> Result<()>
         "15 ms, 40 ms",
         &[(median, 15.0), (worst, 40.0)],
     );
+    stage_row("ADD", &scene.log(begun)?.0);
     let requests = difference(&before, &after);
     let dels = scene.each("DEL", count, false)?;
     scene.stands(0)?;
+    let (log, _) = scene.log(begun)?;
     let [median, worst] = spread(&dels);
     row(
         &format!("`DEL`, {count} one after another"),
@@ -336,6 +355,7 @@ fn one_after_another(scene: &Scene, node: &mut Node, count: usize) -> Result<()>
         "",
         &[],
     );
+    stage_row("DEL", &log);
     let watched = count.min(50);
     let adds = scene.each("ADD", watched, true)?;
     scene.each("DEL", watched, false)?;

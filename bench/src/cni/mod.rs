@@ -7,6 +7,7 @@
 pub mod counted;
 pub mod node;
 pub mod plugin;
+pub mod stages;
 
 /// Name of the node.
 pub const NODE: &str = "bench";

@@ -101,7 +101,9 @@ impl Node {
 /// # Errors
 /// The daemon's.
 pub fn serve() -> Result<()> {
+    let filter = format!("info,{}=debug", cali_cni::server::stages::TARGET);
     tracing_subscriber::fmt()
+        .with_env_filter(filter)
         .with_ansi(false)
         .with_writer(std::io::stderr)
         .init();

@@ -12,14 +12,17 @@ use cali_control::cni::{Command, Failure, Plugin, Request};
 use cali_datastore::Datastore;
 use cali_ipam::Owner;
 use cali_ipam::reserve::{Ask, Keeper};
-use cali_netlink::{NetNs, Netlink};
+use cali_netlink::together::Together;
+use cali_netlink::{IfIndex, LinkRemover, NetNs, Netlink};
 use serde_json::Value;
 
 use super::Settings;
 use super::directory::Directory;
+use super::leftovers::who_owns;
 use super::pods::{self, Known, Standing, Who};
 use super::publish::{News, Publisher};
 use super::sink::{Endpoint, EndpointSink, Leaving};
+use super::stages::Stages;
 use super::translations::Translations;
 use crate::bandwidth;
 use crate::config::Config;
@@ -44,6 +47,7 @@ pub(super) struct Calls {
     pub(super) publisher: Publisher,
     /// None where the kernel has no nf_tables.
     pub(super) translations: Option<Arc<Translations>>,
+    removal: Together<IfIndex, cali_netlink::Result<bool>>,
     turns: Mutex<HashMap<Who, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -72,7 +76,11 @@ impl Calls {
         keeper: Keeper,
         host: Netlink,
         sink: Arc<dyn EndpointSink>,
-    ) -> Self {
+    ) -> cali_netlink::Result<Self> {
+        let mut remover = LinkRemover::open(host.netns())?;
+        let removal = Together::start("interfaces", move |devices: Vec<IfIndex>| {
+            remover.remove(&devices)
+        })?;
         let publisher = Publisher::start(Arc::clone(&store), &settings.node);
         let translations = match Translations::open(&settings.state_dir, &host) {
             Ok(translations) => Some(Arc::new(translations)),
@@ -81,7 +89,7 @@ impl Calls {
                 None
             }
         };
-        Self {
+        Ok(Self {
             directory: Directory::start(store, &settings.node),
             settings,
             keeper,
@@ -89,8 +97,9 @@ impl Calls {
             sink,
             publisher,
             translations,
+            removal,
             turns: Mutex::new(HashMap::new()),
-        }
+        })
     }
 
     pub(super) async fn handle(
@@ -163,13 +172,16 @@ impl Calls {
                 .as_deref()
                 .unwrap_or_default(),
         )?;
+        let mut stages = Stages::start();
         let known = self.known(job).await?;
-        let pod = Netlink::open(&netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
+        stages.end("pod");
         let had_addresses = self.keeper.attachment(&job.handle).await.is_some();
         let addresses = self.acquire(job, &known).await?;
+        stages.end("address");
         let result = self
-            .wire_and_program(job, &known, &pod, &addresses, ports)
+            .wire_and_program(job, &known, &netns, &addresses, ports, &mut stages)
             .await;
+        stages.tell("ADD");
         if let Err(failure) = &result
             && !had_addresses
         {
@@ -187,17 +199,20 @@ impl Calls {
         &self,
         job: &Job<'_>,
         known: &Known,
-        pod: &Netlink,
+        netns: &NetNs,
         addresses: &[IpAddr],
         ports: Vec<PortMapping>,
+        stages: &mut Stages,
     ) -> Result<Value, Failure> {
+        let pod = Netlink::open(netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
         let mut wish = self.wish(job, addresses)?;
         wish.route_localnet = !ports.is_empty();
         wish.pod_mac = hardware_address(&job.config, &known.annotations())?;
         let wired = self
-            .wire(pod, &wish)
+            .wire(&pod, &wish)
             .await
             .map_err(|e| kernel("make the pod's interface", &e))?;
+        stages.end("interface");
         let cidrs: Vec<Cidr> = addresses.iter().copied().map(Cidr::host).collect();
         let workload = pods::endpoint(
             known,
@@ -211,7 +226,7 @@ impl Calls {
                 mac: cali_api::MacAddr(wired.pod_mac.0),
             },
         )?;
-        self.limit_bandwidth(job, &workload, pod, &wired);
+        self.limit_bandwidth(job, &workload, &pod, &wired);
         let endpoint = Endpoint {
             workload: workload.clone(),
             host_index: wired.host_index,
@@ -221,7 +236,9 @@ impl Calls {
             seconds => Duration::from_secs(seconds),
         };
         self.program(endpoint, limit).await?;
+        stages.end("policy");
         self.translate(job, &workload, addresses, ports)?;
+        stages.end("ports");
         self.publisher
             .tell(job.who.clone(), News::Up(Box::new(workload)));
         Ok(render(&added(job, &wish, &wired), &job.config.cni_version))
@@ -317,9 +334,10 @@ impl Calls {
 
     /// Makes the interface, unless it stands already as it should (the runtime may repeat an `ADD`).
     async fn wire(&self, pod: &Netlink, wish: &Wish) -> cali_netlink::Result<Wired> {
-        let ours = wiring::host_side(&self.host, &wish.alias)?;
-        let inside = pod.link_by_name(&wish.pod_name)?;
-        if let (Some(host_side), Some(inside)) = (&ours, &inside) {
+        // A pair has both of its ends or none.
+        if let Some(inside) = pod.link_by_name(&wish.pod_name)?
+            && let Some(host_side) = wiring::host_side(&self.host, &wish.host_name, &wish.alias)?
+        {
             if let Some(pod_mac) = inside.mac
                 && wiring::defects(&self.host, pod, wish)?.is_empty()
             {
@@ -330,13 +348,19 @@ impl Calls {
                 });
             }
             // An ADD that was cut off: begin again.
-            wiring::delete(&self.host, host_side.index).await?;
+            self.remove(host_side.index).await?;
         }
         wiring::create(&self.host, pod, wish).await
     }
 
+    /// Removes an interface of the host; that it is gone already is no error. Those of many pods go together.
+    async fn remove(&self, index: IfIndex) -> cali_netlink::Result<()> {
+        self.removal.ask(index).await?.map(|_| ())
+    }
+
     async fn undo(&self, job: &Job<'_>, addresses: &[IpAddr]) {
-        self.take_down(job, &job.who, addresses).await;
+        self.take_down(job, &job.who, addresses, &mut Stages::start())
+            .await;
         if let Err(e) = self.release(&job.handle).await {
             tracing::warn!(
                 handle = job.handle,
@@ -412,26 +436,22 @@ impl Calls {
         let addresses: Vec<IpAddr> = match &attachment {
             Some(attachment) => attachment.addresses.iter().map(|h| h.address).collect(),
             // Managed by nobody, or by another plugin: the container's for as long as it has its interface.
-            None if wiring::host_side(&self.host, &job.alias()).is_ok_and(|l| l.is_some()) => {
+            None if wiring::host_side(&self.host, &job.who.interface(), &job.alias())
+                .is_ok_and(|l| l.is_some()) =>
+            {
                 promised(job.config.prev_result.as_ref())
             }
             None => Vec::new(),
         };
         // The runtime may leave CNI_ARGS out; the journal remembers the pod.
-        let who = match (&job.who, attachment.as_ref().map(|a| &a.owner)) {
-            (Who::Container { .. }, Some(owner)) => {
-                match (owner.attribute("namespace"), owner.attribute("pod")) {
-                    (Some(namespace), Some(name)) => Who::Pod {
-                        namespace: namespace.to_owned(),
-                        name: name.to_owned(),
-                    },
-                    _ => job.who.clone(),
-                }
-            }
+        let owner = attachment.as_ref().map(|a| &a.owner);
+        let who = match (&job.who, owner.and_then(who_owns)) {
+            (Who::Container { .. }, Some(pod)) => pod,
             _ => job.who.clone(),
         };
-        self.take_down(job, &who, &addresses).await;
-        if let Some(netns) = netns {
+        let mut stages = Stages::start();
+        let removed = self.take_down(job, &who, &addresses, &mut stages).await;
+        if let Some(netns) = netns.filter(|_| !removed) {
             let removed = match Netlink::open(&netns) {
                 Ok(pod) => wiring::remove_in_pod(&pod, &job.request.ifname).await,
                 Err(e) => Err(e),
@@ -442,12 +462,22 @@ impl Calls {
         }
         let container_id = job.request.container_id.clone();
         self.publisher.tell(who, News::Down { container_id });
+        stages.end("interface");
         self.release(&job.handle).await?;
+        stages.end("address");
+        stages.tell("DEL");
         Ok(Value::Null)
     }
 
-    /// Ends route and policy, then removes the interface, unless a newer sandbox of the same pod has taken its place.
-    async fn take_down(&self, job: &Job<'_>, who: &Who, addresses: &[IpAddr]) {
+    /// Ends route and policy, then removes the interface, unless a newer sandbox of the same pod has taken its place. True where
+    /// the pair is gone for certain.
+    async fn take_down(
+        &self,
+        job: &Job<'_>,
+        who: &Who,
+        addresses: &[IpAddr],
+        stages: &mut Stages,
+    ) -> bool {
         if let Some(translations) = &self.translations
             && let Err(e) = translations.take(&job.handle)
         {
@@ -481,14 +511,16 @@ impl Calls {
                 ),
             }
         }
-        let removed = match wiring::host_side(&self.host, &job.alias()) {
-            Ok(Some(link)) => wiring::delete(&self.host, link.index).await.map(|_| ()),
-            Ok(None) => Ok(()),
+        stages.end("policy");
+        let removed = match wiring::host_side(&self.host, &who.interface(), &job.alias()) {
+            Ok(Some(link)) => self.remove(link.index).await.map(|()| true),
+            Ok(None) => Ok(false),
             Err(e) => Err(e),
         };
-        if let Err(e) = removed {
+        removed.unwrap_or_else(|e| {
             tracing::warn!(container = job.request.container_id, error = %e, "cannot remove a pod's interface");
-        }
+            false
+        })
     }
 
     /// Whether a pod that the configuration is for could be served now.

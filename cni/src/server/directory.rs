@@ -91,6 +91,18 @@ impl Directory {
             .map(|pod| view.known(namespace, pod.clone()))
     }
 
+    /// The pod of this node whose interface on the host has this name.
+    pub(super) fn pod_of_interface(&self, interface: &str) -> Option<Who> {
+        let view = self.view.borrow();
+        view.pods
+            .keys()
+            .map(|(namespace, name)| Who::Pod {
+                namespace: namespace.clone(),
+                name: name.clone(),
+            })
+            .find(|who| who.interface() == interface)
+    }
+
     /// What is known of a workload; a pod that is not there yet is waited for. `uid` is the runtime's idea of the pod's
     /// identity: an earlier pod of the same name is not the one that is meant.
     pub(super) async fn known(

@@ -11,6 +11,7 @@ mod leftovers;
 mod pods;
 mod publish;
 mod sink;
+pub mod stages;
 mod translations;
 
 use std::os::unix::fs::PermissionsExt;
@@ -65,11 +66,20 @@ impl Settings {
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {operation} the CNI socket {path}")]
-pub struct StartError {
-    operation: &'static str,
-    path: String,
-    source: std::io::Error,
+pub enum StartError {
+    /// The socket that the plugin calls.
+    #[error("cannot {operation} the CNI socket {path}")]
+    Socket {
+        /// What failed.
+        operation: &'static str,
+        /// Where.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The kernel's side.
+    #[error("the CNI server cannot work on the interfaces of the host")]
+    Kernel(#[source] cali_netlink::Error),
 }
 
 /// The running server. Dropping it ends it; calls that are being served are cut off.
@@ -97,8 +107,11 @@ impl Server {
         sink: Arc<dyn EndpointSink>,
     ) -> Result<Self, StartError> {
         let listener = listen(&settings)?;
-        let calls = Arc::new(Calls::new(settings.clone(), store, keeper, host, sink));
-        let task = tokio::spawn(run(listener, calls, tombstone::folder(&settings.state_dir)));
+        let found = leftovers::find(&host).map_err(StartError::Kernel)?;
+        let calls = Calls::new(settings.clone(), store, keeper, host, sink);
+        let calls = Arc::new(calls.map_err(StartError::Kernel)?);
+        let tombstones = tombstone::folder(&settings.state_dir);
+        let task = tokio::spawn(run(listener, calls, tombstones, found));
         Ok(Self { task, settings })
     }
 }
@@ -106,7 +119,7 @@ impl Server {
 fn listen(settings: &Settings) -> Result<UnixListener, StartError> {
     let failed = |operation| {
         let path = settings.socket.display().to_string();
-        move |source| StartError {
+        move |source| StartError::Socket {
             operation,
             path,
             source,
@@ -127,10 +140,15 @@ fn listen(settings: &Settings) -> Result<UnixListener, StartError> {
     Ok(listener)
 }
 
-async fn run(listener: UnixListener, calls: Arc<Calls>, tombstones: PathBuf) {
+async fn run(
+    listener: UnixListener,
+    calls: Arc<Calls>,
+    tombstones: PathBuf,
+    found: Vec<leftovers::Found>,
+) {
     let slots = Arc::new(Semaphore::new(CONCURRENCY));
     let mut served = JoinSet::new();
-    served.spawn(Arc::clone(&calls).resume());
+    served.spawn(Arc::clone(&calls).resume(found));
     if let Some(translations) = &calls.translations {
         served.spawn(Arc::clone(translations).keep());
     }

@@ -346,11 +346,11 @@ impl Driver {
                     }
                     None => inbox_open = false,
                 },
-                event = nft_events.next() => match burst(&mut nft_events, event).await {
+                events = nft_events.next_burst(BURST, BURST_LIMIT) => match events {
                     Ok(events) => self.on_nft(events),
                     Err(error) => return error!(%error, "notifications of nf_tables have ended"),
                 },
-                event = link_events.next() => match burst(&mut link_events, event).await {
+                events = link_events.next_burst(BURST, BURST_LIMIT) => match events {
                     Ok(events) => self.on_links(events),
                     Err(error) => return error!(%error, "notifications of links have ended"),
                 },
@@ -500,7 +500,11 @@ impl Driver {
             self.metrics.on_step(took, settled, Instant::now());
         }
         self.flows.free(&changes.freed);
-        self.judge_flows();
+        // Looking for flows takes the kernel longer than all the rest: whoever waits for what is new does not wait for that.
+        let waited_for = !self.waiting.is_empty();
+        if !waited_for {
+            self.judge_flows();
+        }
         self.wish_tunnels();
         let (gone, new): (VecDeque<_>, VecDeque<_>) = changes
             .routes
@@ -541,6 +545,12 @@ impl Driver {
         for done in self.waiting.drain(..) {
             // Whoever asked may have gone.
             let _ = done.send(());
+        }
+        if waited_for {
+            self.judge_flows();
+            if self.offload_flows() {
+                self.publish();
+            }
         }
     }
 
@@ -606,11 +616,13 @@ impl Driver {
             .set(i64::try_from(held).unwrap_or(i64::MAX));
     }
 
-    /// While nothing is on its way that could forbid a flow, established ones may take the short cut.
-    fn offload_flows(&mut self) {
+    /// While nothing is on its way that could forbid a flow, established ones may take the short cut. True where that gave
+    /// reason to say something else than before.
+    fn offload_flows(&mut self) -> bool {
         if !self.in_sync || !self.enforcer.is_settled() || !self.flows.is_idle() {
-            return;
+            return false;
         }
+        let before: Vec<String> = self.offload.notices().cloned().collect();
         let wireguard = self.resources.wireguard();
         let tunnels = [
             ipip_vxlan::VXLAN_V4_DEVICE,
@@ -624,6 +636,7 @@ impl Driver {
         self.metrics
             .offload_devices
             .set(i64::try_from(self.offload.devices()).unwrap_or(i64::MAX));
+        !self.offload.notices().eq(&before)
     }
 
     async fn on_batch(&mut self, batch: &Batch) -> EndpointChanges {
@@ -789,8 +802,4 @@ impl Driver {
             .find_map(refused)
             .map(|refused| format!("route {}: {}", refused.route, refused.reason))
     }
-}
-
-async fn burst(events: &mut EventStream, first: Result<Event, Error>) -> Result<Vec<Event>, Error> {
-    events.burst_after(first?, BURST, BURST_LIMIT).await
 }

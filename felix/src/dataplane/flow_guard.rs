@@ -23,6 +23,8 @@ use crate::compile::{HELD_LIMIT, HOLD, Suspects, can_be_held};
 
 /// Up to so many addresses are asked for one by one; beyond, the whole table is read once.
 const FEW: usize = 4;
+/// Up to so many flows are read at once instead.
+const FEW_FLOWS: u32 = 4096;
 /// Where reading the table takes longer than [`QUICK`], it takes at most one part in so many of the time.
 const SHARE: u32 = 5;
 const QUICK: Duration = Duration::from_millis(10);
@@ -322,9 +324,14 @@ impl FlowGuard {
 
 /// The flows that must be looked at.
 fn suspicious(conntrack: &Conntrack, suspects: &Suspects) -> Result<Vec<Flow>, Error> {
+    let count = conntrack.count()?;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
     let one_by_one =
         !suspects.all && suspects.networks.is_empty() && suspects.addresses.len() <= FEW;
-    if !one_by_one {
+    // Each question has the kernel walk its table: with few flows, the walks cost more than what they would leave out.
+    if !one_by_one || count <= FEW_FLOWS {
         return conntrack.dump();
     }
     let mut flows = Vec::new();

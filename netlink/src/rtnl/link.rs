@@ -6,14 +6,14 @@ use ipnetwork::IpNetwork;
 
 use super::{
     AF_INET6, AF_UNSPEC, RTM_DELADDR, RTM_DELLINK, RTM_DELRULE, RTM_GETADDR, RTM_GETLINK,
-    RTM_GETNSID, RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, family,
+    RTM_GETNSID, RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, RTM_SETLINK, family,
 };
 use crate::{
     address::Address,
     link::{IfIndex, IpIp, Link, LinkKind, Vxlan},
     mac::MacAddr,
     rule::Rule,
-    wire::{Attr, Attrs, Message, NLM_F_DUMP, NLM_F_REQUEST, Writer, read_u32},
+    wire::{Attr, Attrs, Message, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, Writer, read_u32},
 };
 
 const IFINFOMSG: usize = 16;
@@ -23,6 +23,7 @@ const IFF_UP: u32 = 1;
 const IFF_NOARP: u32 = 0x80;
 const IFF_LOWER_UP: u32 = 0x1_0000;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_GROUP: u16 = 27;
 const IFLA_EXT_MASK: u16 = 29;
 /// Leaves the (long) statistics out.
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
@@ -52,6 +53,33 @@ pub(crate) fn write_link_query(
         writer.text(IFLA_IFNAME, name);
     }
     writer.u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    writer.finish();
+}
+
+/// Removes one link.
+pub(crate) fn write_removal(writer: &mut Writer, index: IfIndex, sequence: u32) {
+    writer.begin(RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, sequence);
+    let mut header = [0; IFINFOMSG];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    writer.raw(&header);
+    writer.finish();
+}
+
+/// Puts one link into a group.
+pub(crate) fn write_group(writer: &mut Writer, index: IfIndex, group: u32, sequence: u32) {
+    writer.begin(RTM_SETLINK, NLM_F_REQUEST | NLM_F_ACK, sequence);
+    let mut header = [0; IFINFOMSG];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    writer.raw(&header);
+    writer.u32(IFLA_GROUP, group);
+    writer.finish();
+}
+
+/// Removes all links of a group.
+pub(crate) fn write_group_removal(writer: &mut Writer, group: u32, sequence: u32) {
+    writer.begin(RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, sequence);
+    writer.raw(&[0; IFINFOMSG]);
+    writer.u32(IFLA_GROUP, group);
     writer.finish();
 }
 
@@ -122,7 +150,7 @@ pub(crate) fn read_link(message: &Message<'_>) -> Option<Link> {
             10 => link.master = attr.get_u32().filter(|index| *index != 0),
             18 => link.kind = read_kind(attr.nested()),
             20 => link.alias = Some(attr.get_text()),
-            27 => link.group = attr.get_u32()?,
+            IFLA_GROUP => link.group = attr.get_u32()?,
             37 => link.link_netns = attr.get_u32().map(|id| id as i32),
             _ => {}
         }
