@@ -30,7 +30,7 @@ pub enum Problem {
         /// Why it is not in use.
         orphan: Orphan,
     },
-    /// An address is in use and in no pool.
+    /// A tunnel has an address that is in no pool.
     NotInPool {
         /// The address.
         address: IpAddr,
@@ -74,6 +74,8 @@ pub struct Check {
     pub used: BTreeMap<IpAddr, String>,
     /// Addresses of tunnels among them.
     pub tunnels: usize,
+    /// Addresses of workloads among them that nobody holds and that no pool gives out: another plugin's.
+    pub foreign: usize,
     /// Handles that hold something.
     pub sound_handles: usize,
     /// Held addresses of each node.
@@ -102,15 +104,17 @@ pub fn check(inventory: &Inventory, facts: &Facts) -> Check {
         if check.held.contains_key(&address) {
             continue;
         }
-        let pooled = inventory
+        let mut of_address = inventory
             .pools
             .iter()
-            .any(|p| p.spec.cidr.contains(address));
-        check.problems.push(if pooled {
-            Problem::NotAllocated { address, user }
+            .filter(|p| p.spec.cidr.contains(address));
+        if of_address.any(|p| !p.spec.disabled) {
+            check.problems.push(Problem::NotAllocated { address, user });
+        } else if facts.nodes.values().any(|n| n.tunnels.contains(&address)) {
+            check.problems.push(Problem::NotInPool { address, user });
         } else {
-            Problem::NotInPool { address, user }
-        });
+            check.foreign += 1;
+        }
     }
     compare_handles(inventory, &mut check);
     let damaged = inventory.blocks.iter().filter_map(|block| {
@@ -192,5 +196,63 @@ fn compare_handles(inventory: &Inventory, check: &mut Check) {
                 .problems
                 .push(Problem::HandleWithoutAddresses { handle: id });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cali_api::v3::IPPoolSpec;
+    use cali_ipam::pools::Pool;
+
+    use super::*;
+    use crate::facts::{NodeFacts, PodFacts};
+
+    fn pool(cidr: &str, disabled: bool) -> Pool {
+        let spec = serde_json::json!({"cidr": cidr, "disabled": disabled});
+        Pool {
+            name: cidr.to_owned(),
+            spec: serde_json::from_value::<IPPoolSpec>(spec).unwrap(),
+        }
+    }
+
+    #[test]
+    fn addresses_of_another_plugin_are_no_problem_where_no_pool_gives_them_out() {
+        let inventory = Inventory {
+            pools: vec![pool("10.65.0.0/24", false), pool("10.66.0.0/24", true)],
+            ..Inventory::default()
+        };
+        let pod = |address: &str| PodFacts {
+            addresses: BTreeSet::from([address.parse().unwrap()]),
+            ..PodFacts::default()
+        };
+        let pods = ["10.77.0.2", "10.66.0.2", "10.65.0.2"];
+        let mut facts = Facts::default();
+        for address in pods {
+            let name = ("test".to_owned(), address.to_owned());
+            facts.pods.insert(name, pod(address));
+        }
+        let tunnel = NodeFacts {
+            tunnels: BTreeSet::from(["10.78.0.1".parse().unwrap()]),
+            ..NodeFacts::default()
+        };
+        facts.nodes.insert("node1".to_owned(), tunnel);
+        let found = check(&inventory, &facts);
+        assert_eq!(
+            found.foreign, 2,
+            "outside of all pools, and in one that gives nothing out"
+        );
+        let expected = [
+            // No other plugin makes tunnels of ours.
+            Problem::NotInPool {
+                address: "10.78.0.1".parse().unwrap(),
+                user: "tunnel of node1".to_owned(),
+            },
+            // The next pod could be given this one.
+            Problem::NotAllocated {
+                address: "10.65.0.2".parse().unwrap(),
+                user: "pod test/10.65.0.2".to_owned(),
+            },
+        ];
+        assert_eq!(found.problems, expected);
     }
 }

@@ -131,6 +131,12 @@ fn render(inventory: &Inventory, found: &Check, show_all: bool, show_problems: b
         found.used.len() - found.tunnels.min(found.used.len()),
         found.used.len()
     ));
+    if found.foreign > 0 {
+        say(format!(
+            "{} of them are in no active IP pool and not allocated here: another IPAM plugin's.\n",
+            found.foreign
+        ));
+    }
     say("Loading all handles".to_owned());
     say(format!(
         "Looking for top (up to {TOP}) nodes by allocations..."
