@@ -79,6 +79,7 @@ bench-policy: setup ## what policy costs: a change, a start, packets (root; SCEN
 bench-typha: setup ## fan-out to 1,000 clients: snapshot, changes, slow clients, reconnects; what one node is sent
 	cargo build --release -p cali-bench --bin typha-fanout
 	target/release/typha-fanout
+	target/release/typha-fanout scoped
 	target/release/typha-fanout interest
 
 bench-calictl: setup ## the command line: 100,000 endpoints listed on each datastore, a change watched, its start

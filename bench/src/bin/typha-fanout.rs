@@ -1,6 +1,7 @@
 //! What fan-out costs; see `docs/benchmarks.md`, section "Fan-out".
 //!
-//! `typha-fanout` measures the server; `typha-fanout interest` what one node's agent is sent in clusters of several sizes.
+//! `typha-fanout` measures the server, `typha-fanout scoped` the same where each client asks for a part, and `typha-fanout interest` what
+//! one node's agent is sent in clusters of several sizes.
 
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,8 @@ struct Arguments {
 enum Role {
     /// What one node's agent receives and holds in clusters of 100, 1,000 and 5,000 nodes
     Interest,
+    /// The server where each client asks for the endpoints of its node and of its policies' selectors
+    Scoped,
     /// The server's process
     #[command(hide = true)]
     Serve {
@@ -61,6 +64,7 @@ async fn main() -> Result<()> {
     match arguments.command {
         None => measure(&arguments).await,
         Some(Role::Interest) => interest(),
+        Some(Role::Scoped) => scoped(&arguments).await,
         Some(Role::Serve {
             pods,
             nodes,
@@ -276,6 +280,45 @@ async fn measure(arguments: &Arguments) -> Result<()> {
         "bytes of these reconnects",
         format!("{}, {part:.3} % of the snapshots", megabytes(fleet.bytes())),
     );
+    memory(&server);
+    Ok(())
+}
+
+/// Clients that ask for a part of the endpoints, as nodes do: what the server needs for their snapshots and for changes.
+async fn scoped(arguments: &Arguments) -> Result<()> {
+    let cluster = Cluster {
+        pods: arguments.pods,
+        nodes: arguments.nodes,
+        policies: arguments.policies,
+        namespaced: false,
+    };
+    let clients = arguments.clients;
+    println!(
+        "{}\n\n{cluster:?}, {clients} clients with a scope\n",
+        machine()
+    );
+    println!("| what | seen |\n|---|---|");
+    let mut server = Process::start(cluster)?;
+    memory(&server);
+    let load = Load::start(&server)?;
+    let mut fleet = Fleet::connect_scoped(server.port, clients, cluster)?;
+    fleet.synced(clients).await?;
+    row(
+        &format!("snapshot to {clients} clients at once"),
+        load.end(&server)?,
+    );
+    row(
+        &format!(
+            "bytes of these snapshots, with the endpoints of {} selectors for one of them",
+            cluster.selectors(0).len()
+        ),
+        megabytes(fleet.bytes()),
+    );
+    memory(&server);
+    let load = Load::start(&server)?;
+    server.change(arguments.seconds * 1000, 1000)?;
+    server.done()?;
+    row("1,000 changes/s", load.end(&server)?);
     memory(&server);
     Ok(())
 }

@@ -15,9 +15,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use typha::client::{Conn, Held, Identity, Output};
-use typha::wire::{Body, Decoder, FLAG_ZSTD, Pong, frame};
+use typha::wire::{Body, Decoder, FLAG_ZSTD, Pong, ScopeChange, frame};
 
-use super::{KINDS, changed_at};
+use super::{Cluster, KINDS, changed_at};
 
 /// Frames up to this size are unpacked.
 const SMALL: usize = 32 * 1024;
@@ -82,6 +82,31 @@ fn hello(conn: &mut Conn) -> Result<Bytes> {
     }
 }
 
+/// What a client with a scope says first.
+fn asking(node: u32, cluster: Cluster) -> Result<Bytes> {
+    let name = Cluster::node_name(node);
+    let identity = Identity {
+        node: Some(name.clone()),
+        ..identity(name.clone())
+    };
+    let scope = ScopeChange {
+        id: 1,
+        add: cluster
+            .selectors(node)
+            .iter()
+            .map(|selector| selector.to_string())
+            .collect(),
+        ..ScopeChange::default()
+    };
+    let mut first = BytesMut::from(&*hello(&mut Conn::new(
+        Instant::now(),
+        &identity,
+        &Held::default(),
+    ))?);
+    first.extend_from_slice(&frame(Body::ScopeChange(scope), false));
+    Ok(first.freeze())
+}
+
 /// One real client, until it has everything: what it holds, and how many bytes it took.
 ///
 /// # Errors
@@ -121,23 +146,37 @@ impl Fleet {
             &identity("node0".into()),
             held,
         ))?;
+        Ok(Self::greet(port, std::iter::repeat_n(hello, count)))
+    }
+
+    /// Connects them all at once, each from another node of the cluster, for the endpoints of it and of its [`Cluster::selectors`].
+    ///
+    /// # Errors
+    /// None can be made.
+    pub fn connect_scoped(port: u16, count: usize, cluster: Cluster) -> Result<Self> {
+        let hellos = (0u32..).take(count).map(|node| asking(node, cluster));
+        let hellos = hellos.collect::<Result<Vec<Bytes>>>()?;
+        Ok(Self::greet(port, hellos.into_iter()))
+    }
+
+    fn greet(port: u16, hellos: impl Iterator<Item = Bytes>) -> Self {
         let counts = Arc::new(Counts::default());
         let (sender, seen) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
-        for number in 0..count {
+        for (number, hello) in hellos.enumerate() {
             tasks.spawn(one(
                 port,
                 number % SAMPLE == 0,
-                hello.clone(),
+                hello,
                 Arc::clone(&counts),
                 sender.clone(),
             ));
         }
-        Ok(Self {
+        Self {
             counts,
             seen,
             tasks,
-        })
+        }
     }
 
     /// Clients that read one byte a second, beside the others.

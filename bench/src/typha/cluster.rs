@@ -1,5 +1,6 @@
 //! A large cluster: pods on nodes, each of one of many applications, and policies that let applications talk to a few others.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -70,12 +71,26 @@ impl Cluster {
         }
     }
 
+    /// The pods of an application are on many nodes, and those of a node are of many applications.
     fn app(self, pod: u32) -> u32 {
+        let app = pod % self.nodes + pod / self.nodes;
         if self.namespaced {
-            pod % APPS
+            app % APPS
         } else {
-            pod % self.policies
+            app % self.policies
         }
+    }
+
+    /// What the policies of a node's pods name, as if they held in every namespace: three applications for each pod.
+    #[must_use]
+    pub fn selectors(self, node: u32) -> BTreeSet<Arc<str>> {
+        let pods = (node % self.nodes..self.pods).step_by(self.nodes as usize);
+        pods.flat_map(|pod| (1..=3).map(move |offset| self.selector(self.app(pod) + offset).into()))
+            .collect()
+    }
+
+    fn selector(self, app: u32) -> String {
+        format!("app == 'app{}'", app % self.policies.max(1))
     }
 
     /// Name of a node.
@@ -110,7 +125,7 @@ impl Cluster {
     }
 
     fn policy(self, number: u32) -> Value {
-        let app = |offset: u32| format!("app == 'app{}'", (number + offset) % self.policies);
+        let app = |offset: u32| self.selector(number + offset);
         json!({"apiVersion": "projectcalico.org/v3", "kind": "NetworkPolicy",
         "metadata": {"namespace": format!("ns{}", number % self.namespaces()), "name": format!("default.p{number}")},
         "spec": {"selector": app(0), "types": ["Ingress", "Egress"],
