@@ -171,10 +171,10 @@ impl AnyResource {
         };
         let (api_version, kind) = (text("apiVersion")?, text("kind")?);
         let known = Kind::from_type_meta(api_version, kind).ok_or_else(|| {
-            DecodeError::new(
-                "kind",
-                format!("there is no kind {kind:?} in {api_version:?}"),
-            )
+            let known = Kind::ALL
+                .iter()
+                .map(|kind| (kind.api_version(), kind.name()));
+            decode::unknown_kind(api_version, kind, known)
         })?;
         Self::decode(known, fields)
     }

@@ -77,22 +77,51 @@ fn distance(a: &str, b: &str) -> usize {
 /// Lists longer than this do not help anybody.
 const MAX_LISTED: usize = 12;
 
+/// The known name that may have been meant: the shortest that begins so, or the one with the fewest letters wrong.
+fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let begins = |candidate: &str| {
+        let start = candidate.get(..name.len());
+        name.len() >= 4 && start.is_some_and(|start| start.eq_ignore_ascii_case(name))
+    };
+    known
+        .map(|candidate| (!begins(candidate), distance(name, candidate), candidate))
+        .min()
+        .filter(|(other, edits, _)| !other || *edits <= 1 + name.len() / 4)
+        .map(|(.., candidate)| candidate)
+}
+
+/// No kind has this name in this group and version; `known` are groups with versions, and the kinds in them.
+pub(crate) fn unknown_kind<'a>(
+    api_version: &str,
+    kind: &str,
+    known: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+) -> DecodeError {
+    let of = |wanted: &str| {
+        let versions = known.clone().filter(|(_, name)| *name == wanted);
+        versions.map(|(version, _)| version).collect::<Vec<_>>()
+    };
+    let advice = match nearest(kind, known.clone().map(|(_, name)| name)) {
+        Some(meant) if meant == kind => format!("; it is in {}", of(kind).join(" and ")),
+        Some(meant) if of(meant).contains(&api_version) => format!("; did you mean {meant:?}?"),
+        Some(meant) => {
+            format!("; did you mean {meant:?} in {}?", of(meant).join(" or "))
+        }
+        None => String::new(),
+    };
+    let reason = format!("there is no kind {kind:?} in {api_version:?}{advice}");
+    DecodeError::new("kind", reason)
+}
+
 pub(crate) fn unknown_field<'a>(
     path: &str,
     name: &str,
     known: impl Iterator<Item = &'a str>,
 ) -> DecodeError {
     let known: Vec<&str> = known.collect();
-    let nearest = known
-        .iter()
-        .map(|candidate| (distance(name, candidate), *candidate))
-        .min();
-    let advice = match nearest {
-        Some((edits, candidate)) if edits <= 1 + name.len() / 4 => {
-            format!("; did you mean {candidate:?}?")
-        }
-        Some(_) if known.len() <= MAX_LISTED => format!("; known are {}", known.join(", ")),
-        _ => String::new(),
+    let advice = match nearest(name, known.iter().copied()) {
+        Some(candidate) => format!("; did you mean {candidate:?}?"),
+        None if known.is_empty() || known.len() > MAX_LISTED => String::new(),
+        None => format!("; known are {}", known.join(", ")),
     };
     let path = if path == name || path.ends_with(&format!(".{name}")) {
         path.to_owned()

@@ -133,7 +133,7 @@ metadata: {name: h}
             "file.yaml:14:3: spec.cidr: 10.10.0.1/16 has bits set after its prefix; did you mean 10.10.0.0/16?",
             "file.yaml:23:5: spec.ingress[1].action: \"Permit\" is not one of Allow, Deny, Log, Pass",
             "file.yaml:34:19: spec.egress[0].destination.ports[1]: \"90000\" is not a port (a number from 0 to 65535, a range \"a:b\" or a name)",
-            "file.yaml:37:1: kind: there is no kind \"IPPol\" in \"projectcalico.org/v3\"",
+            "file.yaml:37:1: kind: there is no kind \"IPPol\" in \"projectcalico.org/v3\"; did you mean \"IPPool\"?",
             "file.yaml:42:1: metadata.name: is missing",
             "file.yaml:50:5: spec.containers[0].comand: unknown field \"comand\"",
             "file.yaml:55:1: speck: unknown field \"speck\"; did you mean \"spec\"?",
@@ -288,4 +288,35 @@ fn a_manifest_may_be_as_large_as_a_cluster() {
         bomb += &format!("a{level}: &a{level} [{former}]\n");
     }
     assert!(parse(&bomb).is_err());
+}
+
+#[test]
+fn a_kind_that_is_not_there_is_told_from_one_that_is_elsewhere() {
+    for (api_version, kind, advice) in [
+        (
+            "projectcalico.org/v3",
+            "FelixConfig",
+            "; did you mean \"FelixConfiguration\"?",
+        ),
+        (
+            "projectcalico.org/v3",
+            "networkpolicy",
+            "; did you mean \"NetworkPolicy\"?",
+        ),
+        ("v1", "IPPool", "; it is in projectcalico.org/v3"),
+        (
+            "projectcalico.org/v1",
+            "BGPPear",
+            "; did you mean \"BGPPeer\" in projectcalico.org/v3?",
+        ),
+        ("apps/v1", "Deployment", ""),
+    ] {
+        let object =
+            serde_json::json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "a"}});
+        let error = cali_api::AnyResource::from_json(object).expect_err(kind);
+        assert_eq!(
+            error.to_string(),
+            format!("kind: there is no kind {kind:?} in {api_version:?}{advice}")
+        );
+    }
 }

@@ -9,8 +9,8 @@ use cali_api::{AnyResource, Key, Kind, Revision, kubernetes};
 use cali_datastore::{Datastore, Error, Undecodable};
 use tokio::sync::mpsc;
 
-/// Objects in one page of a list.
-const PAGE: usize = 500;
+/// Objects in one page of a list, at most.
+const PAGE: usize = 10_000;
 
 /// A part of a list.
 pub(crate) struct Part {

@@ -184,7 +184,7 @@ pub trait Datastore: Send + Sync {
     /// Reads all objects of a kind, in one namespace or in all of them, as of one instant.
     async fn list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error>;
 
-    /// Reads a part of a list, of about `limit` objects, for readers that do not keep all of it; `after` is none at first, and
+    /// Reads a part of a list, of at most `limit` objects and fewer where that is better for the store, for readers that do not keep all of it; `after` is none at first, and
     /// then what the page before says.
     ///
     /// All pages together show every object that stands all the while exactly once. Of what is written while they are

@@ -65,6 +65,39 @@ async fn a_compacted_revision_is_gone() {
     );
 }
 
+/// Pages are made by the size of the objects so far: the large ones that come behind hundreds of small ones would be more than
+/// an answer may be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_objects_come_behind_small_ones() {
+    let server = testing::Etcd::start();
+    let store = Etcd::new(settings(&server));
+    let large = "a".repeat(1_400_000);
+    for number in 0..600 {
+        let mut set = conformance::network_set("a", &format!("n{number:03}"), "10.0.0.0/8");
+        if number >= 530 {
+            let annotations = &mut set.metadata_mut().annotations;
+            annotations.insert("text".into(), large.as_str().into());
+        }
+        store.create(set).await.expect("create");
+    }
+    let whole = store.list(Kind::NetworkSet, None).await.expect("list");
+    assert_eq!(whole.items.len(), 600);
+    assert!(whole.undecodable.is_empty(), "{:?}", whole.undecodable);
+    let (mut after, mut count) = (None, 0);
+    loop {
+        let page = store
+            .list_page(Kind::NetworkSet, None, after.as_ref(), 10_000)
+            .await
+            .expect("a page");
+        count += page.items.len();
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    assert_eq!(count, 600);
+}
+
 fn write(folder: &Path, name: &str, text: &str) -> std::path::PathBuf {
     let path = folder.join(name);
     std::fs::write(&path, text).expect("a file");

@@ -20,7 +20,8 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use cali_api::{AnyResource, Key, Kind, Revision};
 use etcd_client::{
-    Compare, CompareOp, GetOptions, KeyValue, KvClient, Txn, TxnOp, TxnOpResponse, WatchClient,
+    Compare, CompareOp, GetOptions, GetResponse, KeyValue, KvClient, Txn, TxnOp, TxnOpResponse,
+    WatchClient,
 };
 use serde_json::Value;
 use tokio::sync::{Mutex, mpsc};
@@ -35,9 +36,14 @@ use crate::timestamp;
 
 /// Calico's client gives up a call after this time.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Objects in one page of a list.
-const PAGE: i64 = 1000;
-/// The largest answer that is accepted; etcd takes values up to 1.5 MB.
+/// Objects in the first page of a list, of which the size is not known yet.
+const FIRST_PAGE: i64 = 500;
+/// Octets that a page should have. For each page, etcd counts all keys from there to the end of the range, which takes
+/// seconds when 100,000 objects are read by the hundred.
+const PAGE_SIZE: usize = 4 << 20;
+/// The largest answer that is accepted; a page that is larger is read in parts. etcd takes values up to 1.5 MB.
+const MAX_ANSWER: usize = 64 << 20;
+/// The largest message of a watch that is accepted: etcd may tell many changes at once.
 const MAX_MESSAGE: usize = 256 << 20;
 /// Events that wait for a slow reader of one watch; the rest waits in etcd.
 const WATCH_BUFFER: usize = 256;
@@ -62,6 +68,8 @@ struct Position {
     revision: i64,
     /// The first key that has not been read.
     start: String,
+    /// Objects that the next page may have.
+    count: i64,
 }
 
 impl Position {
@@ -69,19 +77,21 @@ impl Position {
         Self {
             revision: 0,
             start: range.start.clone(),
+            count: FIRST_PAGE,
         }
     }
 
-    fn token(&self, start: &str) -> PageToken {
-        PageToken(format!("{} {start}", self.revision))
+    fn token(&self) -> PageToken {
+        PageToken(format!("{} {} {}", self.revision, self.count, self.start))
     }
 
     fn of(range: &Range, token: Option<&PageToken>) -> Self {
         let parsed = token.and_then(|token| {
-            let (revision, start) = token.0.split_once(' ')?;
+            let mut parts = token.0.splitn(3, ' ');
             Some(Self {
-                revision: revision.parse().ok()?,
-                start: start.to_owned(),
+                revision: parts.next()?.parse().ok()?,
+                count: parts.next()?.parse().ok()?,
+                start: parts.next()?.to_owned(),
             })
         });
         parsed.unwrap_or_else(|| Self::start_of(range))
@@ -112,7 +122,7 @@ impl Etcd {
         }
         let client = self.settings.connect().await?;
         let connection = Connection {
-            kv: client.kv_client().max_decoding_message_size(MAX_MESSAGE),
+            kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
             watch: client.watch_client().max_decoding_message_size(MAX_MESSAGE),
         };
         *slot = Some(connection.clone());
@@ -167,44 +177,63 @@ impl Etcd {
         let mut all = Vec::new();
         let mut at = Position::start_of(range);
         loop {
-            let (kvs, next) = self.scan_page(range, &mut at, PAGE, what).await?;
+            let (kvs, more) = self.scan_page(range, &mut at, i64::MAX, what).await?;
             all.extend(kvs);
-            let Some(start) = next else {
+            if !more {
                 return Ok((all, at.revision));
-            };
-            at.start = start;
+            }
         }
     }
 
-    /// Up to `limit` keys of a range, and where it goes on; at the position's revision, or at the latest, which it then has.
+    /// Up to `limit` keys of a range, and whether there are more; at the position's revision, or at the latest, which it then
+    /// has. The position moves on.
     async fn scan_page(
         &self,
         range: &Range,
         at: &mut Position,
         limit: i64,
         what: &str,
-    ) -> Result<(Vec<KeyValue>, Option<String>), Error> {
-        let start = at.start.clone();
-        let options = GetOptions::new()
-            .with_range(range.end.clone())
-            .with_limit(limit)
-            .with_revision(at.revision);
-        let mut answer = self
-            .call(
-                || format!("list {what}"),
-                |mut c| async move { c.kv.get(start, Some(options)).await },
-            )
-            .await?;
+    ) -> Result<(Vec<KeyValue>, bool), Error> {
+        let mut count = at.count.min(limit);
+        let mut answer = loop {
+            match self.read_range(range, at, count, what).await {
+                // Behind small objects come large ones.
+                Err(error) if count > 1 && is_too_large(&error) => count = (count / 16).max(1),
+                other => break other?,
+            }
+        };
         if at.revision == 0 {
             at.revision = answer.header().map_or(0, |header| header.revision());
         }
         let more = answer.more();
         let kvs = answer.take_kvs();
-        let next = kvs.last().filter(|_| more).map(|last| {
+        if let Some(last) = kvs.last() {
             // A key that is no text is none of ours; one that follows it in the order is good enough.
-            format!("{}\0", String::from_utf8_lossy(last.key()))
-        });
-        Ok((kvs, next))
+            at.start = format!("{}\0", String::from_utf8_lossy(last.key()));
+            let octets: usize = kvs.iter().map(|kv| kv.key().len() + kv.value().len()).sum();
+            let count = PAGE_SIZE * kvs.len() / octets.max(1);
+            at.count = i64::try_from(count).unwrap_or(i64::MAX).max(1);
+        }
+        Ok((kvs, more))
+    }
+
+    async fn read_range(
+        &self,
+        range: &Range,
+        at: &Position,
+        count: i64,
+        what: &str,
+    ) -> Result<GetResponse, Error> {
+        let start = at.start.clone();
+        let options = GetOptions::new()
+            .with_range(range.end.clone())
+            .with_limit(count)
+            .with_revision(at.revision);
+        self.call(
+            || format!("list {what}"),
+            |mut c| async move { c.kv.get(start, Some(options)).await },
+        )
+        .await
     }
 
     async fn read_list(&self, kind: Kind, namespace: Option<&str>) -> Result<List, Error> {
@@ -314,11 +343,20 @@ fn decode_all(kind: Kind, kvs: &[KeyValue]) -> (Vec<Versioned>, Vec<Undecodable>
 
 /// Whether a read failed because etcd has compacted its revision away.
 fn is_compacted(error: &Error) -> bool {
+    says(error, "compacted")
+}
+
+/// Whether an answer was refused for its size ([`MAX_ANSWER`]).
+fn is_too_large(error: &Error) -> bool {
+    says(error, "message length too large")
+}
+
+fn says(error: &Error, words: &str) -> bool {
     let Error::Unavailable { source, .. } = error else {
         return false;
     };
     match source.downcast_ref() {
-        Some(etcd_client::Error::GRpcStatus(status)) => status.message().contains("compacted"),
+        Some(etcd_client::Error::GRpcStatus(status)) => status.message().contains(words),
         _ => false,
     }
 }
@@ -422,7 +460,7 @@ impl Datastore for Etcd {
         let limit = i64::try_from(limit.max(1)).unwrap_or(i64::MAX);
         let mut at = Position::of(&range, after);
         let read = self.scan_page(&range, &mut at, limit, kind.plural()).await;
-        let (kvs, next) = match read {
+        let (kvs, more) = match read {
             Err(error) if after.is_some() && is_compacted(&error) => {
                 // The first page's instant is gone: what follows is as of now.
                 at.revision = 0;
@@ -436,7 +474,7 @@ impl Datastore for Etcd {
             items,
             undecodable,
             revision: at.revision.to_string().into(),
-            next: next.map(|start| at.token(&start)),
+            next: more.then(|| at.token()),
         })
     }
 

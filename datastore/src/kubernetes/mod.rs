@@ -509,7 +509,7 @@ impl Datastore for Kubernetes {
         let source = sources.get(at).copied().unwrap_or(kind);
         let within = Scope::namespace(namespace.filter(|_| kind.is_namespaced()));
         let token = Some(token).filter(|token| !token.is_empty());
-        let limit = u32::try_from(limit).unwrap_or(PAGE).max(1);
+        let limit = u32::try_from(limit).unwrap_or(PAGE).clamp(1, PAGE);
         let answer = cluster.later_page(source, within, token, limit).await?;
         let (found, revision, next) = match answer {
             Some(answer) => (

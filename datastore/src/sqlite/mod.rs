@@ -27,6 +27,8 @@ use crate::stored;
 
 /// How many changes the log keeps for watches that resume.
 pub const DEFAULT_LOG_LENGTH: u32 = 20_000;
+/// Objects in one page of a list, at most.
+const PAGE: i64 = 500;
 /// Idle connections kept for reading.
 const IDLE_READERS: usize = 4;
 /// Events that wait for a slow reader of one watch; the rest waits in the log.
@@ -296,7 +298,7 @@ fn page(
         .as_ref()
         .and_then(|token| token.0.split_once('\0'))
         .unwrap_or_default();
-    let limit = i64::try_from(limit.max(1)).unwrap_or(i64::MAX);
+    let limit = i64::try_from(limit).unwrap_or(PAGE).clamp(1, PAGE);
     let (mut items, mut undecodable, mut last, mut count) = (Vec::new(), Vec::new(), None, 0);
     {
         let mut statement = transaction.prepare_cached(
