@@ -477,15 +477,16 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         })
     }
 
-    /// Lets every key that failed be tried at once (an operator, or a new link, says that things have changed).
-    pub fn retry_now(&mut self, which: impl Fn(&K) -> bool, now: Instant) {
+    /// What befell these keys so far was nobody's doing on them (their device went, and took them with it, or could not have them
+    /// yet): it does not count as a fight or a failure, and they are put right at once.
+    pub fn start_over(&mut self, which: impl Fn(&K) -> bool) {
         for (key, entry) in &mut self.entries {
             if let Some(history) = &mut entry.history
-                && let Some(failure) = &mut history.failure
                 && which(key)
             {
-                failure.failures = 0;
-                failure.until = now;
+                history.failure = None;
+                history.fight = None;
+                history.undone.clear();
             }
         }
     }

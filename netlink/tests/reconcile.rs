@@ -344,3 +344,25 @@ fn a_fight_is_named_and_slowed_down_and_ends() {
     world.now += Duration::from_secs(61);
     assert_eq!(world.reconciler.fights(world.now).count(), 0);
 }
+
+#[test]
+fn what_a_device_took_with_it_is_no_fight() {
+    let mut world = World::new();
+    world.dump();
+    world.reconciler.desire(1, 1);
+    world.reconciler.desire(2, 2);
+    world.run();
+    world.deliver(usize::MAX);
+    for _ in 0..2 * FIGHT_UNDONE {
+        world.now += Duration::from_secs(1);
+        world.kernel.put(1, None);
+        world.kernel.put(2, None);
+        world.deliver(usize::MAX);
+        world.reconciler.start_over(|key| *key == 1);
+        world.run();
+        world.deliver(usize::MAX);
+    }
+    assert_eq!(world.kernel.state, BTreeMap::from([(1, 1)]));
+    let fights: Vec<_> = world.reconciler.fights(world.now).collect();
+    assert!(matches!(fights[..], [(2, _)]), "{fights:?}");
+}

@@ -477,16 +477,26 @@ impl Program {
             .on_observed(&id, present.then_some(nexthop), now)
     }
 
-    /// Takes in all nexthop objects.
+    /// Takes in all nexthop objects. Those that went without a word went with their device (their deletion by somebody is told): that is no
+    /// fight.
     pub fn on_nexthop_dump(
         &mut self,
         nexthops: Vec<Nexthop>,
         now: Instant,
     ) -> Vec<Drift<u32, Nexthop>> {
-        self.nexthops.on_dump(
+        let drifts = self.nexthops.on_dump(
             nexthops.into_iter().map(|nexthop| (nexthop.id, nexthop)),
             now,
-        )
+        );
+        let lost = drifts.iter().filter_map(|drift| match drift {
+            Drift::Missing { key } => Some(*key),
+            Drift::Changed { .. } | Drift::Unwanted { .. } => None,
+        });
+        let lost: BTreeSet<u32> = lost.collect();
+        if !lost.is_empty() {
+            self.nexthops.start_over(|id| lost.contains(id));
+        }
+        drifts
     }
 
     /// Takes in all rows of our protocols.
@@ -499,7 +509,8 @@ impl Program {
             .on_dump(routes.into_iter().map(|route| (route.key(), route)), now)
     }
 
-    /// Takes in the rows of our protocols over one device.
+    /// Takes in the rows of our protocols over one device, of which the state or an address has changed. What is missing went
+    /// with that: it is no fight.
     pub fn on_device_dump(
         &mut self,
         device: IfIndex,
@@ -512,9 +523,14 @@ impl Program {
             .collect();
         let mut keys: BTreeSet<RouteKey> = seen.keys().copied().collect();
         keys.extend(self.keys_with(|route| self.goes_over(route, device)));
-        keys.into_iter()
-            .filter_map(|key| self.routes.on_observed(&key, seen.remove(&key), now))
-            .collect()
+        let drifts: Vec<_> = keys
+            .iter()
+            .filter_map(|key| self.routes.on_observed(key, seen.remove(key), now))
+            .collect();
+        if !keys.is_empty() {
+            self.routes.start_over(|key| keys.contains(key));
+        }
+        drifts
     }
 
     /// When something is due again that failed or is fought over.
