@@ -8,8 +8,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How long an address is waited for. It takes two writes to the datastore.
-const GRACE: Duration = Duration::from_secs(15);
+/// How long an address is waited for. It takes two writes to the datastore, by a node that may be busy; meanwhile the others
+/// send in the former way.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// Since when each device has stood without an address.
 #[derive(Debug, Default)]

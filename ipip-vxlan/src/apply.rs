@@ -12,7 +12,9 @@ use tracing::{info, warn};
 use crate::addressless::Addressless;
 use crate::devices::{apply_device, retire_device};
 use crate::entries::{Entries, Indices};
+use crate::farewell::Farewell;
 use crate::plan::{Plan, Settings, Underlay, plan};
+use crate::receives::DIRECT;
 use crate::reverse_path::{self, ReversePath};
 use crate::transition::Transition;
 use crate::wireguard::apply::Crypt;
@@ -48,6 +50,8 @@ pub struct Wish {
     /// How long a device outlives the last pool that asked for it: peers see a pool's edit later than this node, and
     /// still send the old way.
     pub linger: Duration,
+    /// Which wish this is, for [`Tunnels::followed`].
+    pub number: u64,
 }
 
 impl Wish {
@@ -61,6 +65,7 @@ impl Wish {
             holders: Holders::new(),
             in_sync: false,
             linger: Duration::from_secs(60),
+            number: 0,
         }
     }
 }
@@ -91,6 +96,7 @@ pub struct TunnelState {
 #[derive(Debug)]
 pub struct Tunnels {
     state: watch::Receiver<TunnelState>,
+    followed: watch::Receiver<u64>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -117,6 +123,7 @@ impl Tunnels {
             Group::Neighbour,
         ])?;
         let (state_out, state) = watch::channel(TunnelState::default());
+        let (followed_out, followed) = watch::channel(0);
         let applier = Applier {
             netlink,
             wish,
@@ -125,6 +132,8 @@ impl Tunnels {
             indices: Indices::new(),
             entries: Entries::default(),
             unasked_since: BTreeMap::new(),
+            silent: BTreeSet::new(),
+            farewell: Farewell::default(),
             look: Look {
                 devices: true,
                 entries: true,
@@ -135,11 +144,20 @@ impl Tunnels {
             reverse_path: ReversePath::default(),
             transition: Transition::default(),
             state: state_out,
+            followed: followed_out,
         };
         Ok(Self {
             state,
+            followed,
             task: tokio::spawn(applier.run(events)),
         })
+    }
+
+    /// The number of the last [`Wish`] of which devices and entries are in the kernel, as far as they can be: routes may lead
+    /// to its gateways. A route before its neighbour would have the kernel ask for one, in vain, and drop what waits for it.
+    #[must_use]
+    pub fn followed(&self) -> watch::Receiver<u64> {
+        self.followed.clone()
     }
 
     /// The state as it changes.
@@ -165,6 +183,9 @@ struct Applier {
     entries: Entries,
     /// Since when no pool asks for a device that is still there.
     unasked_since: BTreeMap<&'static str, Instant>,
+    /// Devices that still stand, but are not told any more.
+    silent: BTreeSet<&'static str>,
+    farewell: Farewell,
     look: Look,
     retry_at: Option<Instant>,
     /// WireGuard over IPv4 and over IPv6.
@@ -173,6 +194,7 @@ struct Applier {
     reverse_path: ReversePath,
     transition: Transition,
     state: watch::Sender<TunnelState>,
+    followed: watch::Sender<u64>,
 }
 
 impl Applier {
@@ -186,6 +208,7 @@ impl Applier {
                 self.retry_at,
                 self.entries.next_due(now),
                 self.linger_end(now),
+                self.farewell.next_due(now),
                 self.transition.end(self.wish.borrow().linger, now),
                 self.crypts[0].next_due(),
                 self.crypts[1].next_due(),
@@ -302,17 +325,25 @@ impl Applier {
         let needed = self.needed(&asked, &in_use, &wish, now);
         let next = asked.keeping(&self.plan, &needed);
         self.retry_at = None;
-        self.apply_devices(&next, now, &mut problems).await;
+        let anew = self.apply_devices(&next, now, &mut problems).await;
         self.entries.wish(&next);
         if std::mem::take(&mut self.look.entries) || !self.entries.fdb.is_synced() {
             self.read_entries(now, &mut problems);
         }
+        for device in anew {
+            self.entries.start_over(device);
+        }
         problems.extend(self.entries.write(&self.netlink, &self.indices, now));
         self.encrypt(&wish, &underlay, now, &mut problems).await;
         self.relax(&wish, now);
-        self.retire(&next, wish.in_sync, &mut problems).await;
+        self.retire(&next, &wish, now, &mut problems).await;
         self.plan = next;
         self.publish(&wish, now, problems);
+        self.followed.send_if_modified(|number| {
+            let changed = *number != wish.number;
+            *number = wish.number;
+            changed
+        });
     }
 
     /// What routes use, and devices that linger with all their entries.
@@ -324,20 +355,29 @@ impl Applier {
         now: Instant,
     ) -> GatewaysInUse {
         let mut needed = in_use.clone();
+        let behind = Transition::behind(&wish.resolver);
+        let word = own_word(&wish.resolver);
+        self.silent.clear();
         for device in self.plan.devices.keys() {
-            if asked.devices.contains_key(device) {
+            let asked = asked.devices.contains_key(device);
+            let tells = if asked {
                 self.unasked_since.remove(device);
+                true
+            } else {
+                let since = *self.unasked_since.entry(device).or_insert(now);
+                behind || now.saturating_duration_since(since) < wish.linger
+            };
+            let told = word.map(|word| word.has(device));
+            if !self.farewell.stands(device, tells, told, now) || asked {
                 continue;
             }
-            let since = *self.unasked_since.entry(device).or_insert(now);
-            if now.saturating_duration_since(since) < wish.linger
-                || Transition::behind(&wish.resolver)
-            {
-                let entries = self.plan.vteps.keys().filter(|(owner, _)| owner == device);
-                needed.extend(entries.map(|(owner, gateway)| ((*owner).to_owned(), *gateway)));
-                // A device without entries lingers as well: peers may send to it.
-                needed.insert(((*device).to_owned(), IpAddr::from([0, 0, 0, 0])));
+            if !tells {
+                self.silent.insert(device);
             }
+            let entries = self.plan.vteps.keys().filter(|(owner, _)| owner == device);
+            needed.extend(entries.map(|(owner, gateway)| ((*owner).to_owned(), *gateway)));
+            // A device without entries lingers as well: peers may send to it.
+            needed.insert(((*device).to_owned(), IpAddr::from([0, 0, 0, 0])));
         }
         self.unasked_since
             .retain(|device, _| self.plan.devices.contains_key(device));
@@ -358,8 +398,15 @@ impl Applier {
         self.plan.vteps.len() > wish.resolver.remotes().count()
     }
 
-    async fn apply_devices(&mut self, next: &Plan, now: Instant, problems: &mut Vec<String>) {
+    /// Makes the devices as planned; those that are new or have come up.
+    async fn apply_devices(
+        &mut self,
+        next: &Plan,
+        now: Instant,
+        problems: &mut Vec<String>,
+    ) -> Vec<&'static str> {
         let dirty = std::mem::take(&mut self.look.devices);
+        let mut anew = Vec::new();
         for (name, device) in &next.devices {
             let unchanged =
                 self.plan.devices.get(name) == Some(device) && self.indices.contains_key(name);
@@ -371,6 +418,7 @@ impl Applier {
                     reverse_path::loosen(&self.netlink, name);
                     if self.indices.insert(name, index) != Some(index) || fresh {
                         self.look.entries = true;
+                        anew.push(*name);
                     }
                 }
                 Err(problem) => {
@@ -383,6 +431,7 @@ impl Applier {
                 }
             }
         }
+        anew
     }
 
     fn read_entries(&mut self, now: Instant, problems: &mut Vec<String>) {
@@ -403,18 +452,23 @@ impl Applier {
         }
     }
 
-    /// Removes devices that nothing asks for or uses; at start those of an earlier incarnation as well.
-    async fn retire(&mut self, next: &Plan, in_sync: bool, problems: &mut Vec<String>) {
-        if !in_sync {
+    /// Removes devices that nothing asks for or uses; at start those of an earlier incarnation as well, once its word has been
+    /// taken back.
+    async fn retire(&mut self, next: &Plan, wish: &Wish, now: Instant, problems: &mut Vec<String>) {
+        if !wish.in_sync {
             return;
         }
+        let word = own_word(&wish.resolver);
         for name in [VXLAN_V4_DEVICE, VXLAN_V6_DEVICE, IPIP_DEVICE] {
             if next.devices.contains_key(name) {
                 continue;
             }
             let known = self.plan.devices.get(name);
-            if known.is_none() && name == IPIP_DEVICE {
-                continue;
+            if known.is_none() {
+                let told = word.map(|word| word.has(name));
+                if name == IPIP_DEVICE || self.farewell.stands(name, false, told, now) {
+                    continue;
+                }
             }
             let kind = known.map_or_else(leftover_vxlan, |device| device.kind.clone());
             self.indices.remove(name);
@@ -455,6 +509,20 @@ impl Applier {
         }
     }
 
+    /// Whether the node says that it receives unencapsulated packets.
+    fn tells_direct(&self, wish: &Wish, now: Instant) -> bool {
+        Transition::asks_direct(&wish.resolver) || self.transition.lasts(wish.linger, now)
+    }
+
+    /// No pool asks for unencapsulated packets any more, and the others may still send them.
+    fn direct_stands(&mut self, wish: &Wish, now: Instant) -> bool {
+        let told = own_word(&wish.resolver).map(|word| word.direct);
+        let tells = self.tells_direct(wish, now);
+        let stands = self.farewell.stands(DIRECT, tells, told, now);
+        self.transition.lasts(wish.linger, now)
+            || (stands && !Transition::asks_direct(&wish.resolver))
+    }
+
     /// Whether packets may come in more ways than one, and what that means for the links of the underlay.
     fn relax(&mut self, wish: &Wish, now: Instant) {
         let encrypted = self
@@ -463,8 +531,8 @@ impl Applier {
             .any(|crypt| crypt.state(&wish.wireguard).device.is_some());
         let needed = encrypted
             || !self.unasked_since.is_empty()
-            || self.transition.lasts(wish.linger, now)
-            || Transition::behind(&wish.resolver);
+            || Transition::behind(&wish.resolver)
+            || self.direct_stands(wish, now);
         let own = wish.resolver.local().and_then(|local| local.v4);
         let links: Vec<String> = match self.carrier(own) {
             Ok(link) => link.into_iter().map(|link| link.name).collect(),
@@ -513,8 +581,7 @@ impl Applier {
             .collect();
         mtus.extend(crypts.iter().filter_map(|crypt| crypt.device.clone()));
         let mut receives = Receives {
-            direct: Transition::asks_direct(&wish.resolver)
-                || self.transition.lasts(wish.linger, now),
+            direct: self.tells_direct(wish, now),
             ..Receives::default()
         };
         let tunnels = devices
@@ -525,7 +592,7 @@ impl Applier {
             .filter_map(|crypt| Some((crypt.device.as_ref()?.0.clone(), crypt.has_address)));
         self.addressless.see(tunnels.chain(encrypting), now);
         for device in &devices {
-            if self.addressless.receives(device, now) {
+            if self.addressless.receives(device, now) && !self.silent.contains(device) {
                 receives.add_device(device);
             }
         }
@@ -554,6 +621,11 @@ impl Applier {
             changed
         });
     }
+}
+
+/// What this node has said that it receives, as the datastore gives it.
+fn own_word(resolver: &Resolver) -> Option<Receives> {
+    resolver.local().and_then(|local| local.receives)
 }
 
 /// The kind under which an earlier incarnation's VXLAN device is removed; only the kind counts there.

@@ -117,7 +117,7 @@ fn differs(found: &Vxlan, vni: u32, port: u16, local: IpAddr) -> Option<String> 
     found.learning.then(|| "it learns addresses".to_owned())
 }
 
-/// Brings a device to its plan; the index, and whether its entries have to be read anew.
+/// Brings a device to its plan; the index, and whether it is new or has come up: its entries are others then.
 pub(crate) async fn apply_device(
     netlink: &Netlink,
     name: &str,
@@ -142,6 +142,7 @@ pub(crate) async fn apply_device(
                 ?change,
                 "changing the tunnel device in place"
             );
+            let came_up = change.up;
             let change = LinkChange {
                 mtu: change.mtu,
                 mac: change.mac,
@@ -152,7 +153,7 @@ pub(crate) async fn apply_device(
                 .change_link(link.index, &change)
                 .await
                 .map_err(failed)?;
-            (link.index, false)
+            (link.index, came_up)
         }
         (DeviceStep::Recreate(reason), Some(link)) => {
             warn!(device = name, reason, "re-creating the tunnel device");

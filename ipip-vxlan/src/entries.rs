@@ -92,6 +92,12 @@ impl Entries {
         Ok(found)
     }
 
+    /// A device was made anew, or has come up: its entries went with it, and nobody is to blame for that.
+    pub(crate) fn start_over(&mut self, device: &str) {
+        self.fdb.start_over(|(owner, _)| *owner == device);
+        self.neighbours.start_over(|(owner, _)| *owner == device);
+    }
+
     /// Takes in one notification about a forwarding entry.
     pub(crate) fn on_fdb(
         &mut self,

@@ -20,6 +20,7 @@ mod apply;
 mod devices;
 mod encap;
 mod entries;
+mod farewell;
 mod inputs;
 mod mac;
 mod mtu;

@@ -24,7 +24,7 @@ pub struct Receives {
     pub vxlan_v6: bool,
 }
 
-const DIRECT: &str = "direct";
+pub(crate) const DIRECT: &str = "direct";
 const IPIP: &str = "ipip";
 const VXLAN: &str = "vxlan";
 const VXLAN_V6: &str = "vxlan-v6";
@@ -38,6 +38,17 @@ impl Receives {
             Via::Ipip { .. } => self.ipip,
             Via::Vxlan { device, .. } if *device == VXLAN_V6_DEVICE => self.vxlan_v6,
             Via::Vxlan { .. } => self.vxlan_v4,
+        }
+    }
+
+    /// Whether packets that come through a device are received, or, for [`DIRECT`], unencapsulated ones.
+    pub(crate) fn has(&self, way: &str) -> bool {
+        match way {
+            DIRECT => self.direct,
+            IPIP_DEVICE => self.ipip,
+            VXLAN_V4_DEVICE => self.vxlan_v4,
+            VXLAN_V6_DEVICE => self.vxlan_v6,
+            _ => false,
         }
     }
 

@@ -99,6 +99,16 @@ impl Node {
         });
     }
 
+    /// The node reads from the datastore that it has said so.
+    fn tell(&self, word: &str) {
+        self.wish.send_modify(|wish| {
+            wish.resolver.set_node(Endpoint {
+                receives: Some(word.parse().unwrap()),
+                ..endpoint(1)
+            });
+        });
+    }
+
     fn text(&self, program: &str, args: &str) -> String {
         let args: Vec<&str> = args.split_whitespace().collect();
         String::from_utf8_lossy(&self.ns.output(program, &args).stdout).into_owned()
@@ -305,6 +315,31 @@ fn a_device_stays_while_routes_use_it_and_goes_after() {
         node.in_use.send_replace(BTreeSet::new());
         node.until(PATIENCE, "device removed", || node.device().is_empty())
             .await;
+    });
+}
+
+/// Whoever reads the former word may send through the device at any time, so the word goes first.
+#[test]
+fn a_device_goes_only_after_the_node_has_taken_its_word_back() {
+    run(async {
+        let (mut node, _other) = Node::alone("word").await;
+        node.tell("vxlan");
+        node.start();
+        node.until(PATIENCE, "the device stands", || node.is_complete())
+            .await;
+        let state = node.tunnels.as_ref().unwrap().state();
+        node.set_mode(Encap::None);
+        node.until(PATIENCE, "the word is taken back", || {
+            !state.borrow().receives.vxlan_v4
+        })
+        .await;
+        assert!(node.is_complete(), "{}{}", node.fdb(), node.neighbours());
+        let start = Instant::now();
+        node.tell("direct");
+        node.until(PATIENCE, "the device goes", || node.device().is_empty())
+            .await;
+        // The others read the word a moment later than the node itself.
+        assert!(start.elapsed() > Duration::from_secs(4));
     });
 }
 

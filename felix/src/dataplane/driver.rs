@@ -32,6 +32,8 @@ use super::state::{EndpointState, NotProgrammed, State, StatusSink};
 use super::{own_addresses, sockets};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
 
+/// How long routes wait for tunnels that do not get ready.
+const TUNNELS_PATIENCE: Duration = Duration::from_secs(5);
 /// Changes that come within this time become one step.
 const COALESCE: Duration = Duration::from_millis(10);
 /// Notifications that come within this time are taken in together.
@@ -158,6 +160,8 @@ impl Dataplane {
             metrics: Metrics::new(&config.metrics),
             netlink,
             tunnel_state: tunnels.state(),
+            followed: tunnels.followed(),
+            tunnels_due: None,
             _tunnels: tunnels,
             wish,
             in_use,
@@ -282,6 +286,10 @@ struct Driver {
     metrics: Metrics,
     netlink: Netlink,
     tunnel_state: watch::Receiver<TunnelState>,
+    /// The last wish that the tunnels have followed.
+    followed: watch::Receiver<u64>,
+    /// Until when routes wait for the tunnels.
+    tunnels_due: Option<Instant>,
     _tunnels: Tunnels,
     wish: watch::Sender<Wish>,
     in_use: watch::Sender<GatewaysInUse>,
@@ -316,6 +324,7 @@ impl Driver {
                 self.flows.next_due(),
                 self.offload.next_due(),
                 self.asking.next_due(now),
+                self.tunnels_due,
             ]
             .into_iter()
             .flatten()
@@ -356,6 +365,7 @@ impl Driver {
                 },
                 _ = self.route_state.changed() => self.on_routes(),
                 _ = self.tunnel_state.changed() => self.publish(),
+                _ = self.followed.changed() => self.step_at = Some(now),
                 () = tokio::time::sleep_until(due.into()) => self.step().await,
             }
         }
@@ -521,8 +531,13 @@ impl Driver {
                 None => self.interfaces.forget(&interface),
             }
         }
-        // What the datastore says of pools and nodes first, then workloads, then that it was all.
-        let mut inputs = std::mem::take(&mut self.route_inputs);
+        // What the datastore says of pools and nodes first, as soon as the tunnels have followed it, then workloads, then that it
+        // was all.
+        let mut inputs = if self.is_waiting_for_tunnels(Instant::now()) {
+            Vec::new()
+        } else {
+            std::mem::take(&mut self.route_inputs)
+        };
         let in_sync = inputs
             .iter()
             .position(|input| *input == RouteInput::InSync)
@@ -693,9 +708,21 @@ impl Driver {
                 wish.wireguard = wireguard.clone();
                 wish.holders = holders.clone();
                 wish.in_sync = in_sync;
+                wish.number += 1;
+                self.tunnels_due
+                    .get_or_insert(Instant::now() + TUNNELS_PATIENCE);
             }
             !same
         });
+    }
+
+    /// Whether a wish of the tunnels' is not in the kernel yet: routes to its gateways would come before their neighbours.
+    fn is_waiting_for_tunnels(&mut self, now: Instant) -> bool {
+        let followed = *self.followed.borrow_and_update() == self.wish.borrow().number;
+        if followed || self.tunnels_due.is_some_and(|due| due <= now) {
+            self.tunnels_due = None;
+        }
+        self.tunnels_due.is_some()
     }
 
     fn publish(&mut self) {
