@@ -13,12 +13,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// ICMP errors that a ping keeps.
+const ERRORS_KEPT: usize = 20;
+
 /// A running `ping -i 0.01`, whose answers are noted by sequence number.
 #[derive(Debug)]
 pub struct Ping {
     child: Child,
     what: String,
     answered: Arc<Mutex<BTreeSet<u64>>>,
+    errors: Arc<Mutex<Vec<String>>>,
     reader: Option<JoinHandle<String>>,
 }
 
@@ -48,13 +52,14 @@ impl Ping {
 
     /// A ping in this rhythm, which ends by itself after `limit`.
     pub fn every(namespace: &str, to: &str, interval: Duration, limit: Duration) -> Result<Self> {
-        let (interval, limit) = (
-            interval.as_secs_f32().to_string(),
-            limit.as_secs().to_string(),
-        );
+        // Not `-w`: with it, ping ends at the first ICMP error.
+        let count = (limit.as_secs_f32() / interval.as_secs_f32())
+            .ceil()
+            .to_string();
+        let interval = interval.as_secs_f32().to_string();
         let mut child = Command::new("ip")
             .args(["netns", "exec", namespace])
-            .args(["ping", "-n", "-i", &interval, "-w", &limit, to])
+            .args(["ping", "-n", "-i", &interval, "-c", &count, to])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -63,6 +68,8 @@ impl Ping {
         let stdout = child.stdout.take().context("ping has no output")?;
         let answered = Arc::new(Mutex::new(BTreeSet::new()));
         let noted = Arc::clone(&answered);
+        let errors = Arc::new(Mutex::new(Vec::new()));
+        let failed = Arc::clone(&errors);
         let reader = std::thread::spawn(move || {
             let mut last = String::new();
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
@@ -74,6 +81,12 @@ impl Ping {
                             .insert(number);
                     }
                     None if line.contains("packets transmitted") => last = line,
+                    None if line.starts_with("From ") => {
+                        let mut errors = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        if errors.len() < ERRORS_KEPT {
+                            errors.push(line);
+                        }
+                    }
                     None => {}
                 }
             }
@@ -83,6 +96,7 @@ impl Ping {
             child,
             what: format!("{namespace} -> {to}"),
             answered,
+            errors,
             reader: Some(reader),
         };
         ping.flow(1)?;
@@ -121,6 +135,12 @@ impl Ping {
         (1..last)
             .filter(|number| !answered.contains(number))
             .collect()
+    }
+
+    /// What routers and the node itself said of packets that they could not send on, since the last call.
+    #[must_use]
+    pub fn errors(&self) -> Vec<String> {
+        std::mem::take(&mut self.errors.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Ends the ping and reads its summary.

@@ -129,6 +129,10 @@ fn lab_encapsulation() {
             changes::to_other_pools,
         ),
         (
+            "the routes of IPIP pools come from block affinities or BGP, and change hands without a loss",
+            changes::other_supplier,
+        ),
+        (
             "other addresses and subnets of a node are followed",
             changes::addresses_of_a_node,
         ),

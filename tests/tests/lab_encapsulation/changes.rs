@@ -79,6 +79,9 @@ impl Probes {
             if !new.is_empty() {
                 println!("     {}: nothing came of number {new:?}", probe.pair);
             }
+            for error in probe.ping.errors() {
+                println!("     {}: {error}", probe.pair);
+            }
             probe.missing = now;
         }
         Ok(())
@@ -210,6 +213,59 @@ fn moved(
     })
     .map_err(anyhow::Error::msg)?;
     settle(lab, mode).map(drop)
+}
+
+/// IPIP's routes come from the block affinities, and from BGP where `programClusterRoutes` says so: from the one to the other and
+/// back, under traffic.
+pub(crate) fn other_supplier(lab: &Lab) -> Result<()> {
+    for mode in [IPIP, IPIP_CROSS] {
+        if !kernel_has(mode) {
+            continue;
+        }
+        let by = |felix: &str, bgp: &str| {
+            let felix = format!("spec:\n  programClusterRoutes: {felix}\n  wireguardEnabled:");
+            mode.manifest()
+                .replace("spec:\n  wireguardEnabled:", &felix)
+                + &format!(
+                    "---\napiVersion: projectcalico.org/v3\nkind: BGPConfiguration\nmetadata:\n  name: default\nspec:\n  \
+                     asNumber: 64512\n  nodeToNodeMeshEnabled: true\n  programClusterRoutes: {bgp}\n"
+                )
+        };
+        // Both, which is said to be wrong, would be resolved to the affinities; so is nothing at all.
+        let sides = [
+            ("Disabled", "Enabled", "proto bird"),
+            ("EnabledIPIPOnly", "EnabledNoEncapOnly", "proto 80"),
+        ];
+        lab.apply(&mode.manifest())?;
+        settle(lab, mode)?;
+        let mut probes = Probes::start(lab)?;
+        for (felix, bgp, protocol) in sides {
+            lab.apply(&by(felix, bgp))?;
+            let is_so = || -> Result<()> {
+                for (node, ..) in NODES {
+                    let routes = lab.exec(node, &["ip", "-4", "route", "show", "dev", "tunl0"])?;
+                    let blocks: Vec<&str> = routes
+                        .lines()
+                        .filter(|line| line.contains("/26 via "))
+                        .collect();
+                    ensure!(
+                        !blocks.is_empty() && blocks.iter().all(|line| line.contains(protocol)),
+                        "{node}: not all are {protocol}: {routes}"
+                    );
+                }
+                Ok(())
+            };
+            eventually(patient(LIMIT), || {
+                is_so().map_err(|error| format!("{error:#}"))
+            })
+            .map_err(anyhow::Error::msg)?;
+            settle(lab, mode)?;
+            probes.report()?;
+        }
+        probes.end()?;
+        println!("     {mode:?}: routes by BGP, and by the block affinities again");
+    }
+    Ok(())
 }
 
 fn set_address(lab: &Lab, node: &str, address: &str) -> Result<()> {
