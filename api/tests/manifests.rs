@@ -313,7 +313,7 @@ fn a_kind_that_is_not_there_is_told_from_one_that_is_elsewhere() {
     ] {
         let object =
             serde_json::json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "a"}});
-        let error = cali_api::AnyResource::from_json(object).expect_err(kind);
+        let error = AnyResource::from_json(object).expect_err(kind);
         assert_eq!(
             error.to_string(),
             format!("kind: there is no kind {kind:?} in {api_version:?}{advice}")
