@@ -2,11 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cali_api::Kind;
 use cali_datastore::etcd::{Etcd, Settings};
 use cali_datastore::testing::{self, Tls};
 use cali_datastore::{Datastore, conformance};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 fn settings(server: &testing::Etcd) -> Settings {
     Settings {
@@ -63,6 +66,62 @@ async fn a_compacted_revision_is_gone() {
         matches!(told, cali_datastore::Error::RevisionGone { .. }),
         "{told:?}"
     );
+}
+
+/// A way to etcd that can go silent: connections stay open, but nothing passes any more in either direction.
+struct Way {
+    endpoint: String,
+    /// Connections that were made before the number of this moment are silent.
+    silent: watch::Sender<usize>,
+}
+
+impl Way {
+    async fn to(server: &testing::Etcd) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let etcd = server.endpoint().replace("http://", "");
+        let (silent, told) = watch::channel(0);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let Ok(far) = TcpStream::connect(&etcd).await else {
+                    continue;
+                };
+                let moment = *told.borrow();
+                let mut told = told.clone();
+                tokio::spawn(async move {
+                    let (mut near, mut far) = (near, far);
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        _ = async { told.wait_for(|now| *now > moment).await.map(drop) } => {
+                            // Both sockets stay, and are read no more.
+                            std::future::pending::<()>().await;
+                        }
+                    }
+                });
+            }
+        });
+        Self {
+            endpoint: format!("http://{address}"),
+            silent,
+        }
+    }
+}
+
+/// No reset tells that the other end is gone: the probes find out, and the stream goes on over a new connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stream_survives_connections_that_go_silent() {
+    let server = testing::Etcd::start();
+    let way = Way::to(&server).await;
+    let store: Arc<dyn Datastore> = Arc::new(Etcd::new(Settings {
+        endpoints: vec![way.endpoint.clone()],
+        probes: Some((Duration::from_secs(1), Duration::from_secs(1))),
+        ..Settings::default()
+    }));
+    let silence = &way.silent;
+    conformance::stream_survives(store, 2, async |_| {
+        silence.send_modify(|moment| *moment += 1);
+    })
+    .await;
 }
 
 /// Pages are made by the size of the objects so far: the large ones that come behind hundreds of small ones would be more than

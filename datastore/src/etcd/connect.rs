@@ -22,6 +22,8 @@ pub struct Settings {
     pub ca: Option<PathBuf>,
     /// PEM files of our certificate and its key.
     pub certificate: Option<(PathBuf, PathBuf)>,
+    /// How often a connection is probed, and how long the answer may take; without: as Calico's client, 30 s and 10 s.
+    pub probes: Option<(Duration, Duration)>,
 }
 
 impl Settings {
@@ -80,13 +82,15 @@ impl Settings {
             user,
             ca: text("ETCD_CA_CERT_FILE").map(Into::into),
             certificate,
+            probes: None,
         })
     }
 
     /// Connects, and reads the certificate files anew.
     pub(super) async fn connect(&self) -> Result<Client, Error> {
+        let (every, limit) = self.probes.unwrap_or(KEEP_ALIVE);
         let mut options = ConnectOptions::new()
-            .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
+            .with_keep_alive(every, limit)
             .with_keep_alive_while_idle(true)
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_auto_token_refresh(true);
