@@ -363,9 +363,18 @@ impl Driver {
                     Ok(events) => self.on_links(events),
                     Err(error) => return error!(%error, "notifications of links have ended"),
                 },
-                _ = self.route_state.changed() => self.on_routes(),
-                _ = self.tunnel_state.changed() => self.publish(),
-                _ = self.followed.changed() => self.step_at = Some(now),
+                changed = self.route_state.changed() => match changed {
+                    Ok(()) => self.on_routes(),
+                    Err(_) => return error!("the task of the routes has ended"),
+                },
+                changed = self.tunnel_state.changed() => match changed {
+                    Ok(()) => self.publish(),
+                    Err(_) => return error!("the task of the tunnels has ended"),
+                },
+                changed = self.followed.changed() => match changed {
+                    Ok(()) => self.step_at = Some(now),
+                    Err(_) => return error!("the task of the tunnels has ended"),
+                },
                 () = tokio::time::sleep_until(due.into()) => self.step().await,
             }
         }
