@@ -208,8 +208,17 @@ impl Crypt {
             self.resumed = false;
         }
         self.handshakes = handshakes(&found);
+        let epoch = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs().cast_signed());
         let change = change(&found, family, settings, plan, &self.handshakes);
         if let Some(change) = change {
+            if takes_away(&change) {
+                // A packet that is led to the device and belongs to no peer there is answered by "host unreachable".
+                let routes = plan.routes_now(&self.handshakes, epoch);
+                self.table(netlink, settings.table, index, &routes, Rows::NotEncrypted)
+                    .map_err(failed)?;
+            }
             control.set(index, &change).map_err(failed)?;
         }
         let found = control.get(index).map_err(failed)?;
@@ -228,23 +237,21 @@ impl Crypt {
                 plan.peers.len()
             ));
         }
-        let epoch = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs().cast_signed());
         let routes = plan.routes_now(&self.handshakes, epoch);
         // Routes before the rule that leads to them.
-        self.table(netlink, settings.table, index, &routes)
+        self.table(netlink, settings.table, index, &routes, Rows::All)
             .map_err(failed)?;
         rule(netlink, settings, self.v4, true).await.map_err(failed)
     }
 
-    /// What is not wanted in the table goes, if its protocol says that it is ours.
+    /// Writes these rows of the wanted ones. What is not wanted in the table goes, if its protocol says that it is ours.
     fn table(
         &self,
         netlink: &Netlink,
         table: u32,
         index: IfIndex,
         wanted: &BTreeMap<Cidr, bool>,
+        rows: Rows,
     ) -> Result<(), Error> {
         let filter = RouteFilter {
             v6: Some(!self.v4),
@@ -266,6 +273,7 @@ impl Crypt {
         let replace = wanted
             .iter()
             .filter(|(key, route)| found.get(*key) != Some(*route))
+            .filter(|(_, route)| rows == Rows::All || route.kind == RouteKind::Throw)
             .map(|(_, route)| Change::Replace(route.clone()));
         let delete = found
             .iter()
@@ -286,7 +294,7 @@ impl Crypt {
     /// Rule first, then the table: packets fall back to the main table in one step.
     async fn unroute(&self, netlink: &Netlink, place: &WireguardSettings) -> Result<(), Error> {
         rule(netlink, place, self.v4, false).await?;
-        self.table(netlink, place.table, 0, &BTreeMap::new())
+        self.table(netlink, place.table, 0, &BTreeMap::new(), Rows::All)
     }
 
     async fn remove(
@@ -308,6 +316,20 @@ impl Crypt {
         };
         problems.extend(gone.await.err().map(|error| error.to_string()));
     }
+}
+
+/// Which rows of the table are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rows {
+    All,
+    /// Those that lead past the device.
+    NotEncrypted,
+}
+
+/// Whether a prefix that the device has for a peer may be gone afterwards.
+fn takes_away(change: &WgChange) -> bool {
+    let mut peers = change.peers.keys();
+    !change.remove.is_empty() || peers.any(|key| !change.add_only.contains(key))
 }
 
 fn same_place(made: &WireguardSettings, now: &WireguardSettings, v4: bool) -> bool {
