@@ -246,7 +246,7 @@ pub(crate) fn other_supplier(lab: &Lab) -> Result<()> {
                     let routes = lab.exec(node, &["ip", "-4", "route", "show", "dev", "tunl0"])?;
                     let blocks: Vec<&str> = routes
                         .lines()
-                        .filter(|line| line.contains("/26 via "))
+                        .filter(|line| line.contains("/26 ") && line.contains(" via "))
                         .collect();
                     ensure!(
                         !blocks.is_empty() && blocks.iter().all(|line| line.contains(protocol)),
