@@ -170,12 +170,8 @@ impl AnyResource {
             None => Err(DecodeError::new(name, "is missing")),
         };
         let (api_version, kind) = (text("apiVersion")?, text("kind")?);
-        let known = Kind::from_type_meta(api_version, kind).ok_or_else(|| {
-            let known = Kind::ALL
-                .iter()
-                .map(|kind| (kind.api_version(), kind.name()));
-            decode::unknown_kind(api_version, kind, known)
-        })?;
+        let known = Kind::from_type_meta(api_version, kind)
+            .ok_or_else(|| decode::unknown_kind(api_version, kind))?;
         Self::decode(known, fields)
     }
 

@@ -3,7 +3,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{ObjectMeta, Resource, Spec};
+use crate::{Kind, ObjectMeta, Resource, Spec};
 
 mod words;
 
@@ -90,17 +90,13 @@ fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a s
         .map(|(.., candidate)| candidate)
 }
 
-/// No kind has this name in this group and version; `known` are groups with versions, and the kinds in them.
-pub(crate) fn unknown_kind<'a>(
-    api_version: &str,
-    kind: &str,
-    known: impl Iterator<Item = (&'a str, &'a str)> + Clone,
-) -> DecodeError {
+/// No kind has this name in this group and version.
+pub(crate) fn unknown_kind(api_version: &str, kind: &str) -> DecodeError {
     let of = |wanted: &str| {
-        let versions = known.clone().filter(|(_, name)| *name == wanted);
-        versions.map(|(version, _)| version).collect::<Vec<_>>()
+        let kinds = Kind::ALL.iter().filter(|known| known.name() == wanted);
+        kinds.map(|known| known.api_version()).collect::<Vec<_>>()
     };
-    let advice = match nearest(kind, known.clone().map(|(_, name)| name)) {
+    let advice = match nearest(kind, Kind::ALL.iter().map(|known| known.name())) {
         Some(meant) if meant == kind => format!("; it is in {}", of(kind).join(" and ")),
         Some(meant) if of(meant).contains(&api_version) => format!("; did you mean {meant:?}?"),
         Some(meant) => {

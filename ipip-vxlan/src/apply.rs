@@ -331,7 +331,7 @@ impl Applier {
             self.read_entries(now, &mut problems);
         }
         for device in anew {
-            self.entries.start_over(device);
+            self.entries.start_over(device, &next);
         }
         problems.extend(self.entries.write(&self.netlink, &self.indices, now));
         self.encrypt(&wish, &underlay, now, &mut problems).await;

@@ -93,9 +93,12 @@ impl Entries {
     }
 
     /// A device was made anew, or has come up: its entries went with it, and nobody is to blame for that.
-    pub(crate) fn start_over(&mut self, device: &str) {
-        self.fdb.start_over(|(owner, _)| *owner == device);
-        self.neighbours.start_over(|(owner, _)| *owner == device);
+    pub(crate) fn start_over(&mut self, device: &'static str, plan: &Plan) {
+        let own = plan.vteps.iter().filter(|((owner, _), _)| *owner == device);
+        for ((_, address), entry) in own {
+            self.fdb.start_over(&(device, entry.mac));
+            self.neighbours.start_over(&(device, *address));
+        }
     }
 
     /// Takes in one notification about a forwarding entry.

@@ -477,17 +477,14 @@ impl<K: Ord + Clone, V: PartialEq + Clone> Reconciler<K, V> {
         })
     }
 
-    /// What befell these keys so far was nobody's doing on them (their device went, and took them with it, or could not have them
-    /// yet): it does not count as a fight or a failure, and they are put right at once.
-    pub fn start_over(&mut self, which: impl Fn(&K) -> bool) {
-        for (key, entry) in &mut self.entries {
-            if let Some(history) = &mut entry.history
-                && which(key)
-            {
-                history.failure = None;
-                history.fight = None;
-                history.undone.clear();
-            }
+    /// What befell a key so far was nobody's doing on it (its device went, and took it with it, or could not have it yet): it
+    /// does not count as a fight or a failure, and it is put right at once.
+    pub fn start_over(&mut self, key: &K) {
+        let entry = self.entries.get_mut(key);
+        if let Some(history) = entry.and_then(|entry| entry.history.as_mut()) {
+            history.failure = None;
+            history.fight = None;
+            history.undone.clear();
         }
     }
 }

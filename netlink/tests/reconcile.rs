@@ -99,6 +99,17 @@ impl World {
         }
     }
 
+    /// Keys 1 and 2 are as desired, and that is known.
+    fn with_two() -> Self {
+        let mut world = Self::new();
+        world.dump();
+        world.reconciler.desire(1, 1);
+        world.reconciler.desire(2, 2);
+        world.run();
+        world.deliver(usize::MAX);
+        world
+    }
+
     fn dump(&mut self) {
         let dump: Vec<_> = self
             .kernel
@@ -308,12 +319,7 @@ fn a_foreign_deletion_is_told_and_put_right_at_once() {
 
 #[test]
 fn a_fight_is_named_and_slowed_down_and_ends() {
-    let mut world = World::new();
-    world.dump();
-    world.reconciler.desire(1, 1);
-    world.reconciler.desire(2, 2);
-    world.run();
-    world.deliver(usize::MAX);
+    let mut world = World::with_two();
     for round in 1..=FIGHT_UNDONE {
         world.now += Duration::from_secs(1);
         world.kernel.put(1, None);
@@ -347,18 +353,13 @@ fn a_fight_is_named_and_slowed_down_and_ends() {
 
 #[test]
 fn what_a_device_took_with_it_is_no_fight() {
-    let mut world = World::new();
-    world.dump();
-    world.reconciler.desire(1, 1);
-    world.reconciler.desire(2, 2);
-    world.run();
-    world.deliver(usize::MAX);
+    let mut world = World::with_two();
     for _ in 0..2 * FIGHT_UNDONE {
         world.now += Duration::from_secs(1);
         world.kernel.put(1, None);
         world.kernel.put(2, None);
         world.deliver(usize::MAX);
-        world.reconciler.start_over(|key| *key == 1);
+        world.reconciler.start_over(&1);
         world.run();
         world.deliver(usize::MAX);
     }

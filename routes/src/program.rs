@@ -488,13 +488,10 @@ impl Program {
             nexthops.into_iter().map(|nexthop| (nexthop.id, nexthop)),
             now,
         );
-        let lost = drifts.iter().filter_map(|drift| match drift {
-            Drift::Missing { key } => Some(*key),
-            Drift::Changed { .. } | Drift::Unwanted { .. } => None,
-        });
-        let lost: BTreeSet<u32> = lost.collect();
-        if !lost.is_empty() {
-            self.nexthops.start_over(|id| lost.contains(id));
+        for drift in &drifts {
+            if let Drift::Missing { key } = drift {
+                self.nexthops.start_over(key);
+            }
         }
         drifts
     }
@@ -527,8 +524,8 @@ impl Program {
             .iter()
             .filter_map(|key| self.routes.on_observed(key, seen.remove(key), now))
             .collect();
-        if !keys.is_empty() {
-            self.routes.start_over(|key| keys.contains(key));
+        for key in &keys {
+            self.routes.start_over(key);
         }
         drifts
     }

@@ -186,14 +186,19 @@ impl Load {
     }
 }
 
+impl Arguments {
+    fn cluster(&self) -> Cluster {
+        Cluster {
+            pods: self.pods,
+            nodes: self.nodes,
+            policies: self.policies,
+            namespaced: false,
+        }
+    }
+}
+
 async fn measure(arguments: &Arguments) -> Result<()> {
-    let cluster = Cluster {
-        pods: arguments.pods,
-        nodes: arguments.nodes,
-        policies: arguments.policies,
-        namespaced: false,
-    };
-    let clients = arguments.clients;
+    let (cluster, clients) = (arguments.cluster(), arguments.clients);
     println!("{}\n\n{cluster:?}, {clients} clients\n", machine());
     println!("| what | seen |\n|---|---|");
     let start = Instant::now();
@@ -286,13 +291,7 @@ async fn measure(arguments: &Arguments) -> Result<()> {
 
 /// Clients that ask for a part of the endpoints, as nodes do: what the server needs for their snapshots and for changes.
 async fn scoped(arguments: &Arguments) -> Result<()> {
-    let cluster = Cluster {
-        pods: arguments.pods,
-        nodes: arguments.nodes,
-        policies: arguments.policies,
-        namespaced: false,
-    };
-    let clients = arguments.clients;
+    let (cluster, clients) = (arguments.cluster(), arguments.clients);
     println!(
         "{}\n\n{cluster:?}, {clients} clients with a scope\n",
         machine()
