@@ -13,6 +13,7 @@ use cali_datastore::testing::ApiServer;
 use cali_datastore::{Error, Warning, WatchEvent, sync};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::Request;
+use kube::core::params::DeleteParams;
 use serde_json::{Value, json};
 
 type Behaviour = fn(Store) -> Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -141,6 +142,7 @@ async fn views_secrets_and_schemas() {
     namespaces_are_profiles(&store).await;
     secrets_are_read(&server, &store).await;
     pods_of_a_node_are_told_apart(&server, &store).await;
+    pods_are_the_same_in_either_encoding(&server, &store).await;
     warnings_are_events_of_the_object(&server, &store).await;
     bad_manifests_are_refused(&server);
     good_manifests_are_read(&server, &store).await;
@@ -265,6 +267,72 @@ async fn pods_of_a_node_are_told_apart(server: &ApiServer, store: &Store) {
     };
     let next = tokio::time::timeout(std::time::Duration::from_secs(30), next).await;
     assert_eq!(next.expect("in time"), "here-too");
+}
+
+/// Lists of Pods come in protobuf, single ones in JSON: both say the same of every field that is read.
+async fn pods_are_the_same_in_either_encoding(server: &ApiServer, store: &Store) {
+    let pods = "/api/v1/namespaces/a/pods";
+    let owner = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "u", "controller": true, "blockOwnerDeletion": false});
+    let full = json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"generateName": "full-", "name": "full", "namespace": "a", "labels": {"app": "web", "empty": ""},
+            "annotations": {"cni.projectcalico.org/podIP": "10.0.0.1/32", "long": "text ".repeat(100),
+                "kubectl.kubernetes.io/last-applied-configuration": "{}"},
+            "finalizers": ["example.org/stays"], "ownerReferences": [owner]},
+        "spec": {"nodeName": "n3", "automountServiceAccountToken": false, "serviceAccountName": "default", "hostNetwork": true,
+            "terminationGracePeriodSeconds": 7, "volumes": [{"name": "v", "emptyDir": {}}],
+            "containers": [
+                {"name": "c", "image": "i", "env": [{"name": "A", "value": "b"}], "ports": [
+                    {"name": "http", "containerPort": 80, "hostPort": 80, "hostIP": "10.1.2.3"},
+                    {"containerPort": 53, "protocol": "UDP", "hostPort": 53}]},
+                {"name": "d", "image": "i"}]}});
+    raw(server, pods, full).await;
+    raw(server, pods, json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "plain", "namespace": "a"},
+        "spec": {"automountServiceAccountToken": false, "containers": [{"name": "c", "image": "i"}]}})).await;
+    let status = json!({"status": {"phase": "Running", "hostIP": "192.0.2.1", "podIP": "10.0.0.1",
+        "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}], "conditions": [{"type": "Ready", "status": "True"}]}});
+    let request = Request::new(pods)
+        .patch_subresource(
+            "status",
+            "full",
+            &PatchParams::default(),
+            &Patch::Merge(&status),
+        )
+        .expect("a request");
+    let client = server.client().await;
+    let _: Value = client.request(request).await.expect("a status");
+    // Its finalizer keeps it: with the moment of its deletion, and the time that it has.
+    let request = Request::new(pods).delete("full", &DeleteParams::default());
+    let _: Value = client
+        .request(request.expect("a request"))
+        .await
+        .expect("a deletion");
+    let list = store.list(Kind::K8sPod, Some("a")).await.expect("list");
+    let mut names = Vec::new();
+    for listed in &list.items {
+        let key = listed.object.key();
+        let read = store.get(&key).await.expect("read");
+        assert_eq!(listed.object, read.object);
+        assert_eq!(listed.revision, read.revision);
+        names.push(key.name.to_string());
+    }
+    assert!(
+        names.contains(&"full".to_owned()) && names.contains(&"plain".to_owned()),
+        "{names:?}"
+    );
+    let Some(AnyResource::K8sPod(full)) = list
+        .items
+        .iter()
+        .map(|item| item.object.as_ref())
+        .find(|pod| &*pod.key().name == "full")
+    else {
+        panic!("{names:?}");
+    };
+    assert!(full.metadata.deletion_timestamp.is_some(), "{full:?}");
+    assert_eq!(full.metadata.owner_references.len(), 1);
+    assert_eq!(
+        full.spec.containers[0].ports.as_ref().map(Vec::len),
+        Some(2)
+    );
 }
 
 async fn secrets_are_read(server: &ApiServer, store: &Store) {

@@ -1,15 +1,20 @@
 //! One connected cluster: requests with a time limit, and lists in pages.
 
+use bytes::Bytes;
+use cali_api::kubernetes::Pod;
 use cali_api::{Key, Kind, Revision};
+use http::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
+use http_body_util::BodyExt;
 use kube::Client;
-use kube::core::Request;
+use kube::client::Body;
 use kube::core::params::{GetParams, ListParams};
+use kube::core::{Request, Status};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::failure::failure;
 use super::places::{Group, Place, place};
-use super::{CALL_TIMEOUT, PAGE, wire};
+use super::{CALL_TIMEOUT, protobuf, wire};
 use crate::error::Error;
 
 /// How often a list that expired between its pages is begun again.
@@ -27,7 +32,29 @@ pub(super) struct Cluster {
 pub(super) struct Answer {
     pub(super) metadata: PageMetadata,
     #[serde(default)]
-    pub(super) items: Vec<Value>,
+    pub(super) items: Vec<Item>,
+}
+
+/// An object of a list.
+#[derive(Deserialize)]
+#[serde(from = "Value")]
+pub(super) enum Item {
+    /// As the server has it.
+    Json(Value),
+    /// What is used of a Pod.
+    Pod(Box<Pod>),
+}
+
+impl From<Value> for Item {
+    fn from(object: Value) -> Self {
+        Self::Json(object)
+    }
+}
+
+/// Objects in one page of a list. Pods are small in the encoding in which they come, and for each page the API server looks
+/// for its place anew.
+pub(super) fn page_size(kind: Kind) -> u32 {
+    if kind == Kind::K8sPod { 2000 } else { 500 }
 }
 
 #[derive(Deserialize)]
@@ -124,6 +151,9 @@ impl Cluster {
             parameters = parameters.fields(fields);
         }
         let request = Request::new(self.place(kind)?.path(scope.namespace)).list(&parameters);
+        if kind == Kind::K8sPod {
+            return Ok(call_pods(&self.client, request).await);
+        }
         Ok(call(&self.client, request).await)
     }
 
@@ -132,13 +162,17 @@ impl Cluster {
         &self,
         kind: Kind,
         scope: Scope<'_>,
-    ) -> Result<Option<(Vec<Value>, String)>, Error> {
+    ) -> Result<Option<(Vec<Item>, String)>, Error> {
         let mut attempt = 0;
         'list: loop {
             attempt += 1;
             // The last attempt is not paged, so that it cannot expire.
-            let limit = if attempt < LIST_ATTEMPTS { PAGE } else { 0 };
-            let (mut items, mut next): (Vec<Value>, Option<String>) = (Vec::new(), None);
+            let limit = if attempt < LIST_ATTEMPTS {
+                page_size(kind)
+            } else {
+                0
+            };
+            let (mut items, mut next): (Vec<Item>, Option<String>) = (Vec::new(), None);
             loop {
                 let page = match self.page(kind, scope, next.as_deref(), limit).await {
                     Err(Error::RevisionGone { .. }) if attempt < LIST_ATTEMPTS => continue 'list,
@@ -146,7 +180,10 @@ impl Cluster {
                     Ok(None) => return Ok(None),
                     Ok(Some(page)) => page,
                 };
-                items.extend(page.items.into_iter().map(|item| wire::read(kind, item)));
+                items.extend(page.items.into_iter().map(|item| match item {
+                    Item::Json(object) => Item::Json(wire::read(kind, object)),
+                    pod @ Item::Pod(_) => pod,
+                }));
                 next = page.metadata.next.filter(|token| !token.is_empty());
                 if next.is_none() {
                     return Ok(Some((items, page.metadata.resource_version)));
@@ -176,7 +213,7 @@ impl Cluster {
 
 /// How a call failed.
 pub(super) enum Failed {
-    Api(Box<kube::core::Status>),
+    Api(Box<Status>),
     Other(crate::Cause),
 }
 
@@ -199,6 +236,51 @@ pub(super) async fn call<T: serde::de::DeserializeOwned>(
         Ok(Err(kube::Error::Api(status))) => Err(Failed::Api(status)),
         Ok(Err(error)) => Err(Failed::Other(error.into())),
         Err(late) => Err(Failed::Other(late.into())),
+    }
+}
+
+/// Asks for a list of Pods; in protobuf, where the server speaks it.
+async fn call_pods(client: &Client, request: BuiltRequest) -> Result<Answer, Failed> {
+    let mut request = request.map_err(|error| Failed::Other(error.into()))?;
+    let accepted = const { HeaderValue::from_static(protobuf::ACCEPTED) };
+    request.headers_mut().insert(ACCEPT, accepted);
+    let call = async {
+        let answer = client.send(request.map(Body::from)).await?;
+        let (head, body) = answer.into_parts();
+        Ok((head, body.collect().await?.to_bytes()))
+    };
+    let (head, body) = match tokio::time::timeout(CALL_TIMEOUT, call).await {
+        Ok(answer) => answer.map_err(|error: kube::Error| Failed::Other(error.into()))?,
+        Err(late) => return Err(Failed::Other(late.into())),
+    };
+    let is_protobuf = head
+        .headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(protobuf::MEDIA_TYPE.as_bytes()));
+    let other = |error: crate::Cause| Failed::Other(error);
+    match (head.status.is_success(), is_protobuf) {
+        (true, true) => protobuf::pods(body).map_err(|error| other(error.into())),
+        (true, false) => serde_json::from_slice(&body).map_err(|error| other(error.into())),
+        (false, _) => Err(Failed::Api(Box::new(refusal(
+            head.status,
+            body,
+            is_protobuf,
+        )))),
+    }
+}
+
+/// What the server, or something on the way to it, says of a call that it refuses.
+fn refusal(code: http::StatusCode, body: Bytes, is_protobuf: bool) -> Status {
+    let text = String::from_utf8_lossy(&body).into_owned();
+    let read = if is_protobuf {
+        protobuf::status(body).ok()
+    } else {
+        serde_json::from_str(&text).ok()
+    };
+    let unread = || Status::failure(&text, code.canonical_reason().unwrap_or_default());
+    Status {
+        code: code.as_u16(),
+        ..read.unwrap_or_else(unread)
     }
 }
 

@@ -3,13 +3,23 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::retry::RetryPolicy;
+use kube::client::{Body, ConfigExt};
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use tower::retry::RetryLayer;
+use tower::{BoxError, ServiceBuilder};
 
 use super::places::Group;
 use crate::error::{Cause, Error};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// An idle connection is probed after this time, and the answer may take this long. Nothing else tells that the way to the
+/// server is gone: on a watch only the server speaks.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(10));
 
 /// How to reach the API server.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -34,6 +44,9 @@ pub struct Settings {
     pub insecure: bool,
     /// `crd.projectcalico.org/v1` or `projectcalico.org/v3`; whichever is served if absent.
     pub group: Option<String>,
+    /// After which time of silence the kernel probes a connection, and how long the answer may take, in whole seconds;
+    /// without: 15 s and 10 s.
+    pub probes: Option<(Duration, Duration)>,
 }
 
 impl Settings {
@@ -57,6 +70,7 @@ impl Settings {
             token: text("K8S_API_TOKEN"),
             insecure: text("K8S_INSECURE_SKIP_TLS_VERIFY").is_some_and(|on| on == "true"),
             group: text("CALICO_API_GROUP"),
+            probes: None,
         };
         let in_cluster = text("KUBERNETES_SERVICE_HOST").is_some();
         let has_kubeconfig = settings.kubeconfig.is_some() || settings.kubeconfig_inline.is_some();
@@ -133,10 +147,37 @@ impl Settings {
     /// # Errors
     /// If the settings name nothing that can be read. The API server is not asked yet.
     pub async fn connect(&self) -> Result<Client, Error> {
-        let mut config = self.config().await?;
-        config.connect_timeout = Some(CONNECT_TIMEOUT);
-        Client::try_from(config)
+        let config = self.config().await?;
+        self.client(config)
             .map_err(|error| Error::unavailable("set up the connection to the API server", error))
+    }
+
+    /// As `Client::try_from`, with connections that are probed, and without its log line of level error for each failed
+    /// call: callers know whether they try again.
+    fn client(&self, config: Config) -> Result<Client, kube::Error> {
+        if config.proxy_url.is_some() {
+            return Client::try_from(config);
+        }
+        let (every, limit) = self.probes.unwrap_or(KEEP_ALIVE);
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        tcp.set_keepalive(Some(every));
+        tcp.set_keepalive_interval(Some(limit));
+        // With this option, tcp(7) ends a connection whose probe was not answered in time, however many are left.
+        tcp.set_tcp_user_timeout(Some(every + limit));
+        let connector = config.rustls_https_connector_with_connector(tcp)?;
+        let http = HttpClient::builder(TokioExecutor::new()).build::<_, Body>(connector);
+        let retries = config.default_retry.then(RetryPolicy::server_retry);
+        let service = ServiceBuilder::new()
+            .layer(config.base_uri_layer())
+            .option_layer(retries.map(RetryLayer::new))
+            .option_layer(config.auth_layer()?)
+            .layer(config.extra_headers_layer()?)
+            .map_err(BoxError::from)
+            .service(http);
+        Ok(Client::new(service, config.default_namespace))
     }
 
     /// The group that serves Calico's kinds; `None` if the cluster serves none.

@@ -17,8 +17,10 @@ use crate::store::WatchEvent;
 
 /// The API server ends a watch after at most this time, in seconds, and is asked again.
 const WATCH_SECONDS: u32 = 290;
-/// Nothing at all for so long is a failure.
-const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 30);
+/// Nothing at all for so long is a failure: longer than a watch lasts.
+pub(super) const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 30);
+/// The same of a server that has sent a bookmark: it sends one every minute.
+const SILENCE_AFTER_BOOKMARK: Duration = Duration::from_secs(150);
 /// A watch that ends sooner without a word is taken as a failure.
 const TOO_SOON: Duration = Duration::from_secs(1);
 /// How often it is asked whether a kind that the cluster does not serve has come.
@@ -36,6 +38,8 @@ pub(super) struct Follower {
     /// Field selector; all objects without one.
     pub(super) fields: Option<String>,
     pub(super) position: Revision,
+    /// How long the server may say nothing.
+    pub(super) silence: Duration,
     pub(super) sender: Sender,
 }
 
@@ -90,8 +94,8 @@ impl Follower {
             .map_err(|error| self.failed(error))?;
         let mut events = std::pin::pin!(events);
         loop {
-            // Bookmarks come every minute or so; a connection that is silent for longer than a watch lasts is dead.
-            let event = match tokio::time::timeout(SILENCE, events.try_next()).await {
+            // A connection that is lost is ended by the kernel (see `connect`); this is for a server that hangs.
+            let event = match tokio::time::timeout(self.silence, events.try_next()).await {
                 Ok(Ok(Some(event))) => event,
                 Ok(Ok(None)) => return Ok(true),
                 Ok(Err(error)) => return Err(self.failed(error)),
@@ -111,6 +115,7 @@ impl Follower {
             Raw::Deleted(object) => (object, true),
             Raw::Bookmark(bookmark) => {
                 self.position = bookmark.metadata.resource_version.into();
+                self.silence = SILENCE_AFTER_BOOKMARK;
                 return Ok(vec![WatchEvent::Bookmark(self.position.clone())]);
             }
             Raw::Error(status) => return Err(self.failed(kube::Error::Api(status))),

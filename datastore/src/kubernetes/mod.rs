@@ -7,7 +7,7 @@
 //!   only a Node can be written: as annotations ([`node`]).
 //! - Native objects are updated by patches of what differs, under the revision that was read, and are kept as the few
 //!   fields that are used ([`wire`]).
-//! - Lists are paged. Watches ask for bookmarks and are kept up over the server's regular ends; an expired revision, or
+//! - Lists are paged, those of Pods in protobuf ([`protobuf`]). Connections are probed. Watches ask for bookmarks and are kept up over the server's regular ends; an expired revision, or
 //!   one that the server never gave out, ends them with [`Error::RevisionGone`].
 //! - The API server has no transactions over several objects: that a new IP pool overlaps with no other is checked again
 //!   after it has been created; of several that were created at the same time the first one stays.
@@ -22,6 +22,7 @@ mod failure;
 mod follow;
 mod node;
 mod places;
+mod protobuf;
 mod secret;
 mod wire;
 
@@ -37,7 +38,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
-use self::cluster::{Cluster, Failed, Scope};
+use self::cluster::{Cluster, Failed, Item, Scope, page_size};
 pub use self::connect::Settings;
 use self::failure::{conflict, failure, is_missing};
 use self::places::viewed;
@@ -51,8 +52,6 @@ use crate::stored;
 
 /// One answer of the API server takes at most this long.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// Objects in one page of a list.
-const PAGE: u32 = 500;
 /// Events that wait for a slow reader of one watch; the rest waits in the API server.
 const WATCH_BUFFER: usize = 256;
 /// The revision of a list of a kind that the cluster does not serve.
@@ -76,18 +75,38 @@ fn decode(source: Kind, told: Kind, object: Value) -> Vec<Result<Versioned, Unde
         None => Key::cluster(source, name),
     };
     match AnyResource::from_json(wire::read(source, object)) {
-        Ok(object) if source == told => vec![Ok(stored::versioned(object, &revision))],
-        Ok(object) => views(&object)
-            .into_iter()
-            .filter(|view| view.kind() == told)
-            .map(|view| Ok(stored::versioned(view, &revision)))
-            .collect(),
+        Ok(object) => seen_as(told, object, &revision).map(Ok).collect(),
         Err(error) => vec![Err(Undecodable {
             key,
             revision: revision.into(),
             reason: error.to_string(),
         })],
     }
+}
+
+/// An object as what it is, or the views of it that are of kind `told`.
+fn seen_as(told: Kind, object: AnyResource, revision: &str) -> impl Iterator<Item = Versioned> {
+    let seen = if object.kind() == told {
+        vec![object]
+    } else {
+        views(&object)
+    };
+    seen.into_iter()
+        .filter(move |view| view.kind() == told)
+        .map(move |view| stored::versioned(view, revision))
+}
+
+/// As [`decode`], of an object in a list.
+fn decode_item(source: Kind, told: Kind, item: Item) -> Vec<Result<Versioned, Undecodable>> {
+    let pod = match item {
+        Item::Json(object) => return decode(source, told, object),
+        Item::Pod(pod) => pod,
+    };
+    let revision = pod.metadata.resource_version.clone();
+    let revision = revision.as_ref().map_or("", Revision::as_str);
+    seen_as(told, AnyResource::K8sPod(pod), revision)
+        .map(Ok)
+        .collect()
 }
 
 fn views(object: &AnyResource) -> Vec<AnyResource> {
@@ -201,6 +220,7 @@ impl Kubernetes {
                     told,
                     fields: fields.map(str::to_owned),
                     position: from.clone(),
+                    silence: follow::SILENCE,
                     sender: sender.clone(),
                 };
                 if probe.is_some() {
@@ -269,7 +289,9 @@ impl Kubernetes {
             .scan(kind, Scope::default())
             .await?
             .unwrap_or_default();
-        let decoded = items.into_iter().flat_map(|item| decode(kind, kind, item));
+        let decoded = items
+            .into_iter()
+            .flat_map(|item| decode_item(kind, kind, item));
         Ok(decoded.flatten().collect())
     }
 
@@ -440,13 +462,13 @@ fn sources(kind: &Kind) -> &[Kind] {
 fn sort_out(
     source: Kind,
     kind: Kind,
-    found: Vec<Value>,
+    found: Vec<Item>,
     items: &mut Vec<Versioned>,
     undecodable: &mut Vec<Undecodable>,
 ) {
     for decoded in found
         .into_iter()
-        .flat_map(|item| decode(source, kind, item))
+        .flat_map(|item| decode_item(source, kind, item))
     {
         match decoded {
             Ok(object) => items.push(object),
@@ -509,7 +531,9 @@ impl Datastore for Kubernetes {
         let source = sources.get(at).copied().unwrap_or(kind);
         let within = Scope::namespace(namespace.filter(|_| kind.is_namespaced()));
         let token = Some(token).filter(|token| !token.is_empty());
-        let limit = u32::try_from(limit).unwrap_or(PAGE).clamp(1, PAGE);
+        let limit = u32::try_from(limit)
+            .unwrap_or(u32::MAX)
+            .clamp(1, page_size(source));
         let answer = cluster.later_page(source, within, token, limit).await?;
         let (found, revision, next) = match answer {
             Some(answer) => (

@@ -12,7 +12,7 @@ use super::places::{Group, Place};
 /// Where Calico's older clients kept metadata that Kubernetes now keeps itself.
 const METADATA_ANNOTATION: &str = "projectcalico.org/metadata";
 /// kubectl's copy of the manifest.
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+pub(super) const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Metadata that the API server gives, and that a writer does not send.
 const SERVERS_METADATA: [&str; 6] = [
     "uid",
