@@ -9,8 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cali_netlink::route::protocol;
 use cali_netlink::{
-    Address, Change, Errno, Hop, IpNetwork, Link, LinkChange, LinkKind, MacAddr, Neighbour, NetNs,
-    Netlink, NewLink, NewLinkKind, Result, Route, RouteFilter, Target, VethPeer, sysctl,
+    Address, Change, Errno, Hop, IfIndex, IpNetwork, Link, LinkChange, LinkKind, MacAddr,
+    Neighbour, NetNs, Netlink, NewLink, NewLinkKind, Result, Route, RouteFilter, Target, VethPeer,
+    sysctl,
 };
 use ipnetwork::{Ipv4Network, Ipv6Network};
 
@@ -69,22 +70,54 @@ pub(crate) fn host_side(host: &Netlink, name: &str, alias: &str) -> Result<Optio
     Ok(host.dump_links()?.into_iter().find(is))
 }
 
-/// Makes the pair. What a failure leaves is removed again. A host side of the same name is a left-over of an earlier
-/// sandbox of the same pod and gives way; an interface of the same name in the pod does not,
-/// unless it is the other end of such a left-over.
-pub(crate) async fn create(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result<Wired> {
-    let stale = host.link_by_name(&wish.host_name)?;
-    if let Some(inside) = pod.link_by_name(&wish.pod_name)?
-        && !is_half_made(host, pod, stale.as_ref(), &inside)?
+/// What came of [`make`].
+#[derive(Debug)]
+pub(crate) enum Made {
+    /// The pair stands.
+    Stands(Wired),
+    /// First this device of the host has to go.
+    InTheWay(IfIndex),
+}
+
+/// Makes the pair, unless it stands already as it should (the runtime may repeat an `ADD`). What a failure leaves is removed
+/// again. A host side of the same name is a left-over of an earlier sandbox of the same pod and gives way; an interface of
+/// the same name in the pod does not, unless it is the other end of such a left-over.
+///
+/// Blocks: the runtime of the container waits, and nothing is handed over between the first request and the last.
+pub(crate) fn make(host: &Netlink, pod: &NetNs, wish: &Wish) -> Result<Made> {
+    Netlink::visit(pod, |pod| make_inside(host, pod, wish))
+}
+
+/// The calling thread is in the pod's namespace.
+fn make_inside(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result<Made> {
+    let inside = pod.link_by_name(&wish.pod_name)?;
+    let named = host.link_by_name(&wish.host_name)?;
+    // A pair has both of its ends or none.
+    if let Some(inside) = &inside
+        && let Some(host_side) = host_side(host, &wish.host_name, &wish.alias)?
+    {
+        return Ok(match inside.mac {
+            Some(pod_mac) if defects(host, pod, wish)?.is_empty() => Made::Stands(Wired {
+                host_index: host_side.index,
+                pod_mac,
+                mtu: inside.mtu,
+            }),
+            // An ADD that was cut off: begin again.
+            _ => Made::InTheWay(host_side.index),
+        });
+    }
+    if let Some(inside) = inside
+        && !is_half_made(host, pod, named.as_ref(), &inside)?
     {
         let name = format!("{} in the pod", wish.pod_name);
         return Err(cali_netlink::Error::errno("create", name, Errno::EEXIST));
     }
-    if let Some(stale) = stale {
-        host.delete_link(stale.index).await?;
+    if let Some(named) = named {
+        return Ok(Made::InTheWay(named.index));
     }
     let v6 = wish.addresses.iter().any(IpAddr::is_ipv6);
-    prepare_pod(pod.netns(), v6, wish.forwarding).await?;
+    let settings = pod_settings(v6, wish.forwarding);
+    check(&settings, sysctl::write_all_here(&borrowed(&settings)))?;
     let peer = VethPeer {
         name: wish.host_name.clone(),
         mac: Some(HOST_MAC),
@@ -95,11 +128,11 @@ pub(crate) async fn create(host: &Netlink, pod: &Netlink, wish: &Wish) -> Result
     let mut link = NewLink::new(&wish.pod_name, NewLinkKind::Veth(peer));
     link.mtu = Some(wish.mtu);
     link.mac = wish.pod_mac;
-    let pod_index = pod.add_link(&link).await?;
-    match complete(host, pod, pod_index, wish).await {
-        Ok(wired) => Ok(wired),
+    let pod_index = pod.add_link_at_once(&link)?;
+    match complete(host, pod, pod_index, wish) {
+        Ok(wired) => Ok(Made::Stands(wired)),
         Err(error) => {
-            if let Err(e) = pod.delete_link(pod_index).await {
+            if let Err(e) = pod.delete_link_at_once(pod_index) {
                 tracing::warn!(interface = wish.host_name, error = %e, "cannot remove a half-made interface pair");
             }
             Err(error)
@@ -119,26 +152,34 @@ fn is_half_made(host: &Netlink, pod: &Netlink, side: Option<&Link>, inside: &Lin
         && side.link_netns == host.number_of(pod.netns())?)
 }
 
-async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) -> Result<Wired> {
+fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) -> Result<Wired> {
     let not_found = |name: &str| cali_netlink::Error::errno("find", name, Errno::ENODEV);
     let host_side = host
         .link_by_name(&wish.host_name)?
         .ok_or_else(|| not_found(&wish.host_name))?;
-    prepare_host(host.netns(), &wish.host_name, wish.route_localnet).await?;
+    let settings = host_settings(&wish.host_name, wish.route_localnet);
+    check(
+        &settings,
+        sysctl::write_all(host.netns(), &borrowed(&settings)),
+    )?;
     // The kernel takes the alias first: what is up has one.
     let named_and_up = LinkChange {
         alias: Some(wish.alias.clone()),
         up: Some(true),
         ..LinkChange::default()
     };
-    host.change_link(host_side.index, &named_and_up).await?;
+    host.change_link_at_once(host_side.index, &named_and_up)?;
     if let Some(lo) = pod.link_by_name("lo")?.filter(|lo| !lo.up) {
-        pod.set_link_up(lo.index, true).await?;
+        let up = LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        };
+        pod.change_link_at_once(lo.index, &up)?;
     }
-    for address in &wish.addresses {
-        pod.add_address(&Address::new(pod_index, IpNetwork::from(*address)))
-            .await?;
-    }
+    let held = wish.addresses.iter();
+    let addresses: Vec<_> = held
+        .map(|ip| Change::Replace(Address::new(pod_index, IpNetwork::from(*ip))))
+        .collect();
     let gateways = gateways(&wish.addresses);
     let neighbours: Vec<_> = gateways
         .iter()
@@ -158,8 +199,9 @@ async fn complete(host: &Netlink, pod: &Netlink, pod_index: u32, wish: &Wish) ->
     }
     let routes: Vec<_> = routes.into_iter().map(Change::Replace).collect();
     for result in pod
-        .apply_neighbours(&neighbours)
+        .apply_addresses(&addresses)
         .into_iter()
+        .chain(pod.apply_neighbours(&neighbours))
         .chain(pod.apply_routes(&routes))
     {
         result?;
@@ -218,28 +260,25 @@ impl Setting {
     }
 }
 
-async fn write(netns: &NetNs, settings: Vec<Setting>) -> Result<()> {
-    let netns = netns.clone();
-    let written = tokio::task::spawn_blocking(move || {
-        let pairs: Vec<(&str, &str)> = settings
-            .iter()
-            .map(|setting| (setting.key.as_str(), setting.value))
-            .collect();
-        let results = sysctl::write_all(&netns, &pairs);
-        let needed = settings.iter().map(|setting| setting.needed);
-        needed
-            .zip(results)
-            .try_for_each(|(needed, result)| match result {
-                Err(e) if !needed && e.is_not_found() => Ok(()),
-                other => other.map(|_| ()),
-            })
-    });
-    written.await.map_err(|_| {
-        cali_netlink::Error::errno("write", "settings of an interface", Errno::ECANCELED)
-    })?
+fn borrowed(settings: &[Setting]) -> Vec<(&str, &str)> {
+    let pairs = settings.iter();
+    pairs
+        .map(|setting| (setting.key.as_str(), setting.value))
+        .collect()
 }
 
-async fn prepare_pod(netns: &NetNs, v6: bool, forwarding: bool) -> Result<()> {
+/// The first result that matters.
+fn check(settings: &[Setting], results: Vec<Result<bool>>) -> Result<()> {
+    settings
+        .iter()
+        .zip(results)
+        .try_for_each(|(setting, result)| match result {
+            Err(e) if !setting.needed && e.is_not_found() => Ok(()),
+            other => other.map(|_| ()),
+        })
+}
+
+fn pod_settings(v6: bool, forwarding: bool) -> Vec<Setting> {
     let on = if forwarding { "1" } else { "0" };
     let mut settings = vec![
         Setting::v4("ip_forward", on),
@@ -251,10 +290,10 @@ async fn prepare_pod(netns: &NetNs, v6: bool, forwarding: bool) -> Result<()> {
         let devices = ["all", "default", "lo"];
         settings.extend(devices.map(|d| Setting::v6(format!("conf/{d}/disable_ipv6"), "0", true)));
     }
-    write(netns, settings).await
+    settings
 }
 
-async fn prepare_host(netns: &NetNs, name: &str, route_localnet: bool) -> Result<()> {
+fn host_settings(name: &str, route_localnet: bool) -> Vec<Setting> {
     let conf = |key: &str| format!("conf/{name}/{key}");
     let mut settings = vec![
         Setting::v4(format!("neigh/{name}/proxy_delay"), "0"),
@@ -275,7 +314,7 @@ async fn prepare_host(netns: &NetNs, name: &str, route_localnet: bool) -> Result
         ]
         .map(|(key, value)| Setting::v6(conf(key), value, false)),
     );
-    write(netns, settings).await
+    settings
 }
 
 /// Removes an interface of a pod by its name there, if it is one end of a pair.

@@ -176,6 +176,36 @@ kernel_test! {
         assert_eq!(node.keeper.attachments().await.len(), 1);
     }
 
+    async fn an_interface_that_cannot_be_removed_keeps_its_address_until_it_can() {
+        let mut node = Node::new("cnikeep").await;
+        let (old, new) = (TestNs::new("cniold"), TestNs::new("cninew"));
+        let same = json!({"cni.projectcalico.org/ipAddrs": "[\"10.66.0.9\"]"});
+        node.pod("a", same.clone()).await;
+        node.pod("b", same).await;
+        node.call(&Call::new("ADD", "a", "c1", old.name())).ok();
+        let interface = cali_api::kubernetes::interface_name("test", "a");
+        node.stop();
+        node.start_unable_to_remove();
+        // Without the namespace the plugin cannot remove it either.
+        let del = Call::new("DEL", "a", "c1", "");
+        let said = node.call(&del);
+        assert!(said.stderr.contains("cannot be removed") && said.stderr.contains("Operation not permitted"), "{said:?}");
+        said.ok();
+        assert!(node.host.ip("-br link").contains(&interface));
+        let add = Call::new("ADD", "b", "c2", new.name());
+        let refused = node.call(&add);
+        assert_eq!(refused.code(), 101);
+        assert!(refused.printed["details"].as_str().unwrap().contains("pod test/a"), "{refused:?}");
+        assert_eq!(node.keeper.attachments().await.len(), 1);
+        // What DEL has left is done once it can be.
+        node.stop();
+        node.start();
+        soon("the removal", async || node.keeper.attachments().await.is_empty()).await;
+        assert!(!node.host.ip("-br link").contains(&interface));
+        let result = node.call(&add).ok();
+        assert_eq!(address(&result, 0).to_string(), "10.66.0.9");
+    }
+
     async fn an_interface_name_in_use_is_refused() {
         let node = Node::new("cniused").await;
         let pod = TestNs::new("cnipod");

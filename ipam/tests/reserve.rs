@@ -427,3 +427,47 @@ async fn tunnel_addresses_follow_the_pools_mode() {
         "it is returned when no pool wants it"
     );
 }
+
+#[tokio::test]
+async fn an_address_that_is_ready_here_is_given_to_whoever_asks_for_just_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with_pool(folder.path()).await;
+    let node = keeper(&store, folder.path(), "n1").await;
+    let held = node.acquire(&ask("net.a", "n1", &[])).await.unwrap();
+    node.release("net.a").await.unwrap();
+    soon("the reserve", node.settled()).await.unwrap();
+    let ready: Vec<IpAddr> = node.ready().await.iter().map(|h| h.address).collect();
+    assert!(ready.contains(&held[0].address));
+    // One that nobody has, in the same block, and one that is ready.
+    let pool: Vec<u8> = (0..=255).collect();
+    let other = pool
+        .iter()
+        .map(|last| IpAddr::from([10, 0, 0, *last]))
+        .find(|a| held[0].block.contains(*a) && !ready.contains(a))
+        .unwrap();
+    let wanted = [other, held[0].address];
+    let owner = ask("net.b", "n1", &[]).owner;
+    let given = node.acquire_exact(&owner, &wanted).await.unwrap();
+    assert_eq!(given.iter().map(|h| h.address).collect::<Vec<_>>(), wanted);
+    soon("the datastore", node.settled()).await.unwrap();
+    let shown = stored(&store).await;
+    assert!(
+        wanted.iter().all(|address| shown[address] == "net.b"),
+        "{shown:?}"
+    );
+    // What a pod has is refused, and what would have gone with it stays where it was.
+    let next = node.ready().await[0].address;
+    let refused = node
+        .acquire_exact(&ask("net.c", "n1", &[]).owner, &[next, other])
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("net.b"), "{refused}");
+    assert!(node.ready().await.iter().any(|h| h.address == next));
+    // Another node's is not for the asking.
+    let two = keeper(&store, folder.path(), "n2").await;
+    let refused = two
+        .acquire_exact(&ask("net.d", "n2", &[]).owner, &[next])
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("reserve"), "{refused}");
+}

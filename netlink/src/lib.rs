@@ -2,7 +2,7 @@
 //!
 //! - [`NetNs`], [`Netlink`]: a handle to one network namespace. Links, addresses and rules are `async`, one request
 //!   at a time; routes, nexthop objects, neighbours and forwarding entries are synchronous batches with one result
-//!   per item.
+//!   per item, and links and addresses are where somebody waits for many changes at once.
 //! - [`events`]: notifications, on a socket of their own.
 //! - [`nft`]: nf_tables with our own encoder and decoder; one [`nft::Transaction`] is one atomic batch.
 //! - [`ipset`]: IP sets, with our own encoder and decoder.
@@ -18,6 +18,7 @@
 //! be in the kernel is its callers' business, and it never touches an object that it was not told to.
 
 pub mod address;
+mod at_once;
 pub mod command;
 pub mod conntrack;
 pub mod echo;
@@ -28,6 +29,7 @@ mod genetlink;
 pub mod ipset;
 pub mod link;
 mod link_change;
+mod link_follow;
 mod link_removal;
 pub mod mac;
 pub mod neighbour;
@@ -58,6 +60,7 @@ pub use error::{Cause, Error, Result};
 pub use events::{Event, EventStream, Group, Notice};
 pub use ipnetwork::IpNetwork;
 pub use link::{IfIndex, IpIp, Link, LinkChange, LinkKind, NewLink, NewLinkKind, VethPeer, Vxlan};
+pub use link_follow::FollowedLinks;
 pub use link_removal::LinkRemover;
 pub use mac::MacAddr;
 pub use neighbour::{FdbEntry, Neighbour};

@@ -109,9 +109,7 @@ impl Netlink {
     /// Makes a device, and returns its index.
     pub async fn add_link(&self, link: &NewLink) -> Result<IfIndex> {
         let object = || format!("link {}", link.name);
-        if link.name.is_empty() || link.name.len() > 15 {
-            return Err(Error::invalid("add", object(), "a name has 1 to 15 bytes"));
-        }
+        check_name(link)?;
         let message = new_link_message(link);
         self.low_rate()
             .request("add", object, |handle| {
@@ -296,6 +294,14 @@ fn set_peer(
     message.attributes.push(AddressAttribute::Address(other));
 }
 
+pub(crate) fn check_name(link: &NewLink) -> Result<()> {
+    if link.name.is_empty() || link.name.len() > 15 {
+        let object = format!("link {}", link.name);
+        return Err(Error::invalid("add", object, "a name has 1 to 15 bytes"));
+    }
+    Ok(())
+}
+
 fn with_common<T>(mut builder: LinkMessageBuilder<T>, link: &NewLink) -> LinkMessage {
     if let Some(mtu) = link.mtu {
         builder = builder.mtu(mtu);
@@ -312,7 +318,7 @@ fn with_common<T>(mut builder: LinkMessageBuilder<T>, link: &NewLink) -> LinkMes
     builder.build()
 }
 
-fn new_link_message(link: &NewLink) -> LinkMessage {
+pub(crate) fn new_link_message(link: &NewLink) -> LinkMessage {
     match &link.kind {
         NewLinkKind::Veth(peer) => with_common(
             LinkMessageBuilder::<LinkVeth>::new(&link.name, &peer.name)
@@ -379,7 +385,7 @@ fn ipip_builder(name: &str, ipip: &IpIp) -> LinkMessageBuilder<LinkIpIp> {
     builder
 }
 
-fn change_message(index: IfIndex, change: &LinkChange) -> LinkMessage {
+pub(crate) fn change_message(index: IfIndex, change: &LinkChange) -> LinkMessage {
     let mut builder = LinkUnspec::new_with_index(index);
     if let Some(name) = &change.name {
         builder = builder.name(name.clone());

@@ -71,14 +71,30 @@ impl Netlink {
     /// Opens the sockets inside `netns`.
     pub fn open(netns: &NetNs) -> Result<Self> {
         let socket = netns.run(|| Socket::open(SockProtocol::NetlinkRoute))??;
+        Ok(Self::over(netns, socket))
+    }
+
+    fn over(netns: &NetNs, socket: Socket) -> Self {
         let low_rate = LowRate::new(netns.clone());
-        Ok(Self {
+        Self {
             inner: Arc::new(Inner {
                 netns: netns.clone(),
                 route: Mutex::new(socket),
                 low_rate,
             }),
-        })
+        }
+    }
+
+    /// Opens the sockets inside `netns` and does `work` there, on one visit to the namespace: for many changes of one namespace
+    /// that nobody else speaks to meanwhile. Blocks.
+    pub fn visit<T: Send>(
+        netns: &NetNs,
+        work: impl FnOnce(&Self) -> Result<T> + Send,
+    ) -> Result<T> {
+        netns.run(|| {
+            let socket = Socket::open(SockProtocol::NetlinkRoute)?;
+            work(&Self::over(netns, socket))
+        })?
     }
 
     /// Opens the sockets in the calling thread's namespace.
@@ -114,7 +130,7 @@ impl Netlink {
             .map_err(|cause| Error::new("dump", object, cause))
     }
 
-    fn apply<T: Display>(
+    pub(crate) fn apply<T: Display>(
         &self,
         changes: &[Change<T>],
         write: impl Fn(&mut Writer, &Change<T>, u32),

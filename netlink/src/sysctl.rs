@@ -11,9 +11,12 @@ use crate::{
 
 /// Reads one setting, without the line end.
 pub fn read(netns: &NetNs, key: &str) -> Result<String> {
-    let path = path("read", key)?;
-    netns
-        .run(|| fs::read_to_string(&path))?
+    netns.run(|| read_here(key))?
+}
+
+/// [`read`] in the namespace of the calling thread: for work inside of [`NetNs::run`].
+pub fn read_here(key: &str) -> Result<String> {
+    fs::read_to_string(path("read", key)?)
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| Error::io("read", format!("sysctl net/{key}"), &error))
 }
@@ -27,16 +30,18 @@ pub fn write_if_different(netns: &NetNs, key: &str, value: &str) -> Result<bool>
 
 /// Writes many settings with one visit to the namespace; one result each, whether it wrote.
 pub fn write_all(netns: &NetNs, settings: &[(&str, &str)]) -> Vec<Result<bool>> {
-    let visit = netns.run(|| {
-        settings
-            .iter()
-            .map(|(key, value)| write_here(key, value))
-            .collect()
-    });
-    match visit {
+    match netns.run(|| write_all_here(settings)) {
         Ok(results) => results,
         Err(error) => settings.iter().map(|_| Err(error.clone())).collect(),
     }
+}
+
+/// [`write_all`] in the namespace of the calling thread: for work inside of [`NetNs::run`].
+pub fn write_all_here(settings: &[(&str, &str)]) -> Vec<Result<bool>> {
+    settings
+        .iter()
+        .map(|(key, value)| write_here(key, value))
+        .collect()
 }
 
 fn write_here(key: &str, value: &str) -> Result<bool> {

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use cali_api::update::{SyncEvent, SyncStatus};
 use cali_api::v3::{EncapMode, FelixConfigurationSpec, IPPool};
 use cali_api::{AnyResource, Key, Kind};
-use cali_netlink::events::{Event, EventStream};
-use cali_netlink::{Error, Link, Netlink};
+use cali_netlink::events::EventStream;
+use cali_netlink::{Error, FollowedLinks, Link, Netlink};
 use cali_routes::{Input, Writer, WriterGone};
 use felix::dataplane::State;
 use ipip_vxlan::{Overhead, TunnelState};
@@ -29,6 +29,9 @@ use crate::startup::write_file;
 
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(2);
+/// Notifications that come within this time are taken in together: a pod's interface comes with several.
+const BURST: Duration = Duration::from_millis(5);
+const BURST_LIMIT: usize = 1 << 16;
 /// `mtuIfacePattern`: the names of physical devices, and of those in a container or virtual machine.
 pub const UNDERLAY: &str = "^((en|wl|ww|sl|ib)[Pcopsx].*|(eth|wlan|wwan).*)";
 /// MTU where no device matches, as in Calico.
@@ -39,14 +42,14 @@ pub const KINDS: &[Kind] = &[Kind::IPPool, Kind::FelixConfiguration];
 /// The largest MTU with which a pod's packet fits into every encapsulation that a pool or the settings ask for, and into
 /// every tunnel device that stands.
 pub fn pod_mtu<'a>(
-    links: &[Link],
+    links: impl IntoIterator<Item = &'a Link>,
     underlay: &Regex,
     pools: impl IntoIterator<Item = &'a IPPool>,
     encrypted: [bool; 2],
     tunnels: &TunnelState,
 ) -> u32 {
     let operational = links
-        .iter()
+        .into_iter()
         .filter(|link| link.up && underlay.is_match(&link.name));
     let host = operational.map(|link| link.mtu).min().unwrap_or(FALLBACK);
     let overhead =
@@ -89,6 +92,12 @@ pub struct MtuFile {
 struct Wish {
     pools: BTreeMap<Key, IPPool>,
     settings: BTreeMap<Key, FelixConfigurationSpec>,
+    devices: FollowedLinks,
+    tunnels: TunnelState,
+    /// The last pattern, and what it means.
+    underlay: Option<(String, Regex)>,
+    /// The routes to the pods have been told a lower MTU than the pods' interfaces may have.
+    lowered: bool,
 }
 
 impl Wish {
@@ -143,13 +152,25 @@ impl MtuFile {
                     Some(SyncEvent::Complete(_)) => {}
                     Some(SyncEvent::Updates(updates)) => wish.on_updates(updates),
                 },
-                event = links.next() => match event {
-                    Ok(Event::Link(_) | Event::Overflow) => {}
-                    Ok(_) => continue,
+                burst = links.next_burst(BURST, BURST_LIMIT) => match burst {
+                    Ok(burst) => {
+                        let changes = burst.iter().filter(|event| wish.devices.on_event(event));
+                        if changes.count() == 0 {
+                            continue;
+                        }
+                    }
                     Err(error) => return error.to_string(),
                 },
-                changed = self.dataplane.changed() => if changed.is_err() {
-                    return "the dataplane has ended".to_owned();
+                changed = self.dataplane.changed() => {
+                    if changed.is_err() {
+                        return "the dataplane has ended".to_owned();
+                    }
+                    // Most of what changes there is about pods.
+                    let state = self.dataplane.borrow_and_update();
+                    if state.tunnels == wish.tunnels {
+                        continue;
+                    }
+                    wish.tunnels = state.tunnels.clone();
                 },
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
             }
@@ -157,43 +178,50 @@ impl MtuFile {
             if !in_sync {
                 continue;
             }
-            if let Err(error) = self.apply(&wish).await {
+            if let Err(error) = self.apply(&mut wish).await {
                 tracing::warn!(%error, "the pods' MTU is not as it should be");
                 again = Some(Instant::now() + RETRY);
             }
         }
     }
 
-    async fn apply(&mut self, wish: &Wish) -> Result<(), MtuError> {
+    async fn apply(&mut self, wish: &mut Wish) -> Result<(), MtuError> {
         let pattern = wish.setting(&self.node, |spec| {
             spec.mtu_iface_pattern
                 .clone()
                 .filter(|pattern| !pattern.is_empty())
         });
-        let underlay =
-            Regex::new(pattern.as_deref().unwrap_or(UNDERLAY)).map_err(MtuError::Pattern)?;
+        let pattern = pattern.unwrap_or_else(|| UNDERLAY.to_owned());
         let encrypted = [
             wish.setting(&self.node, |spec| spec.wireguard_enabled),
             wish.setting(&self.node, |spec| spec.wireguard_enabled_v6),
         ]
         .map(|on| on.unwrap_or(false));
-        let links = self.netlink.dump_links().map_err(MtuError::Links)?;
-        let tunnels = self.dataplane.borrow_and_update().tunnels.clone();
-        let mtu = pod_mtu(&links, &underlay, wish.pools.values(), encrypted, &tunnels);
-        write_file(&self.path, mtu.to_string().as_bytes()).map_err(MtuError::File)?;
         let prefixes = wish
             .setting(&self.node, |spec| spec.interface_prefix.clone())
             .unwrap_or_else(|| "cali".to_owned());
-        let lower = pod_links::largest(&links, &prefixes) > Some(mtu);
-        if lower {
+        wish.tunnels = self.dataplane.borrow_and_update().tunnels.clone();
+        let underlay = match wish.underlay.take() {
+            Some((known, underlay)) if known == pattern => underlay,
+            _ => Regex::new(&pattern).map_err(MtuError::Pattern)?,
+        };
+        let (_, underlay) = wish.underlay.insert((pattern, underlay));
+        let links = wish.devices.look(&self.netlink).map_err(MtuError::Links)?;
+        let pools = wish.pools.values();
+        let mtu = pod_mtu(links.values(), underlay, pools, encrypted, &wish.tunnels);
+        write_file(&self.path, mtu.to_string().as_bytes()).map_err(MtuError::File)?;
+        if pod_links::largest(links.values(), &prefixes) > Some(mtu) {
+            wish.lowered = true;
             let first = vec![Input::WorkloadMtu(Some(mtu))];
             self.routes.apply(first).await?;
         }
-        pod_links::set_mtu(&self.netlink, &links, &prefixes, mtu)
+        pod_links::set_mtu(&self.netlink, links.values(), &prefixes, mtu)
             .await
             .map_err(MtuError::Pods)?;
         // Also what a failed attempt has left.
-        self.routes.send(vec![Input::WorkloadMtu(None)]).await?;
+        if std::mem::take(&mut wish.lowered) {
+            self.routes.send(vec![Input::WorkloadMtu(None)]).await?;
+        }
         self.applied.send_if_modified(|applied| {
             let changed = *applied != Some(mtu);
             if changed {

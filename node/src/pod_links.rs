@@ -21,22 +21,28 @@ struct Pair {
 }
 
 /// The host's ends.
-fn workloads<'a>(links: &'a [Link], prefixes: &str) -> impl Iterator<Item = &'a Link> {
+fn workloads<'a>(
+    links: impl IntoIterator<Item = &'a Link>,
+    prefixes: &str,
+) -> impl Iterator<Item = &'a Link> {
     let prefixes = prefixes.split(',').map(str::trim);
     let prefixes: Vec<&str> = prefixes.filter(|prefix| !prefix.is_empty()).collect();
-    links.iter().filter(move |link| {
+    links.into_iter().filter(move |link| {
         let named = || prefixes.iter().any(|prefix| link.name.starts_with(prefix));
         link.kind == LinkKind::Veth && named()
     })
 }
 
 /// The largest MTU of a workload interface.
-pub(crate) fn largest(links: &[Link], prefixes: &str) -> Option<u32> {
+pub(crate) fn largest<'a>(
+    links: impl IntoIterator<Item = &'a Link>,
+    prefixes: &str,
+) -> Option<u32> {
     workloads(links, prefixes).map(|link| link.mtu).max()
 }
 
 /// The pairs of workloads. The pods' ends are not seen from here. Pure.
-fn pairs(links: &[Link], prefixes: &str, mtu: u32) -> Vec<Pair> {
+fn pairs<'a>(links: impl IntoIterator<Item = &'a Link>, prefixes: &str, mtu: u32) -> Vec<Pair> {
     workloads(links, prefixes)
         .filter_map(|link| {
             Some(Pair {
@@ -53,9 +59,9 @@ fn pairs(links: &[Link], prefixes: &str, mtu: u32) -> Vec<Pair> {
 ///
 /// # Errors
 /// The first that could not be changed; the others are done nevertheless.
-pub async fn set_mtu(
+pub async fn set_mtu<'a>(
     netlink: &Netlink,
-    links: &[Link],
+    links: impl IntoIterator<Item = &'a Link>,
     prefixes: &str,
     mtu: u32,
 ) -> Result<(), Error> {

@@ -13,7 +13,7 @@ use cali_datastore::Datastore;
 use cali_ipam::Owner;
 use cali_ipam::reserve::{Ask, Keeper};
 use cali_netlink::together::Together;
-use cali_netlink::{IfIndex, LinkRemover, NetNs, Netlink};
+use cali_netlink::{Errno, IfIndex, LinkRemover, NetNs, Netlink};
 use serde_json::Value;
 
 use super::Settings;
@@ -30,7 +30,7 @@ use crate::nat::{self, PortMapping, Translation};
 use crate::request::{Addresses, addresses, hardware_address};
 use crate::result::{Added, Interface, render};
 use crate::spec::{code, failure, failure_of};
-use crate::wiring::{self, HOST_MAC, Wired, Wish};
+use crate::wiring::{self, HOST_MAC, Made, Wired, Wish};
 
 /// How long a `DEL` waits for route and policy to go. The address is not given out before that, or this time, is over.
 const WAIT_FOR_REMOVAL: Duration = Duration::from_secs(10);
@@ -204,12 +204,11 @@ impl Calls {
         ports: Vec<PortMapping>,
         stages: &mut Stages,
     ) -> Result<Value, Failure> {
-        let pod = Netlink::open(netns).map_err(|e| kernel("enter the pod's namespace", &e))?;
         let mut wish = self.wish(job, addresses)?;
         wish.route_localnet = !ports.is_empty();
         wish.pod_mac = hardware_address(&job.config, &known.annotations())?;
         let wired = self
-            .wire(&pod, &wish)
+            .wire(netns, &wish)
             .await
             .map_err(|e| kernel("make the pod's interface", &e))?;
         stages.end("interface");
@@ -226,7 +225,7 @@ impl Calls {
                 mac: cali_api::MacAddr(wired.pod_mac.0),
             },
         )?;
-        self.limit_bandwidth(job, &workload, &pod, &wired);
+        self.limit_bandwidth(job, &workload, netns, &wired);
         let endpoint = Endpoint {
             workload: workload.clone(),
             host_index: wired.host_index,
@@ -266,7 +265,7 @@ impl Calls {
         &self,
         job: &Job<'_>,
         workload: &WorkloadEndpoint,
-        pod: &Netlink,
+        netns: &NetNs,
         wired: &Wired,
     ) {
         let asked = job.config.runtime_config.bandwidth;
@@ -274,12 +273,13 @@ impl Calls {
         let host = buckets
             .ingress
             .map(|bucket| self.host.limit_rate(wired.host_index, &bucket));
-        let inside = buckets
-            .egress
-            .map(|bucket| match pod.link_by_name(&job.request.ifname)? {
+        let inside = buckets.egress.map(|bucket| {
+            let pod = Netlink::open(netns)?;
+            match pod.link_by_name(&job.request.ifname)? {
                 Some(link) => pod.limit_rate(link.index, &bucket),
                 None => Ok(()),
-            });
+            }
+        });
         for error in [host, inside].into_iter().flatten().filter_map(Result::err) {
             tracing::warn!(
                 container = job.request.container_id,
@@ -332,25 +332,25 @@ impl Calls {
         }
     }
 
-    /// Makes the interface, unless it stands already as it should (the runtime may repeat an `ADD`).
-    async fn wire(&self, pod: &Netlink, wish: &Wish) -> cali_netlink::Result<Wired> {
-        // A pair has both of its ends or none.
-        if let Some(inside) = pod.link_by_name(&wish.pod_name)?
-            && let Some(host_side) = wiring::host_side(&self.host, &wish.host_name, &wish.alias)?
-        {
-            if let Some(pod_mac) = inside.mac
-                && wiring::defects(&self.host, pod, wish)?.is_empty()
-            {
-                return Ok(Wired {
-                    host_index: host_side.index,
-                    pod_mac,
-                    mtu: inside.mtu,
-                });
+    /// Makes the interface. What is in its way goes first, together with what leaves for other reasons.
+    async fn wire(&self, pod: &NetNs, wish: &Wish) -> cali_netlink::Result<Wired> {
+        let mut gone = BTreeSet::new();
+        loop {
+            let (host, pod, wish) = (self.host.clone(), pod.clone(), wish.clone());
+            let made = tokio::task::spawn_blocking(move || wiring::make(&host, &pod, &wish));
+            let made = made.await.unwrap_or_else(|_| {
+                let name = "the interface of a pod";
+                Err(cali_netlink::Error::errno("make", name, Errno::ECANCELED))
+            });
+            match made? {
+                Made::Stands(wired) => return Ok(wired),
+                Made::InTheWay(index) if gone.insert(index) => self.remove(index).await?,
+                Made::InTheWay(index) => {
+                    let name = format!("link #{index}");
+                    return Err(cali_netlink::Error::errno("remove", name, Errno::EBUSY));
+                }
             }
-            // An ADD that was cut off: begin again.
-            self.remove(host_side.index).await?;
         }
-        wiring::create(&self.host, pod, wish).await
     }
 
     /// Removes an interface of the host; that it is gone already is no error. Those of many pods go together.
@@ -359,9 +359,13 @@ impl Calls {
     }
 
     async fn undo(&self, job: &Job<'_>, addresses: &[IpAddr]) {
-        self.take_down(job, &job.who, addresses, &mut Stages::start())
-            .await;
-        if let Err(e) = self.release(&job.handle).await {
+        let mut stages = Stages::start();
+        let gone = self.take_down(job, &job.who, addresses, &mut stages).await;
+        let released = match gone {
+            Ok(_) => self.release(&job.handle).await,
+            Err(e) => Err(still_there(&e)),
+        };
+        if let Err(e) = released {
             tracing::warn!(
                 handle = job.handle,
                 error = e.msg,
@@ -451,13 +455,17 @@ impl Calls {
         };
         let mut stages = Stages::start();
         let removed = self.take_down(job, &who, &addresses, &mut stages).await;
+        let removed = removed.map_err(|e| still_there(&e))?;
         if let Some(netns) = netns.filter(|_| !removed) {
-            let removed = match Netlink::open(&netns) {
-                Ok(pod) => wiring::remove_in_pod(&pod, &job.request.ifname).await,
-                Err(e) => Err(e),
-            };
-            if let Err(e) = removed {
-                tracing::warn!(container = job.request.container_id, error = %e, "cannot remove an interface in a pod's namespace");
+            match Netlink::open(&netns) {
+                Ok(pod) => {
+                    let removed = wiring::remove_in_pod(&pod, &job.request.ifname).await;
+                    removed.map_err(|e| still_there(&e))?;
+                }
+                // What was a namespace is none any more: its devices are gone.
+                Err(e) => {
+                    tracing::warn!(container = job.request.container_id, error = %e, "cannot enter a pod's namespace")
+                }
             }
         }
         let container_id = job.request.container_id.clone();
@@ -471,13 +479,16 @@ impl Calls {
 
     /// Ends route and policy, then removes the interface, unless a newer sandbox of the same pod has taken its place. True where
     /// the pair is gone for certain.
+    ///
+    /// # Errors
+    /// The interface may be there still: nobody else may be given its addresses.
     async fn take_down(
         &self,
         job: &Job<'_>,
         who: &Who,
         addresses: &[IpAddr],
         stages: &mut Stages,
-    ) -> bool {
+    ) -> cali_netlink::Result<bool> {
         if let Some(translations) = &self.translations
             && let Err(e) = translations.take(&job.handle)
         {
@@ -512,15 +523,10 @@ impl Calls {
             }
         }
         stages.end("policy");
-        let removed = match wiring::host_side(&self.host, &who.interface(), &job.alias()) {
-            Ok(Some(link)) => self.remove(link.index).await.map(|()| true),
-            Ok(None) => Ok(false),
-            Err(e) => Err(e),
-        };
-        removed.unwrap_or_else(|e| {
-            tracing::warn!(container = job.request.container_id, error = %e, "cannot remove a pod's interface");
-            false
-        })
+        match wiring::host_side(&self.host, &who.interface(), &job.alias())? {
+            Some(link) => self.remove(link.index).await.map(|()| true),
+            None => Ok(false),
+        }
     }
 
     /// Whether a pod that the configuration is for could be served now.
@@ -554,6 +560,15 @@ impl Calls {
         }
         Ok(Value::Null)
     }
+}
+
+/// The addresses stay the container's, and `DEL` is asked for again.
+fn still_there(error: &cali_netlink::Error) -> Failure {
+    failure_of(
+        code::TRY_AGAIN,
+        "the pod's interface cannot be removed; it keeps its addresses until it is gone",
+        error,
+    )
 }
 
 fn need(netns: Option<NetNs>) -> Result<NetNs, Failure> {

@@ -170,6 +170,15 @@ impl Node {
         self.server = Some(server);
     }
 
+    /// Starts it so that the kernel refuses it the removal of interfaces: threads have the privileges of the one that starts
+    /// them, and removal has a thread of its own from the start.
+    pub(crate) fn start_unable_to_remove(&mut self) {
+        use caps::{CapSet, Capability::CAP_NET_ADMIN};
+        caps::drop(None, CapSet::Effective, CAP_NET_ADMIN).unwrap();
+        self.start();
+        caps::raise(None, CapSet::Effective, CAP_NET_ADMIN).unwrap();
+    }
+
     pub(crate) fn stop(&mut self) {
         self.server = None;
     }

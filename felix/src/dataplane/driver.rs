@@ -26,10 +26,11 @@ use super::host::{self, Interfaces};
 use super::lockout::{self, Connection, Servers, Situation};
 use super::metrics::Metrics;
 use super::offload::Offload;
+use super::own_addresses::OwnAddresses;
 use super::packet_log::PacketLogger;
 use super::resources::Resources;
+use super::sockets;
 use super::state::{EndpointState, NotProgrammed, State, StatusSink};
-use super::{own_addresses, sockets};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
 
 /// How long routes wait for tunnels that do not get ready.
@@ -127,7 +128,8 @@ impl Dataplane {
         let nft_events = Nft::events(netlink.netns())?;
         let link_events = netlink.events(&[Group::Link, Group::Ipv4Address, Group::Ipv6Address])?;
         let mut enforcer = Enforcer::new(netlink.netns().clone(), nft.clone(), config.enforcement);
-        enforcer.set_interfaces(own_addresses::read(&netlink)?);
+        let mut own_addresses = OwnAddresses::default();
+        enforcer.set_interfaces(own_addresses.look(&netlink)?);
         let routes = Writer::start(config.node.clone(), netlink.clone(), config.routes.clone())?;
         let resources = Resources::new(config.node.clone(), config.backend);
         let wish = Wish {
@@ -149,6 +151,7 @@ impl Dataplane {
             offload: Offload::open(nft.clone(), netlink.clone()),
             bystanders: Bystanders::new(nft, netlink.netns(), Instant::now()),
             enforcer,
+            own_addresses,
             servers: config.servers,
             lockout: Vec::new(),
             lockout_due: false,
@@ -272,6 +275,7 @@ struct Driver {
     graph: Graph,
     asking: Asking,
     enforcer: Enforcer,
+    own_addresses: OwnAddresses,
     servers: Servers,
     /// What the lock-out guard keeps open, in words.
     lockout: Vec<String>,
@@ -423,12 +427,14 @@ impl Driver {
 
     /// Interfaces that came, or came up, are set up; the last word about each counts.
     fn on_links(&mut self, events: Vec<Event>) {
-        if own_addresses::outdated(&events) {
+        if self.own_addresses.on_events(&events) {
             self.on_addresses();
         }
         let mut names: BTreeSet<String> = BTreeSet::new();
         for event in events {
             match event {
+                // A pod's interface comes with several notifications.
+                Event::Link(Notice::Present(link)) if self.interfaces.stands(&link) => {}
                 Event::Link(Notice::Present(link) | Notice::Gone(link)) => {
                     names.insert(link.name);
                 }
@@ -457,7 +463,7 @@ impl Driver {
 
     /// Host endpoints may be known by the addresses of the node.
     fn on_addresses(&mut self) {
-        match own_addresses::read(&self.netlink) {
+        match self.own_addresses.look(&self.netlink) {
             Ok(addresses) => {
                 if self.enforcer.set_interfaces(addresses) {
                     self.lockout_due = true;

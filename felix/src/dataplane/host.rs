@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cali_netlink::{Change, Error, MacAddr, Neighbour, Netlink, sysctl};
+use cali_netlink::{Change, Error, IfIndex, Link, MacAddr, Neighbour, Netlink, sysctl};
 use tracing::{debug, warn};
 
 use super::endpoints::interface_settings;
@@ -25,25 +25,26 @@ pub(super) fn enable_forwarding(netlink: &Netlink) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sets up the host's side of an endpoint's interface; the reason in words if it cannot be.
-pub(super) fn set_up_interface(netlink: &Netlink, endpoint: &Endpoint) -> Result<(), String> {
+/// Sets up the host's side of an endpoint's interface, and says which device it is; the reason in words if it cannot be.
+fn set_up_interface(netlink: &Netlink, endpoint: &Endpoint) -> Result<IfIndex, String> {
     let interface = &endpoint.interface;
     let link = match netlink.link_by_name(interface) {
         Ok(Some(link)) => link,
         Ok(None) => return Err(format!("interface {interface} is not there")),
         Err(error) => return Err(error.to_string()),
     };
-    let rp_filter = sysctl::read(netlink.netns(), "ipv4/conf/default/rp_filter")
-        .unwrap_or_else(|_| "0".to_owned());
-    let settings = interface_settings(interface, &rp_filter);
-    let borrowed: Vec<(&str, &str)> = settings
-        .iter()
-        .map(|(key, value)| (key.as_str(), value.as_str()))
-        .collect();
-    for ((key, _), result) in borrowed
-        .iter()
-        .zip(sysctl::write_all(netlink.netns(), &borrowed))
-    {
+    let written = netlink.netns().run(|| {
+        let rp_filter = sysctl::read_here("ipv4/conf/default/rp_filter");
+        let settings = interface_settings(interface, &rp_filter.unwrap_or_else(|_| "0".to_owned()));
+        let borrowed: Vec<(&str, &str)> = settings
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect();
+        let results = sysctl::write_all_here(&borrowed);
+        let keys = settings.into_iter().map(|(key, _)| key);
+        keys.zip(results).collect::<Vec<_>>()
+    });
+    for (key, result) in written.map_err(|error| error.to_string())? {
         match result {
             Ok(_) => {}
             Err(error) if key.starts_with("ipv6/") && error.is_not_found() => {}
@@ -56,7 +57,7 @@ pub(super) fn set_up_interface(netlink: &Netlink, endpoint: &Endpoint) -> Result
     }
     neighbours(netlink, endpoint, link.index)?;
     if link.up {
-        Ok(())
+        Ok(link.index)
     } else {
         Err(format!("interface {interface} is down"))
     }
@@ -84,9 +85,12 @@ fn neighbours(netlink: &Netlink, endpoint: &Endpoint, index: u32) -> Result<(), 
         .map_or(Ok(()), |error| Err(error.to_string()))
 }
 
-/// Interfaces that could not be set up, with the reason.
+/// How it went with the interfaces of endpoints.
 #[derive(Debug, Default)]
 pub(super) struct Interfaces {
+    /// Those that are set up, with the device that was.
+    done: BTreeMap<Arc<str>, IfIndex>,
+    /// Those that could not be, with the reason.
     problems: BTreeMap<Arc<str>, String>,
 }
 
@@ -94,10 +98,12 @@ impl Interfaces {
     /// Sets the interface of an endpoint up and remembers how that went.
     pub(super) fn set_up(&mut self, netlink: &Netlink, endpoint: &Endpoint) {
         match set_up_interface(netlink, endpoint) {
-            Ok(()) => {
+            Ok(index) => {
                 self.problems.remove(&endpoint.interface);
+                self.done.insert(endpoint.interface.clone(), index);
             }
             Err(problem) => {
+                self.done.remove(&endpoint.interface);
                 if self
                     .problems
                     .insert(endpoint.interface.clone(), problem.clone())
@@ -110,8 +116,14 @@ impl Interfaces {
         }
     }
 
+    /// Whether this device, as it is told of, is one that has been set up and nothing has happened to since.
+    pub(super) fn stands(&self, link: &Link) -> bool {
+        link.up && self.done.get(link.name.as_str()) == Some(&link.index)
+    }
+
     /// The interface has no endpoint any more.
     pub(super) fn forget(&mut self, interface: &str) {
+        self.done.remove(interface);
         self.problems.remove(interface);
     }
 

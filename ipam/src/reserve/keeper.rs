@@ -182,28 +182,59 @@ impl Keeper {
         self.inner.acquire_from_datastore(ask).await
     }
 
-    /// Gives certain addresses to an owner, directly in the datastore.
+    /// Gives certain addresses to an owner: from what is ready, as those that an earlier pod of this node had may be, else
+    /// directly in the datastore.
     pub async fn acquire_exact(
         &self,
         owner: &Owner,
         addresses: &[IpAddr],
     ) -> Result<Vec<Held>, Error> {
         let _writing = self.inner.writing.lock().await;
-        let mut held = Vec::new();
-        for address in addresses {
-            match self.inner.allocator.assign_exact(*address, owner).await {
-                Ok(assigned) => held.push(Held::from(assigned)),
-                Err(error) => {
-                    if let Some(handle) = owner.handle() {
-                        let given: Vec<IpAddr> = held.iter().map(|h: &Held| h.address).collect();
-                        self.inner.allocator.release(&given, Some(handle)).await?;
-                    }
-                    return Err(error);
-                }
+        loop {
+            let locked = self.inner.situation().is_some_and(|now| now.locked);
+            let ready: BTreeSet<IpAddr> = self
+                .inner
+                .read(|state| state.free().map(|held| held.address).collect())
+                .await;
+            let (ready, others): (Vec<IpAddr>, Vec<IpAddr>) = addresses
+                .iter()
+                .partition(|address| !locked && ready.contains(*address));
+            let held = self.inner.assign_exactly(owner, &others).await?;
+            if ready.is_empty() {
+                self.inner.record_stored(owner, &held).await?;
+                return Ok(held);
             }
+            let given = self.inner.change(|state| {
+                let Some(Record::Assign {
+                    owner,
+                    addresses,
+                    stored,
+                }) = state.plan_exact(owner, &ready)
+                else {
+                    return (Vec::new(), None);
+                };
+                let all: Vec<Held> = addresses.iter().chain(&held).cloned().collect();
+                let taken = Record::Assign {
+                    owner: owner.clone(),
+                    addresses,
+                    stored,
+                };
+                let assigned = Record::Assign {
+                    owner,
+                    addresses: held.clone(),
+                    stored: true,
+                };
+                (vec![taken, assigned], Some(all))
+            });
+            if let Some(mut all) = given.await? {
+                self.inner.wake.notify_one();
+                let asked = |held: &Held| addresses.iter().position(|a| *a == held.address);
+                all.sort_by_key(asked);
+                return Ok(all);
+            }
+            // Somebody has been quicker here: who, the datastore will say.
+            self.inner.give_back(owner, &held).await?;
         }
-        self.inner.record_stored(owner, &held).await?;
-        Ok(held)
     }
 
     /// Whether [`Self::acquire`] would succeed now; if not, why. Asks the datastore only where nothing is ready.
@@ -377,6 +408,33 @@ impl Inner {
             .collect();
         self.record_stored(&ask.owner, &held).await?;
         Ok(held)
+    }
+
+    /// Assigns all of these addresses in the datastore, or none. The caller holds `writing`.
+    async fn assign_exactly(
+        &self,
+        owner: &Owner,
+        addresses: &[IpAddr],
+    ) -> Result<Vec<Held>, Error> {
+        let mut held = Vec::new();
+        for address in addresses {
+            match self.allocator.assign_exact(*address, owner).await {
+                Ok(assigned) => held.push(Held::from(assigned)),
+                Err(error) => {
+                    self.give_back(owner, &held).await?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(held)
+    }
+
+    async fn give_back(&self, owner: &Owner, held: &[Held]) -> Result<(), Error> {
+        if let Some(handle) = owner.handle() {
+            let given: Vec<IpAddr> = held.iter().map(|held| held.address).collect();
+            self.allocator.release(&given, Some(handle)).await?;
+        }
+        Ok(())
     }
 
     async fn record_stored(&self, owner: &Owner, held: &[Held]) -> Result<(), Error> {

@@ -204,6 +204,16 @@ impl State {
         })
     }
 
+    /// Gives just these addresses to an owner; `None` if one of them is not ready here.
+    pub fn plan_exact(&self, owner: &Owner, addresses: &[IpAddr]) -> Option<Record> {
+        let ready = |address: &IpAddr| self.free.iter().find(|h| h.address == *address).cloned();
+        Some(Record::Assign {
+            owner: owner.clone(),
+            addresses: addresses.iter().map(ready).collect::<Option<_>>()?,
+            stored: false,
+        })
+    }
+
     /// The owner is gone. With `rest`, released addresses have to rest in the datastore before they are used again.
     pub fn plan_free(&self, handle: &str, rest: bool) -> Vec<Record> {
         let handle = handle.to_owned();

@@ -5,10 +5,12 @@ use std::{net::IpAddr, net::Ipv4Addr, sync::Arc};
 use ipnetwork::IpNetwork;
 
 use super::{
-    AF_INET6, AF_UNSPEC, RTM_DELADDR, RTM_DELLINK, RTM_DELRULE, RTM_GETADDR, RTM_GETLINK,
-    RTM_GETNSID, RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, RTM_SETLINK, family,
+    ADD, AF_INET6, AF_UNSPEC, DELETE, REPLACE, RTM_DELADDR, RTM_DELLINK, RTM_DELRULE, RTM_GETADDR,
+    RTM_GETLINK, RTM_GETNSID, RTM_GETRULE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWRULE, RTM_SETLINK,
+    family,
 };
 use crate::{
+    Change,
     address::Address,
     link::{IfIndex, IpIp, Link, LinkKind, Vxlan},
     mac::MacAddr,
@@ -25,6 +27,8 @@ const IFF_LOWER_UP: u32 = 0x1_0000;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_GROUP: u16 = 27;
 const IFLA_EXT_MASK: u16 = 29;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
 /// Leaves the (long) statistics out.
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
 /// Rule action: look into a table.
@@ -89,6 +93,27 @@ pub(crate) fn write_address_dump(writer: &mut Writer, ifindex: Option<IfIndex>, 
     header[0] = AF_UNSPEC;
     header[4..8].copy_from_slice(&ifindex.unwrap_or(0).to_ne_bytes());
     writer.raw(&header);
+    writer.finish();
+}
+
+pub(crate) fn write_address(writer: &mut Writer, change: &Change<Address>, sequence: u32) {
+    let address = change.object();
+    let (message, flags) = match change {
+        Change::Add(_) => (RTM_NEWADDR, ADD),
+        Change::Replace(_) => (RTM_NEWADDR, REPLACE),
+        Change::Delete(_) => (RTM_DELADDR, DELETE),
+    };
+    let own = address.address.ip();
+    writer.begin(message, flags, sequence);
+    writer.raw(&[
+        family(own.is_ipv6()),
+        address.address.prefix(),
+        0,
+        address.scope,
+    ]);
+    writer.raw(&address.ifindex.to_ne_bytes());
+    writer.ip(IFA_LOCAL, own);
+    writer.ip(IFA_ADDRESS, address.peer.unwrap_or(own));
     writer.finish();
 }
 
