@@ -495,15 +495,14 @@ impl Applier {
                     reverse_path::loosen(&self.netlink, &device);
                 }
             } else {
+                // The node's key is its word that it receives this way; it is taken back as soon as nobody asks for it.
+                let told = wish.resolver.local();
+                let told = told.map(|local| local.wireguard(v4).key.is_some());
+                let lingers = crypt.lingers(wish.linger, now);
+                let way = if v4 { "WireGuard" } else { "WireGuard IPv6" };
+                let stands = self.farewell.stands(way, lingers, told, now);
                 crypt
-                    .rest(
-                        &self.netlink,
-                        settings,
-                        wish.in_sync,
-                        wish.linger,
-                        now,
-                        problems,
-                    )
+                    .rest(&self.netlink, settings, wish, stands, now, problems)
                     .await;
             }
         }

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::{FamilySettings, WgPlan, WireguardSettings, network};
+use crate::Wish;
 use crate::devices::DeviceProblem;
 
 /// How often the device is looked at while it is in use.
@@ -123,19 +124,25 @@ impl Crypt {
         }
     }
 
-    /// Nobody asks for encryption. Nothing is sent through the device any more, at once; it goes on receiving for
-    /// `linger`: peers learn later than we do.
+    /// Whether nobody has asked for what stands only for so long.
+    pub(crate) fn lingers(&self, linger: Duration, now: Instant) -> bool {
+        let elapsed = |since| now.saturating_duration_since(since);
+        self.made.is_some() && self.unasked_since.map_or(Duration::ZERO, elapsed) < linger
+    }
+
+    /// Nobody asks for encryption. Nothing is sent through the device any more, at once; it goes on receiving while it
+    /// `stands`: peers learn later than we do.
     pub(crate) async fn rest(
         &mut self,
         netlink: &Netlink,
         settings: &WireguardSettings,
-        in_sync: bool,
-        linger: Duration,
+        wish: &Wish,
+        stands: bool,
         now: Instant,
         problems: &mut Vec<String>,
     ) {
         self.next_look = None;
-        if !in_sync {
+        if !wish.in_sync {
             return;
         }
         let lingers = self.made.is_some();
@@ -146,8 +153,9 @@ impl Crypt {
             now
         });
         let place = self.made.clone().unwrap_or_else(|| settings.clone());
-        if lingers && now.saturating_duration_since(since) < linger {
-            self.next_look = Some(since + linger);
+        if lingers && stands {
+            let end = since + wish.linger;
+            self.next_look = Some(end).filter(|end| *end > now);
             problems.extend(
                 self.unroute(netlink, &place)
                     .await
