@@ -59,21 +59,6 @@ fn quoted(message: &str) -> impl Iterator<Item = &str> {
     message.split('`').skip(1).step_by(2)
 }
 
-/// Number of edits between two names (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.chars().enumerate() {
-            let substituted = diagonal + usize::from(!from.eq_ignore_ascii_case(&to));
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row.last().copied().unwrap_or(0)
-}
-
 /// Lists longer than this do not help anybody.
 const MAX_LISTED: usize = 12;
 
@@ -83,8 +68,10 @@ fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a s
         let start = candidate.get(..name.len());
         name.len() >= 4 && start.is_some_and(|start| start.eq_ignore_ascii_case(name))
     };
+    let typed = name.to_ascii_lowercase();
+    let edits = |candidate: &str| strsim::osa_distance(&typed, &candidate.to_ascii_lowercase());
     known
-        .map(|candidate| (!begins(candidate), distance(name, candidate), candidate))
+        .map(|candidate| (!begins(candidate), edits(candidate), candidate))
         .min()
         .filter(|(other, edits, _)| !other || *edits <= 1 + name.len() / 4)
         .map(|(.., candidate)| candidate)

@@ -25,8 +25,8 @@ const SELECTORS: [&str; 8] = [
 
 #[derive(Debug, Clone)]
 enum Step {
-    Item(u8, StringMap, Vec<u8>),
-    NoItem(u8),
+    Item(u32, StringMap, Vec<u8>),
+    NoItem(u32),
     Parent(u8, StringMap),
     Select(usize),
     Forget(usize),
@@ -46,9 +46,9 @@ fn labels() -> impl Strategy<Value = StringMap> {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (0..6u8, labels(), prop::collection::vec(0..3u8, 0..3))
+        4 => (0..6u32, labels(), prop::collection::vec(0..3u8, 0..3))
             .prop_map(|(item, labels, parents)| Step::Item(item, labels, parents)),
-        1 => (0..6u8).prop_map(Step::NoItem),
+        1 => (0..6u32).prop_map(Step::NoItem),
         2 => (0..3u8, labels()).prop_map(|(parent, labels)| Step::Parent(parent, labels)),
         2 => (0..SELECTORS.len()).prop_map(Step::Select),
         1 => (0..SELECTORS.len()).prop_map(Step::Forget),
@@ -79,11 +79,11 @@ fn effective(own: &StringMap, parents: &[u8], known: &BTreeMap<u8, StringMap>) -
 proptest! {
     #[test]
     fn changes_add_up_to_what_matches(steps in prop::collection::vec(step(), 1..60)) {
-        let mut index = LabelIndex::<u8, usize>::default();
-        let mut items = BTreeMap::<u8, (StringMap, Vec<u8>)>::new();
+        let mut index = LabelIndex::<u32, usize>::default();
+        let mut items = BTreeMap::<u32, (StringMap, Vec<u8>)>::new();
         let mut parents = BTreeMap::<u8, StringMap>::new();
         let mut selected = BTreeSet::<usize>::new();
-        let mut seen = BTreeSet::<(u8, usize)>::new();
+        let mut seen = BTreeSet::<(u32, usize)>::new();
         for step in steps {
             let mut changes = Vec::new();
             match step {
@@ -122,11 +122,11 @@ proptest! {
                 right.extend(matching.map(|at| (*item, *at)));
             }
             prop_assert_eq!(&seen, &right);
-            let by_item: BTreeSet<(u8, usize)> = items.keys()
+            let by_item: BTreeSet<(u32, usize)> = items.keys()
                 .flat_map(|item| index.selectors_of(item).map(|at| (*item, *at)).collect::<Vec<_>>())
                 .collect();
             prop_assert_eq!(&by_item, &right);
-            let by_selector: BTreeSet<(u8, usize)> = selected.iter()
+            let by_selector: BTreeSet<(u32, usize)> = selected.iter()
                 .flat_map(|at| index.items_of(at).map(|item| (*item, *at)).collect::<Vec<_>>())
                 .collect();
             prop_assert_eq!(&by_selector, &right);

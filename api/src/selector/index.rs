@@ -17,6 +17,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 
 use super::{Labels, Restriction, Selector};
+use crate::Key;
 use foldhash::{HashMap, HashSet};
 use smallvec::SmallVec;
 
@@ -29,6 +30,68 @@ pub struct MatchChange<I, S> {
     pub selector: S,
     /// Whether it matches now.
     pub matches: bool,
+}
+
+/// What stands in a class, at which place.
+type Place = (u32, u32);
+
+/// An item, as far as an index must find its place.
+pub trait Item: Clone + Eq + Hash {
+    /// The places of items.
+    type Places: Places<Self>;
+}
+
+/// Places of items.
+pub trait Places<I>: Default {
+    /// That of an item.
+    fn get(&self, item: &I) -> Option<Place>;
+    /// Gives an item its place, or takes it away.
+    fn set(&mut self, item: &I, place: Option<Place>);
+}
+
+impl<I: Clone + Eq + Hash> Places<I> for HashMap<I, Place> {
+    fn get(&self, item: &I) -> Option<Place> {
+        Self::get(self, item).copied()
+    }
+
+    fn set(&mut self, item: &I, place: Option<Place>) {
+        match place {
+            Some(place) => self.insert(item.clone(), place),
+            None => self.remove(item),
+        };
+    }
+}
+
+/// Places of items that are numbered from 0, without large gaps: by number.
+#[derive(Debug, Default)]
+pub struct ByNumber(Vec<Place>);
+
+/// No class has this number.
+const NOWHERE: Place = (u32::MAX, u32::MAX);
+
+impl Places<u32> for ByNumber {
+    fn get(&self, item: &u32) -> Option<Place> {
+        let place = self.0.get(*item as usize).copied();
+        place.filter(|place| *place != NOWHERE)
+    }
+
+    fn set(&mut self, item: &u32, place: Option<Place>) {
+        let at = *item as usize;
+        if at >= self.0.len() && place.is_some() {
+            self.0.resize(at + 1, NOWHERE);
+        }
+        if let Some(slot) = self.0.get_mut(at) {
+            *slot = place.unwrap_or(NOWHERE);
+        }
+    }
+}
+
+impl Item for u32 {
+    type Places = ByNumber;
+}
+
+impl Item for Key {
+    type Places = HashMap<Self, Place>;
 }
 
 /// How many labels of its own a class has, their numbers by label, and the numbers of its parents in their order.
@@ -68,6 +131,9 @@ struct Parent {
     labels: HashMap<Arc<str>, Arc<str>>,
     classes: BTreeSet<u32>,
 }
+
+/// Values of a label, and what has them.
+type ByLabel<T> = HashMap<Arc<str>, HashMap<Arc<str>, T>>;
 
 /// Values by number. A number that is free is given out again.
 struct Slab<T> {
@@ -183,14 +249,16 @@ impl Bucket {
 }
 
 /// Index of items (`I`) and selectors (`S`).
-pub struct LabelIndex<I, S> {
+pub struct LabelIndex<I: Item, S> {
     classes: Slab<Class<I, S>>,
     by_identity: HashMap<Identity, u32>,
     /// The class of an item, and where it stands in it.
-    class_of: HashMap<I, (u32, u32)>,
+    class_of: I::Places,
     pairs: Slab<Pair>,
-    pair_of: HashMap<Arc<str>, HashMap<Arc<str>, u32>>,
+    pair_of: ByLabel<u32>,
     parents: Slab<Parent>,
+    /// Parents by each of their labels.
+    parents_with: ByLabel<BTreeSet<u32>>,
     parent_of: HashMap<Arc<str>, u32>,
     selectors: HashMap<S, Entry>,
     /// Selectors by one condition that whatever they match must satisfy.
@@ -200,15 +268,16 @@ pub struct LabelIndex<I, S> {
     pub evaluations: u64,
 }
 
-impl<I, S> Default for LabelIndex<I, S> {
+impl<I: Item, S> Default for LabelIndex<I, S> {
     fn default() -> Self {
         Self {
             classes: Slab::default(),
             by_identity: HashMap::default(),
-            class_of: HashMap::default(),
+            class_of: I::Places::default(),
             pairs: Slab::default(),
             pair_of: HashMap::default(),
             parents: Slab::default(),
+            parents_with: HashMap::default(),
             parent_of: HashMap::default(),
             selectors: HashMap::default(),
             buckets: HashMap::default(),
@@ -218,7 +287,7 @@ impl<I, S> Default for LabelIndex<I, S> {
     }
 }
 
-impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
+impl<I: Item, S: Clone + Ord + Hash> LabelIndex<I, S> {
     /// Adds an item or gives it other labels or parents.
     pub fn set_item<'a>(
         &mut self,
@@ -228,7 +297,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         changes: &mut Vec<MatchChange<I, S>>,
     ) {
         let identity = self.identity(labels, parents);
-        let old = self.class_of.get(&item).copied();
+        let old = self.class_of.get(&item);
         let known = self.by_identity.get(&*identity).copied();
         if let (Some((old, _)), Some(known)) = (old, known)
             && old == known
@@ -261,15 +330,16 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         if let Some(class) = self.classes.get_mut(new) {
             class.items.push(item.clone());
             let at = u32::try_from(class.items.len() - 1).unwrap_or(u32::MAX);
-            self.class_of.insert(item, (new, at));
+            self.class_of.set(&item, Some((new, at)));
         }
     }
 
     /// Removes an item.
     pub fn remove_item(&mut self, item: &I, changes: &mut Vec<MatchChange<I, S>>) {
-        let Some((number, at)) = self.class_of.remove(item) else {
+        let Some((number, at)) = self.class_of.get(item) else {
             return;
         };
+        self.class_of.set(item, None);
         let Some(class) = self.classes.get(number) else {
             return;
         };
@@ -297,6 +367,13 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             return;
         };
         if parent.labels != labels {
+            for (label, value) in &parent.labels {
+                leave(&mut self.parents_with, label, value, number);
+            }
+            for (label, value) in &labels {
+                let values = self.parents_with.entry(label.clone()).or_default();
+                values.entry(value.clone()).or_default().insert(number);
+            }
             parent.labels = labels;
             let classes: Vec<u32> = parent.classes.iter().copied().collect();
             for class in classes {
@@ -347,17 +424,15 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     /// a value.
     fn candidates(&self, selector: &Selector) -> Option<HashSet<u32>> {
         let with = |label: &str, value: &str| {
-            let own = self
-                .pair_number(label, value)
-                .and_then(|pair| self.pairs.get(pair));
-            let own = own.into_iter().flat_map(|pair| &pair.classes);
-            let inherited = self
-                .parents
-                .iter()
-                .map(|(_, parent)| parent)
-                .filter(move |parent| parent.labels.get(label).is_some_and(|it| **it == *value))
-                .flat_map(|parent| &parent.classes);
-            own.chain(inherited).copied().collect::<Vec<u32>>()
+            let own = self.pair_number(label, value);
+            let own = own.and_then(|pair| self.pairs.get(pair));
+            let parents = self.parents_with.get(label).and_then(|of| of.get(value));
+            let parents = parents.into_iter().flatten();
+            let inherited = parents.filter_map(|number| self.parents.get(*number));
+            own.map(|pair| &pair.classes)
+                .into_iter()
+                .chain(inherited.map(|parent| &parent.classes))
+                .collect::<Vec<&BTreeSet<u32>>>()
         };
         selector
             .restrictions()
@@ -365,12 +440,12 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             .filter_map(|(label, restriction)| match restriction {
                 Restriction::OneOf(values) => {
                     let found = values.iter().flat_map(|value| with(&label, value));
-                    Some(found.collect::<Vec<u32>>())
+                    Some(found.collect::<Vec<_>>())
                 }
                 Restriction::Present => None,
             })
-            .min_by_key(Vec::len)
-            .map(|found| found.into_iter().collect())
+            .min_by_key(|found| found.iter().map(|classes| classes.len()).sum::<usize>())
+            .map(|found| found.into_iter().flatten().copied().collect())
     }
 
     /// Removes a selector.
@@ -404,7 +479,7 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
     pub fn selectors_of(&self, item: &I) -> impl Iterator<Item = &S> {
         self.class_of
             .get(item)
-            .and_then(|(class, _)| self.classes.get(*class))
+            .and_then(|(class, _)| self.classes.get(class))
             .into_iter()
             .flat_map(|class| &class.matching)
     }
@@ -546,10 +621,8 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
             return;
         };
         class.items.swap_remove(at as usize);
-        if let Some(moved) = class.items.get(at as usize)
-            && let Some(place) = self.class_of.get_mut(moved)
-        {
-            place.1 = at;
+        if let Some(moved) = class.items.get(at as usize) {
+            self.class_of.set(moved, Some((number, at)));
         }
         if !class.items.is_empty() {
             return;
@@ -602,6 +675,22 @@ impl<I: Clone + Eq + Hash, S: Clone + Ord + Hash> LabelIndex<I, S> {
         {
             self.parent_of.remove(&parent.name);
         }
+    }
+}
+
+/// Takes a parent from those that have a label.
+fn leave(by_label: &mut ByLabel<BTreeSet<u32>>, label: &str, value: &str, parent: u32) {
+    let Some(values) = by_label.get_mut(label) else {
+        return;
+    };
+    if let Some(parents) = values.get_mut(value) {
+        parents.remove(&parent);
+        if parents.is_empty() {
+            values.remove(value);
+        }
+    }
+    if values.is_empty() {
+        by_label.remove(label);
     }
 }
 

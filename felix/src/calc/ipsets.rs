@@ -23,7 +23,8 @@ use super::services::Services;
 /// What an item contributes to the sets that select it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Item {
-    pub(super) nets: SmallVec<[Cidr; 2]>,
+    /// One, but for those of two families: a second is not worth its place in some hundred thousand items.
+    pub(super) nets: SmallVec<[Cidr; 1]>,
     pub(super) ports: Box<[NamedPort]>,
 }
 

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use cali_netlink::nft::{Data, Elem, Key, Verdict};
 
 /// What an element says beside its key.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Rest {
-    Nothing,
+#[derive(Debug, PartialEq, Eq)]
+enum More {
     Goto(Arc<str>),
-    Other(Box<Elem>),
+    Other(Elem),
 }
+
+/// Nothing, in most cases. Programs share it.
+type Rest = Option<Arc<More>>;
 
 /// Elements in the order of their keys (the first value of a range).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,20 +27,20 @@ fn split(elem: Elem) -> (Key, Rest) {
         && elem.counter.is_none()
         && elem.comment.is_none();
     match &elem.data {
-        None if plain => (elem.key, Rest::Nothing),
+        None if plain => (elem.key, None),
         Some(Data::Verdict(Verdict::Goto(chain))) if plain => {
             let chain = chain.clone();
-            (elem.key, Rest::Goto(chain))
+            (elem.key, Some(Arc::new(More::Goto(chain))))
         }
-        _ => (elem.key.clone(), Rest::Other(Box::new(elem))),
+        _ => (elem.key.clone(), Some(Arc::new(More::Other(elem)))),
     }
 }
 
 fn join(key: &Key, rest: &Rest) -> Elem {
-    match rest {
-        Rest::Nothing => Elem::new(key.clone()),
-        Rest::Goto(chain) => Elem::new(key.clone()).verdict(Verdict::Goto(chain.clone())),
-        Rest::Other(elem) => (**elem).clone(),
+    match rest.as_deref() {
+        None => Elem::new(key.clone()),
+        Some(More::Goto(chain)) => Elem::new(key.clone()).verdict(Verdict::Goto(chain.clone())),
+        Some(More::Other(elem)) => elem.clone(),
     }
 }
 
@@ -93,6 +95,14 @@ impl Elements {
         }
         self.0.insert(key, rest);
         true
+    }
+
+    /// Has what another one has under this key, or nothing.
+    pub fn follow(&mut self, other: &Self, key: &Key) {
+        match other.0.get(key) {
+            Some(rest) => self.0.insert(key.clone(), rest.clone()),
+            None => self.0.remove(key),
+        };
     }
 
     /// Takes one out; whether it was there.

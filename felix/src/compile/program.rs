@@ -198,10 +198,7 @@ impl Program {
                 continue;
             };
             for key in keys {
-                match wanted.elements.get(key) {
-                    Some(elem) => set.elements.insert(elem),
-                    None => set.elements.remove(key),
-                };
+                set.elements.follow(&wanted.elements, key);
             }
         }
     }
