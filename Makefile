@@ -47,8 +47,8 @@ test-lab: build ## the three-node lab, end to end (root)
 test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked from Debian's packages (root)
 	scripts/test-as-root 'interop_*'
 
-test-apiserver: build ## the datastores beside a real etcd (unpacked) and a real kube-apiserver (built once, some 10 minutes)
-	scripts/peers etcd
+test-apiserver: build ## datastores, manifests and the image beside a real etcd (unpacked) and a real kube-apiserver (built once, some 10 minutes)
+	scripts/peers etcd runc
 	scripts/kubernetes
 	scripts/helm
 	scripts/test-as-root 'etcd_*'

@@ -21,7 +21,7 @@
 //! peers keep the routes, RFC 4724); a killed daemon leaves it running. A part that ends by itself ends the daemon with an error, so that
 //! whatever runs it starts it anew: every part adopts what it finds.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -362,8 +362,8 @@ fn cni_install(
     env: &Env,
     settings: &Settings,
 ) -> Result<Option<cni_install::plan::Install>, DaemonError> {
-    let root = PathBuf::from(env.get("CALI_HOST_ROOT").unwrap_or("/host"));
-    let configurations = cni_install::runtime_configurations(&root);
+    let root = Path::new(cni_install::plan::host_root(env));
+    let configurations = cni_install::runtime_configurations(root);
     Ok(cni_install::plan::plan_install(
         env,
         &configurations,

@@ -1,12 +1,14 @@
 //! The daemon of a node: `cali-node`, with its settings in the environment, named as Calico names them.
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use crate::cni_install::plan::host_root;
 use crate::startup::settings::{HostNames, Settings};
 use crate::{capabilities, daemon};
 use anyhow::Context;
 use cali_control::paths;
-use cali_netlink::Netlink;
+use cali_netlink::{Netlink, sysctl};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -38,13 +40,15 @@ pub fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run() -> anyhow::Result<()> {
+    let env = Env::of_process();
+    sysctl::go_through(Path::new(host_root(&env)));
     capabilities::check_essential().await?;
     let state_dir = paths::state_dir();
     let names = HostNames {
         remembered: std::fs::read_to_string(state_dir.join("nodename")).ok(),
         hostname: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default(),
     };
-    let settings = Settings::read(&Env::of_process(), &names, &state_dir)?;
+    let settings = Settings::read(&env, &names, &state_dir)?;
     let datastore = cali_datastore::open_from_env().context("cannot open the datastore")?;
     let netlink = Netlink::current().context("cannot talk to the kernel")?;
     tracing::info!(

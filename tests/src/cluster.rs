@@ -238,6 +238,40 @@ impl Cluster {
         self.programs.push((program.to_owned(), child));
     }
 
+    /// A folder with what a pod finds of its account: its token, whom it may trust, and its namespace.
+    ///
+    /// # Panics
+    /// If the account has no token, or a file cannot be written.
+    #[must_use]
+    pub fn account_of_pod(&self, account: &str) -> PathBuf {
+        let pod = (account == "cali-node").then_some("agent");
+        let kubeconfig = self.server.account(account, pod, self.folder.path());
+        let config = std::fs::read(kubeconfig).expect("a kubeconfig");
+        let config: Value = serde_json::from_slice(&config).expect("JSON");
+        let text = |pointer: &str| {
+            let value = config.pointer(pointer).and_then(Value::as_str);
+            value.expect("a text in the kubeconfig").to_owned()
+        };
+        let trusted = text("/clusters/0/cluster/certificate-authority");
+        let trusted = std::fs::read_to_string(trusted).expect("a certificate");
+        let folder = self.folder.path().join("accounts").join(account);
+        std::fs::create_dir_all(&folder).expect("a folder");
+        for (name, content) in [
+            ("token", text("/users/0/user/token")),
+            ("ca.crt", trusted),
+            ("namespace", "kube-system".to_owned()),
+        ] {
+            std::fs::write(folder.join(name), content).expect("a file");
+        }
+        folder
+    }
+
+    /// The folder of everything of this cluster; `run` and `lib` in it are the node's.
+    #[must_use]
+    pub fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
     /// Starts `cali-node`.
     ///
     /// # Panics

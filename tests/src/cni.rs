@@ -23,6 +23,8 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 pub struct Runtime {
     folder: PathBuf,
     namespace: String,
+    /// The plugin.
+    program: PathBuf,
     /// `CNI_PATH`.
     plugins: Vec<PathBuf>,
 }
@@ -33,8 +35,14 @@ impl Runtime {
         Self {
             folder: folder.to_owned(),
             namespace: namespace.to_owned(),
+            program: programs().join("calico"),
             plugins: vec![programs()],
         }
+    }
+
+    /// Calls this plugin instead of the built one.
+    pub fn call_program(&mut self, program: PathBuf) {
+        self.program = program;
     }
 
     /// Names one more folder with plugins.
@@ -59,7 +67,7 @@ impl Runtime {
         for (key, value) in more.as_object().into_iter().flatten() {
             config[key] = value.clone();
         }
-        let mut plugin = Command::new(programs().join("calico"));
+        let mut plugin = Command::new(&self.program);
         let mut child = self
             .folders(plugin.env_clear())
             .env("CNI_COMMAND", command)

@@ -4,12 +4,13 @@
 //! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by
 //! sequence number; [`wire`] looks at the frames of a link; [`soak`] kills simulated nodes that share a
 //! cluster's addresses; [`cluster`] is a node on a real API server, [`cni`] calls the plugin as a container runtime does, [`relay`] lets a
-//! namespace reach a server of loopback.
+//! namespace reach a server of loopback; [`container`] starts containers of the image as the manifests say.
 
 mod arrows;
 pub mod bgp;
 pub mod cluster;
 pub mod cni;
+pub mod container;
 mod documentation;
 pub mod kernel;
 pub mod lab;

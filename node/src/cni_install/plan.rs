@@ -80,6 +80,12 @@ impl RuntimeFolders {
     }
 }
 
+/// Where the host's file system is seen: `CALI_HOST_ROOT`.
+#[must_use]
+pub fn host_root(env: &Env) -> &str {
+    env.get("CALI_HOST_ROOT").unwrap_or("/host")
+}
+
 /// The plan, or `None` where nothing is to be installed: neither `CALI_CNI_INSTALL` nor a mounted folder asks for it.
 ///
 /// | variable | meaning | default |
@@ -100,7 +106,7 @@ pub fn plan_install(
     ipv6: bool,
     exists: impl Fn(&Path) -> bool,
 ) -> Result<Option<Install>, ConfigError> {
-    let root = PathBuf::from(env.get("CALI_HOST_ROOT").unwrap_or("/host"));
+    let root = Path::new(host_root(env));
     let on_host = |path: &str| root.join(path.trim_start_matches('/'));
     let wanted = match env.get("CALI_CNI_INSTALL").unwrap_or("auto") {
         "true" => true,
