@@ -17,7 +17,7 @@ setup: ## install the system packages that the other targets need
 build: setup ## build every program
 	cargo build --workspace --bins
 
-image: ## the image for Kubernetes: an archive for docker, podman, containerd and k3s, of an optimised build (ARCH=amd64|arm64)
+image: ## the image for Kubernetes: an archive for docker, podman, containerd and k3s, of an optimised build (ARCH=amd64|arm64, VARIANT=iptables)
 	@scripts/image
 
 deb: ## a Debian package for hosts without Kubernetes

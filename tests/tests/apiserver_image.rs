@@ -56,9 +56,12 @@ struct Node {
 }
 
 impl Node {
-    async fn new() -> Self {
+    /// With an overlay of the manifests, and a variant of the image.
+    async fn new(overlay: &str, variant: Option<&str>) -> Self {
         let mut cluster = Cluster::new(Group::V3).await;
-        let overlay = repository().join("deploy/kubernetes/overlays/k3s");
+        let overlay = repository()
+            .join("deploy/kubernetes/overlays")
+            .join(overlay);
         let text = cluster.kubectl(&["kustomize", &overlay.display().to_string()], "");
         let objects: Vec<Value> = serde_saphyr::from_multiple(&text).expect("documents in YAML");
         let maps = objects.iter().filter(|one| one["kind"] == "ConfigMap");
@@ -70,7 +73,7 @@ impl Node {
             (name.to_owned(), data.collect())
         });
         let settings = settings.collect();
-        let runtime = Runtime::new();
+        let runtime = Runtime::new(variant);
         // What calls the plugin knows the node's folders by these.
         for (path, own) in [("var/run/calico", "run"), ("var/lib/calico", "lib")] {
             let (path, own) = (runtime.host_root().join(path), cluster.folder().join(own));
@@ -126,6 +129,13 @@ impl Node {
         eventually(LIMIT, || {
             wanted().map_err(|error| format!("{what}: {error}\n{}", container.log()))
         });
+    }
+
+    /// Takes the policy away that closes a pod.
+    fn open(&self) {
+        let words = "-n shop delete networkpolicies.networking.k8s.io web";
+        let words: Vec<&str> = words.split(' ').collect();
+        self.cluster.kubectl(&words, "");
     }
 
     fn speaks_bgp(&self) -> Result<(), String> {
@@ -326,16 +336,7 @@ fn they_suffice(node: &mut Node, pod: &Value) {
     // While there is no container, what was written stays; the next one takes it up.
     container.kill();
     assert!(!pods.connected(), "policy is gone with the container");
-    node.cluster.kubectl(
-        &[
-            "-n",
-            "shop",
-            "delete",
-            "networkpolicies.networking.k8s.io",
-            "web",
-        ],
-        "",
-    );
+    node.open();
     let next = node.start(pod);
     node.until(&next, "readiness", || next.ready());
     pods.reach(node, &next, true);
@@ -379,9 +380,54 @@ async fn controllers_and_typha_need_none(node: &mut Node) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_image_runs_with_the_privileges_of_its_manifests_and_each_is_needed() {
-    let mut node = Node::new().await;
+    let mut node = Node::new("k3s", None).await;
     let pod = node.pod("cali-node");
     each_privilege_is_needed(&mut node, &pod);
     they_suffice(&mut node, &pod);
     controllers_and_typha_need_none(&mut node).await;
+}
+
+/// The variant with iptables' programs, whose legacy ones need one more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_variant_with_iptables_enforces_policy_with_its_own_programs() {
+    let mut node = Node::new("iptables", Some("iptables")).await;
+    let pod = node.pod("cali-node");
+    for (backend, program) in [
+        ("Legacy", "iptables-legacy-save"),
+        ("NFT", "iptables-nft-save"),
+    ] {
+        for map in node.settings.values_mut() {
+            map.insert("FELIX_IPTABLESBACKEND".to_owned(), backend.to_owned());
+        }
+        if backend == "Legacy" {
+            let container = node.start(&without_capability(&pod, "NET_RAW"));
+            says(
+                &node,
+                &container,
+                "iptables-restore: unable to initialize table",
+            );
+        }
+        let mut container = node.start(&pod);
+        node.until(&container, "readiness", || container.ready());
+        has_plugin(&node, &container);
+        let pods = Pods::new(&node, &container);
+        pods.reach(&node, &container, true);
+        node.cluster.apply(CLOSED);
+        pods.reach(&node, &container, false);
+        let rules = container
+            .exec(&[&format!("/usr/sbin/{program}")])
+            .expect("the rules");
+        assert!(rules.contains("cali-"), "{program}: {rules}");
+        node.open();
+        pods.reach(&node, &container, true);
+        for name in ["web", "client"] {
+            let pod = if name == "web" {
+                &pods.web
+            } else {
+                &pods.client
+            };
+            node.cluster.runtime.del(name, pod);
+        }
+        container.kill();
+    }
 }

@@ -50,14 +50,14 @@ pub struct Container {
 }
 
 impl Runtime {
-    /// With the image of the built programs.
+    /// With the image of the built programs, or a variant of it.
     ///
     /// # Panics
     /// If the image cannot be made, or `runc` not be unpacked.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(variant: Option<&str>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let image = Image::make(folder.path());
+        let image = Image::make(folder.path(), variant);
         let package = package::folder("runc").expect("runc");
         let profile = package.join("usr/share/containers/seccomp.json");
         let profile = std::fs::read(profile).expect("the default profile of containers");
@@ -119,12 +119,6 @@ impl Runtime {
             host: host.netns().clone(),
             readiness: specification.readiness,
         }
-    }
-}
-
-impl Default for Runtime {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -306,10 +306,10 @@ fn mounts(
         special("/sys", "sysfs", &[&plain[..], &["ro"]].concat()),
     ];
     let bind = |at: &str, from: &Path, options: &[&str]| json!({"destination": at, "type": "bind", "source": from, "options": options});
-    for library in &world.image.libraries {
+    for (from, at) in &world.image.libraries {
         mounts.push(bind(
-            &library.display().to_string(),
-            library,
+            &at.display().to_string(),
+            from,
             &["rbind", "rprivate", "ro"],
         ));
     }

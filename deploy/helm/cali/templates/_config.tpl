@@ -7,6 +7,9 @@
 {{- $_ := set $config (index $parts 0) (index $parts 1) -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.iptables.enabled -}}
+{{- $_ := set $config "FELIX_NFTABLESMODE" "Disabled" -}}
+{{- end -}}
 {{- range $name, $value := .Values.config -}}
 {{- if kindIs "invalid" $value -}}
 {{- $_ := unset $config $name -}}
