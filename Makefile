@@ -44,7 +44,7 @@ test-netns: build ## kernel tests in network namespaces (root)
 test-lab: build ## the three-node lab, end to end (root)
 	scripts/test-as-root 'lab_*'
 
-test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, unpacked from Debian's packages (root)
+test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, the plugin under podman and containerd, unpacked from Debian's packages (root)
 	scripts/test-as-root 'interop_*'
 
 test-apiserver: build ## datastores, manifests and the image beside a real etcd (unpacked) and a real kube-apiserver (built once, some 10 minutes)

@@ -274,6 +274,66 @@ async fn a_host_port_leads_to_its_container_from_everywhere() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_floating_address_leads_to_its_container_and_nothing_else_goes_by_it() {
+    let (node, outside) = scene("cnifloat").await;
+    let (pod, other) = (TestNs::new("cnipod"), TestNs::new("cnipod"));
+    let floating = r#"["198.51.100.7", "2001:db8:7::7"]"#;
+    node.pod("p", json!({"cni.projectcalico.org/floatingIPs": floating}))
+        .await;
+    node.pod("q", json!({})).await;
+    let call = add("p", "c1", &pod, json!([]));
+    let refused = node.call(&call);
+    assert_eq!(refused.code(), 102);
+    assert!(
+        refused.printed["msg"]
+            .as_str()
+            .unwrap()
+            .contains("feature_control.floating_ips"),
+        "{refused:?}"
+    );
+    assert!(
+        !node.host.ip("-br link").contains("cali"),
+        "nothing is left"
+    );
+    let call = call.with("feature_control", json!({"floating_ips": true}));
+    let own = address(&node.call(&call).ok(), 0);
+    node.call(&add("q", "c2", &other, json!([]))).ok();
+    let _server = Answering::start(&pod, 80, "p");
+    let seen = |text: &str| Some(format!("p {text}"));
+    assert_eq!(tcp(&outside, "198.51.100.7:80"), seen("192.0.2.2"));
+    assert_eq!(tcp(&outside, "[2001:db8:7::7]:80"), seen("2001:db8::2"));
+    assert_eq!(
+        udp(
+            &socket(&outside, true),
+            "198.51.100.7:80",
+            support::PATIENCE
+        ),
+        seen("192.0.2.2")
+    );
+    // The kernel asks for a way before it translates what the host itself sends.
+    node.host.ip("route add default via 192.0.2.2");
+    assert!(tcp(&node.host, "198.51.100.7:80").is_some(), "the host");
+    assert!(
+        tcp(&other, "198.51.100.7:80").is_some(),
+        "another container"
+    );
+    assert_eq!(
+        tcp(&pod, "198.51.100.7:80"),
+        seen("198.51.100.7"),
+        "a container that calls itself: else the answer would not come back through the host"
+    );
+    // As with Calico, what the container begins has its own address.
+    let _theirs = Answering::start(&outside, 90, "o");
+    assert_eq!(tcp(&pod, "192.0.2.2:90"), Some(format!("o {own}")));
+
+    node.call(&del(&call)).ok();
+    assert_eq!(
+        udp(&socket(&outside, true), "198.51.100.7:80", SILENCE),
+        None
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn host_ports_outlive_the_server_and_whoever_flushes_them() {
     let (mut node, outside) = scene("cniport").await;
     let pod = TestNs::new("cnipod");

@@ -11,6 +11,7 @@ use std::time::Duration;
 use cali_netlink::testing::{TestNs, eventually};
 use cali_tests::cni::{LIMIT, Node, given};
 use cali_tests::traffic;
+use felix::conformance::{Answer, Probe, listen, probe};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -92,6 +93,38 @@ async fn a_host_port_obeys_the_policy_of_its_container() {
     // The client's own address and the container's port are what policy sees.
     node.put(policy("192.0.2.2/32")).await;
     becomes(Some("192.0.2.2"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_sctp_port_of_the_host_leads_to_its_container() {
+    let mut node = Node::new().await;
+    node.start();
+    let pod = TestNs::new("cnipod");
+    node.pod("web").await;
+    let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "sctp"}]}});
+    node.add("web", &pod, &ports);
+    // By hand: this needs no SCTP in the kernel but that of connection tracking.
+    let _answering = listen(pod.netns(), Probe::Sctp(80));
+    let host: IpAddr = "192.0.2.1".parse().unwrap();
+    let becomes = |port: u16, wanted: &Answer| {
+        eventually(LIMIT, || {
+            let seen = probe(node.outside.netns(), host, Probe::Sctp(port), 0, true);
+            if seen == *wanted {
+                Ok(())
+            } else {
+                Err(format!(
+                    "{port}: {seen:?} instead of {wanted:?}\n{}",
+                    node.log()
+                ))
+            }
+        });
+    };
+    becomes(8080, &Answer::Yes);
+    let elsewhere = probe(node.outside.netns(), host, Probe::Sctp(8081), 0, true);
+    assert_ne!(elsewhere, Answer::Yes, "only the port that was asked for");
+    node.runtime.del("web", &pod);
+    let gone = probe(node.outside.netns(), host, Probe::Sctp(8080), 0, true);
+    assert_ne!(gone, Answer::Yes);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
