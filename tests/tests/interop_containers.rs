@@ -160,6 +160,13 @@ struct Podman {
     environment: Vec<(&'static str, PathBuf)>,
 }
 
+impl Drop for Podman {
+    /// What a test leaves that fails.
+    fn drop(&mut self) {
+        self.run(&["rm", "-f", "--all", "--time", "0"]);
+    }
+}
+
 impl Podman {
     fn new(node: &Node) -> Self {
         let folder = node.folder().join("podman");
@@ -219,6 +226,8 @@ impl Podman {
                 ("HOME", home),
                 ("CONTAINERS_CONF", folder.join("containers.conf")),
                 ("CONTAINERS_STORAGE_CONF", folder.join("storage.conf")),
+                ("CALI_RUN_DIR", node.folder().join("run")),
+                ("CALI_STATE_DIR", node.folder().join("lib")),
             ],
             program: peer.join("usr/bin/podman"),
             libraries,
@@ -226,9 +235,8 @@ impl Podman {
         }
     }
 
-    fn run(&self, node: &Node, args: &[&str]) -> Output {
+    fn run(&self, args: &[&str]) -> Output {
         let mut command = self.room.command(&self.program);
-        node.runtime.folders(&mut command);
         command
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .env("LD_LIBRARY_PATH", &self.libraries)
@@ -239,7 +247,7 @@ impl Podman {
     }
 
     fn succeeds(&self, node: &Node, args: &[&str]) -> String {
-        let output = self.run(node, args);
+        let output = self.run(args);
         assert!(
             output.status.success(),
             "{args:?}: {}\n{}",
@@ -252,11 +260,11 @@ impl Podman {
     /// Goes on until the node is ready, as a person would.
     fn started(&self, node: &Node, args: &[&str]) {
         eventually(LIMIT, || {
-            let output = self.run(node, args);
+            let output = self.run(args);
             if output.status.success() {
                 return Ok(());
             }
-            self.run(node, &["rm", "-f", "--all", "--time", "0"]);
+            self.run(&["rm", "-f", "--all", "--time", "0"]);
             Err(format!("{args:?}: {}\n{}", told(&output), node.log()))
         });
     }
@@ -290,7 +298,7 @@ async fn containers_of_podman_talk_obey_policy_and_leave_nothing() {
     assert!(greets(&answer), "{answer}");
     node.put(closed()).await;
     becomes(&node.outside, "192.0.2.1:8080", false, &node);
-    let asked = told(&podman.run(&node, &ask));
+    let asked = told(&podman.run(&ask));
     assert!(!asked.contains(GREETING), "{asked}");
     let deleted = node.calictl(&["delete", "networkpolicy", "closed", "-n", "default"]);
     assert!(deleted.contains("Successfully deleted 1"), "{deleted}");
@@ -298,7 +306,7 @@ async fn containers_of_podman_talk_obey_policy_and_leave_nothing() {
 
     // Without the daemon there are no new containers, and what runs runs on.
     node.kill();
-    let refused = podman.run(&node, &ask);
+    let refused = podman.run(&ask);
     assert!(
         !refused.status.success() && told(&refused).contains("cali-node"),
         "{}",
@@ -307,7 +315,7 @@ async fn containers_of_podman_talk_obey_policy_and_leave_nothing() {
     becomes(&node.host, &at_port, true, &node);
     node.start();
     eventually(LIMIT, || {
-        let output = podman.run(&node, &ask);
+        let output = podman.run(&ask);
         let said = told(&output);
         if greets(said.trim_end()) {
             Ok(())
