@@ -33,7 +33,31 @@ pub(super) struct Answer {
     pub(super) metadata: PageMetadata,
     #[serde(default)]
     pub(super) items: Vec<Item>,
+    /// How large the answer was, where that decides how many objects are asked for next.
+    #[serde(skip)]
+    pub(super) octets: usize,
 }
+
+impl Answer {
+    /// Objects in the next page. For each page the API server looks for its place anew, which takes it as long as a thousand
+    /// Pods: so of Pods, as many are asked for as are expected in [`PAGE_OCTETS`].
+    pub(super) fn next_limit(&self) -> u32 {
+        let objects = PAGE_OCTETS.saturating_mul(self.items.len()) / self.octets.max(1);
+        match self.octets {
+            0 => PAGE,
+            _ => u32::try_from(objects)
+                .unwrap_or(MAX_PAGE)
+                .clamp(PAGE, MAX_PAGE),
+        }
+    }
+}
+
+/// Objects in the first page of a list, and in each where they come in JSON.
+pub(super) const PAGE: u32 = 500;
+/// Objects in any page, at most.
+const MAX_PAGE: u32 = 10_000;
+/// The aim for a page of Pods.
+const PAGE_OCTETS: usize = 16 << 20;
 
 /// An object of a list.
 #[derive(Deserialize)]
@@ -49,12 +73,6 @@ impl From<Value> for Item {
     fn from(object: Value) -> Self {
         Self::Json(object)
     }
-}
-
-/// Objects in one page of a list. Pods are small in the encoding in which they come, and for each page the API server looks
-/// for its place anew.
-pub(super) fn page_size(kind: Kind) -> u32 {
-    if kind == Kind::K8sPod { 2000 } else { 500 }
 }
 
 #[derive(Deserialize)]
@@ -167,11 +185,8 @@ impl Cluster {
         'list: loop {
             attempt += 1;
             // The last attempt is not paged, so that it cannot expire.
-            let limit = if attempt < LIST_ATTEMPTS {
-                page_size(kind)
-            } else {
-                0
-            };
+            let is_paged = attempt < LIST_ATTEMPTS;
+            let mut limit = if is_paged { PAGE } else { 0 };
             let (mut items, mut next): (Vec<Item>, Option<String>) = (Vec::new(), None);
             loop {
                 let page = match self.page(kind, scope, next.as_deref(), limit).await {
@@ -180,6 +195,9 @@ impl Cluster {
                     Ok(None) => return Ok(None),
                     Ok(Some(page)) => page,
                 };
+                if is_paged {
+                    limit = page.next_limit();
+                }
                 items.extend(page.items.into_iter().map(|item| match item {
                     Item::Json(object) => Item::Json(wire::read(kind, object)),
                     pod @ Item::Pod(_) => pod,

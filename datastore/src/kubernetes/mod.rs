@@ -38,7 +38,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
-use self::cluster::{Cluster, Failed, Item, Scope, page_size};
+use self::cluster::{Cluster, Failed, Item, PAGE, Scope};
 pub use self::connect::Settings;
 use self::failure::{conflict, failure, is_missing};
 use self::places::viewed;
@@ -523,31 +523,36 @@ impl Datastore for Kubernetes {
     ) -> Result<Page, Error> {
         let cluster = self.cluster().await?;
         let sources = sources(&kind);
-        // Which of the native kinds is read, and how far.
-        let (at, token) = after
-            .and_then(|token| token.0.split_once(' '))
-            .and_then(|(at, token)| Some((at.parse().ok()?, token)))
-            .unwrap_or((0, ""));
+        // Which of the native kinds is read, how many of it at a time, and how far.
+        let (at, most, token) = after
+            .map(|token| token.0.splitn(3, ' '))
+            .and_then(|mut parts| {
+                let (at, most) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+                Some((at, most, parts.next()?))
+            })
+            .unwrap_or((0, PAGE, ""));
         let source = sources.get(at).copied().unwrap_or(kind);
         let within = Scope::namespace(namespace.filter(|_| kind.is_namespaced()));
         let token = Some(token).filter(|token| !token.is_empty());
-        let limit = u32::try_from(limit)
-            .unwrap_or(u32::MAX)
-            .clamp(1, page_size(source));
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX).clamp(1, most);
         let answer = cluster.later_page(source, within, token, limit).await?;
         let (found, revision, next) = match answer {
-            Some(answer) => (
-                answer.items,
-                answer.metadata.resource_version,
-                answer.metadata.next.filter(|token| !token.is_empty()),
-            ),
+            Some(answer) => {
+                let most = answer.next_limit();
+                let next = answer.metadata.next.filter(|token| !token.is_empty());
+                (
+                    answer.items,
+                    answer.metadata.resource_version,
+                    next.map(|token| format!("{at} {most} {token}")),
+                )
+            }
             None => (Vec::new(), NOT_SERVED.to_owned(), None),
         };
         let (mut items, mut undecodable) = (Vec::new(), Vec::new());
         sort_out(source, kind, found, &mut items, &mut undecodable);
         let next = match next {
-            Some(token) => Some(PageToken(format!("{at} {token}"))),
-            None => (at + 1 < sources.len()).then(|| PageToken(format!("{} ", at + 1))),
+            Some(token) => Some(PageToken(token)),
+            None => (at + 1 < sources.len()).then(|| PageToken(format!("{} {PAGE} ", at + 1))),
         };
         Ok(Page {
             items,

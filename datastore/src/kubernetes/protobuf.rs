@@ -185,6 +185,7 @@ fn opened<T: Message + Default>(mut body: Bytes) -> Result<T, DecodeError> {
 
 /// A page of Pods.
 pub(super) fn pods(body: Bytes) -> Result<Answer, DecodeError> {
+    let octets = body.len();
     let list: List = opened(body)?;
     let metadata = list.metadata.unwrap_or_default();
     Ok(Answer {
@@ -193,6 +194,7 @@ pub(super) fn pods(body: Bytes) -> Result<Answer, DecodeError> {
             next: some(metadata.next),
         },
         items: list.items.into_iter().map(Item::from).collect(),
+        octets,
     })
 }
 
@@ -341,6 +343,28 @@ mod tests {
         assert_eq!(status.message, refusal.message);
         let next = status.metadata.and_then(|metadata| metadata.continue_);
         assert_eq!(next.as_deref(), Some("token"));
+    }
+
+    #[test]
+    fn the_next_page_is_as_large_as_it_may_be() {
+        let list = |octets: usize| {
+            let pod = Object {
+                metadata: Some(Metadata {
+                    name: "p".repeat(octets),
+                    ..Metadata::default()
+                }),
+                ..Object::default()
+            };
+            let items = vec![pod; 10];
+            let list = List {
+                metadata: None,
+                items,
+            };
+            pods(sealed(&list)).expect("a list").next_limit()
+        };
+        assert_eq!(list(1), 10_000);
+        assert!((3_900..4_200).contains(&list(4_096)), "{}", list(4_096));
+        assert_eq!(list(100_000), 500);
     }
 
     #[test]
