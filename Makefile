@@ -42,6 +42,8 @@ test-netns: build ## kernel tests in network namespaces (root)
 	scripts/test-as-root 'netns_*'
 
 test-lab: build ## the three-node lab, end to end (root)
+	scripts/helm
+	scripts/containerlab
 	scripts/test-as-root 'lab_*'
 
 test-interop: build ## bgpd with BIRD, FRR, GoBGP, OpenBGPD and ExaBGP, the plugin under podman and containerd, unpacked from Debian's packages (root)
