@@ -501,9 +501,7 @@ impl Applier {
                 let lingers = crypt.lingers(wish.linger, now);
                 let way = if v4 { "WireGuard" } else { "WireGuard IPv6" };
                 let stands = self.farewell.stands(way, lingers, told, now);
-                crypt
-                    .rest(&self.netlink, settings, wish, stands, now, problems)
-                    .await;
+                crypt.rest(&self.netlink, wish, stands, now, problems).await;
             }
         }
     }

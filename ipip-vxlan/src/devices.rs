@@ -325,19 +325,9 @@ mod tests {
             udp_csum: false,
         };
         Link {
-            index: 7,
-            name: "vxlan.calico".into(),
-            kind: LinkKind::Vxlan(vxlan),
             mac: Some(MAC),
             mtu: 1450,
-            up: true,
-            carrier: true,
-            noarp: false,
-            master: None,
-            parent: None,
-            link_netns: None,
-            alias: None,
-            group: 0,
+            ..cali_netlink::testing::link(7, "vxlan.calico", LinkKind::Vxlan(vxlan))
         }
     }
 

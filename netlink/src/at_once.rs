@@ -23,15 +23,15 @@ fn write_link(writer: &mut Writer, message: &LinkMessage, flags: u16, sequence: 
 }
 
 impl Netlink {
-    fn link_at_once(
+    /// Sends what `write` writes, with the sequence number that it is given.
+    fn at_once(
         &self,
         operation: &'static str,
         object: impl FnOnce() -> String,
-        message: &LinkMessage,
-        flags: u16,
+        write: impl Fn(&mut Writer, u32),
     ) -> Result<()> {
         let done = self.socket().batch(1, |writer, _, sequence| {
-            write_link(writer, message, flags, sequence);
+            write(writer, sequence);
             Ok(())
         });
         match done.into_iter().next() {
@@ -51,7 +51,10 @@ impl Netlink {
                 "the far end cannot be up at once",
             ));
         }
-        self.link_at_once("add", object, &new_link_message(new), ADD)?;
+        let message = new_link_message(new);
+        self.at_once("add", object, |writer, sequence| {
+            write_link(writer, &message, ADD, sequence);
+        })?;
         self.link_by_name(&new.name)?
             .map(|made| made.index)
             .ok_or_else(|| Error::errno("add", object(), Errno::ENODEV))
@@ -61,19 +64,17 @@ impl Netlink {
     pub fn change_link_at_once(&self, index: IfIndex, change: &LinkChange) -> Result<()> {
         let message = change_message(index, change);
         let object = || format!("link #{index}");
-        self.link_at_once("change", object, &message, NLM_F_REQUEST | NLM_F_ACK)
+        self.at_once("change", object, |writer, sequence| {
+            write_link(writer, &message, NLM_F_REQUEST | NLM_F_ACK, sequence);
+        })
     }
 
     /// Removes a device.
     pub fn delete_link_at_once(&self, index: IfIndex) -> Result<()> {
-        let done = self.socket().batch(1, |writer, _, sequence| {
+        let object = || format!("link #{index}");
+        self.at_once("delete", object, |writer, sequence| {
             link::write_removal(writer, index, sequence);
-            Ok(())
-        });
-        match done.into_iter().next() {
-            Some(Err(cause)) => Err(Error::new("delete", format!("link #{index}"), cause)),
-            _ => Ok(()),
-        }
+        })
     }
 
     /// Changes addresses in order; one result each.

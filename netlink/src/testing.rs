@@ -13,9 +13,31 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Address, IfIndex, IpNetwork, NetNs, Netlink, NewLink, NewLinkKind, VethPeer};
+use crate::{
+    Address, IfIndex, IpNetwork, Link, LinkKind, NetNs, Netlink, NewLink, NewLinkKind, VethPeer,
+};
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// A device that is up, with an MTU of 1500, for tests that need no kernel.
+#[must_use]
+pub fn link(index: IfIndex, name: &str, kind: LinkKind) -> Link {
+    Link {
+        index,
+        name: name.to_owned(),
+        kind,
+        mac: None,
+        mtu: 1500,
+        up: true,
+        carrier: true,
+        noarp: false,
+        master: None,
+        parent: None,
+        link_netns: None,
+        alias: None,
+        group: 0,
+    }
+}
 
 /// A namespace for one test, with `lo` up. Its name goes when the value is dropped, also after a panic.
 #[derive(Debug)]

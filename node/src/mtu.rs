@@ -257,19 +257,10 @@ mod tests {
 
     fn link(name: &str, mtu: u32, up: bool) -> Link {
         Link {
-            index: 1,
-            name: name.into(),
-            kind: LinkKind::Physical,
-            mac: None,
             mtu,
             up,
             carrier: up,
-            noarp: false,
-            master: None,
-            parent: None,
-            link_netns: None,
-            alias: None,
-            group: 0,
+            ..cali_netlink::testing::link(1, name, LinkKind::Physical)
         }
     }
 

@@ -31,6 +31,18 @@ pub fn repository() -> PathBuf {
         .join("..")
 }
 
+/// What a script of the repository prints: the path of what it has found, or made.
+///
+/// # Panics
+/// If it fails.
+pub fn found_by(script: &str) -> PathBuf {
+    let output = Command::new(repository().join("scripts").join(script)).output();
+    let output = output.expect("the script");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "scripts/{script}: {said}");
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+}
+
 /// One claim about a lab.
 pub type Check = fn(&Lab) -> Result<()>;
 

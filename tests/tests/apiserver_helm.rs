@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use cali_datastore::testing::ApiServer;
-use cali_tests::lab::repository;
+use cali_tests::lab::{found_by, repository};
 use serde_json::Value;
 
 /// Kinds that the chart itself defines are accepted once the API server serves them.
@@ -16,13 +16,7 @@ const DEFINED: Duration = Duration::from_secs(60);
 
 fn helm() -> &'static Path {
     static HELM: OnceLock<PathBuf> = OnceLock::new();
-    HELM.get_or_init(|| {
-        let output = Command::new(repository().join("scripts/helm")).output();
-        let output = output.expect("scripts/helm");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
-    })
+    HELM.get_or_init(|| found_by("helm"))
 }
 
 fn chart() -> PathBuf {

@@ -1,20 +1,10 @@
 //! The topologies of `deploy/containerlab` are such as containerlab takes: they keep to the schema that it publishes. Helm checks a file of
 //! values against a chart's schema, whatever that is about.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
-use cali_tests::lab::repository;
-
-/// What a script prints: a path.
-fn found(script: &str) -> PathBuf {
-    let found = Command::new(repository().join("scripts").join(script)).output();
-    let found = found.expect("the script");
-    let errors = String::from_utf8_lossy(&found.stderr);
-    assert!(found.status.success(), "{script}: {errors}");
-    let path = String::from_utf8(found.stdout).expect("a path");
-    PathBuf::from(path.trim())
-}
+use cali_tests::lab::{found_by, repository};
 
 fn checked(helm: &Path, chart: &Path, topology: &Path) -> Output {
     let mut command = Command::new(helm);
@@ -28,7 +18,7 @@ fn checked(helm: &Path, chart: &Path, topology: &Path) -> Output {
 
 #[test]
 fn topologies_keep_to_containerlabs_schema() {
-    let (helm, schema) = (found("helm"), found("containerlab"));
+    let (helm, schema) = (found_by("helm"), found_by("containerlab"));
     let chart = tempfile::tempdir().expect("a folder");
     let write =
         |name: &str, text: &[u8]| std::fs::write(chart.path().join(name), text).expect("a file");

@@ -275,15 +275,14 @@ async fn call_pods(client: &Client, request: BuiltRequest) -> Result<Answer, Fai
         .headers
         .get(CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes().starts_with(protobuf::MEDIA_TYPE.as_bytes()));
-    let other = |error: crate::Cause| Failed::Other(error);
-    match (head.status.is_success(), is_protobuf) {
-        (true, true) => protobuf::pods(body).map_err(|error| other(error.into())),
-        (true, false) => serde_json::from_slice(&body).map_err(|error| other(error.into())),
-        (false, _) => Err(Failed::Api(Box::new(refusal(
-            head.status,
-            body,
-            is_protobuf,
-        )))),
+    if !head.status.is_success() {
+        let status = refusal(head.status, body, is_protobuf);
+        return Err(Failed::Api(Box::new(status)));
+    }
+    if is_protobuf {
+        protobuf::pods(body).map_err(|error| Failed::Other(error.into()))
+    } else {
+        serde_json::from_slice(&body).map_err(|error| Failed::Other(error.into()))
     }
 }
 

@@ -93,27 +93,10 @@ impl OwnAddresses {
 
 #[cfg(test)]
 mod tests {
-    use cali_netlink::{Link, LinkKind};
+    use cali_netlink::LinkKind;
+    use cali_netlink::testing::link;
 
     use super::*;
-
-    fn link(index: IfIndex, name: &str) -> Link {
-        Link {
-            index,
-            name: name.into(),
-            kind: LinkKind::Veth,
-            mac: None,
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            noarp: false,
-            master: None,
-            parent: None,
-            link_netns: None,
-            alias: None,
-            group: 0,
-        }
-    }
 
     fn address(index: IfIndex, text: &str) -> Address {
         Address::new(index, text.parse().unwrap())
@@ -138,7 +121,7 @@ mod tests {
     #[test]
     fn only_what_concerns_an_address_is_a_change() {
         let mut own = known();
-        let came = |index, name| Event::Link(Notice::Present(link(index, name)));
+        let came = |index, name| Event::Link(Notice::Present(link(index, name, LinkKind::Veth)));
         let put = |text| Event::Address(Notice::Present(address(2, text)));
         let gone = |text| Event::Address(Notice::Gone(address(2, text)));
         assert!(!own.on_events(&[came(2, "eth0"), came(3, "cali1")]));
@@ -151,7 +134,7 @@ mod tests {
         assert!(own.on_events(&[gone("192.0.2.1/32")]));
         assert!(!own.on_events(&[gone("192.0.2.1/32")]));
         assert!(own.on_events(&[put("192.0.2.9/24")]));
-        let left = Event::Link(Notice::Gone(link(2, "uplink")));
+        let left = Event::Link(Notice::Gone(link(2, "uplink", LinkKind::Veth)));
         assert!(own.on_events(&[left]), "a device takes its addresses along");
         assert_eq!(shown(&own), [""; 0]);
         assert!(own.on_events(&[Event::Overflow]));

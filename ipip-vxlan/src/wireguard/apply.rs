@@ -135,7 +135,6 @@ impl Crypt {
     pub(crate) async fn rest(
         &mut self,
         netlink: &Netlink,
-        settings: &WireguardSettings,
         wish: &Wish,
         stands: bool,
         now: Instant,
@@ -145,15 +144,15 @@ impl Crypt {
         if !wish.in_sync {
             return;
         }
-        let lingers = self.made.is_some();
+        let was_made = self.made.is_some();
         let since = *self.unasked_since.get_or_insert_with(|| {
-            if lingers {
+            if was_made {
                 info!(v4 = self.v4, "WireGuard is not wanted any more");
             }
             now
         });
-        let place = self.made.clone().unwrap_or_else(|| settings.clone());
-        if lingers && stands {
+        let place = self.made.clone().unwrap_or_else(|| wish.wireguard.clone());
+        if was_made && stands {
             let end = since + wish.linger;
             self.next_look = Some(end).filter(|end| *end > now);
             problems.extend(
@@ -165,7 +164,7 @@ impl Crypt {
             return;
         }
         // At the start: what an earlier run left, where it is certain that it is ours.
-        if lingers || (since == now && self.is_left_over(netlink, &place)) {
+        if was_made || (since == now && self.is_left_over(netlink, &place)) {
             self.made = None;
             self.remove(netlink, &place, problems).await;
         }

@@ -1,24 +1,7 @@
 use super::*;
 use cali_netlink::nft::Family;
+use cali_netlink::testing::link;
 use cali_netlink::{Hop, IpIp, LinkKind, Vxlan};
-
-fn link(index: IfIndex, name: &str, kind: LinkKind) -> Link {
-    Link {
-        index,
-        name: name.to_owned(),
-        kind,
-        mac: None,
-        mtu: 1500,
-        up: true,
-        carrier: true,
-        master: None,
-        alias: None,
-        noarp: false,
-        parent: None,
-        link_netns: None,
-        group: 0,
-    }
-}
 
 fn vxlan() -> LinkKind {
     LinkKind::Vxlan(Vxlan {
