@@ -6,6 +6,7 @@
 //! - [`server`] runs inside `cali-node`: it makes the interface pair, takes addresses from the node's reserve, hands the
 //!   endpoint to whoever programs policy and routes ([`server::EndpointSink`]) and answers once that stands. Where the
 //!   configuration names another IPAM plugin, the executable calls that one and hands its addresses over.
+//! - [`loopback`] is the plugin of that name, which containerd calls beside the list's; the same executable.
 //! - [`spec`], [`config`], [`result`] are the formats; [`request`] decides which addresses a pod gets, [`nat`] which ports
 //!   and addresses of the host lead to it. All pure.
 //!
@@ -15,6 +16,7 @@ pub mod bandwidth;
 pub mod config;
 mod delegate;
 mod durable;
+pub mod loopback;
 pub mod nat;
 pub mod plugin;
 pub mod request;

@@ -34,11 +34,23 @@ pub fn run(plugin: Plugin) -> ExitCode {
         println!("{}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
-    let (version, result) = answer(plugin);
+    let (version, result) = match read_call() {
+        Called::Answered(version, result) => (version, result),
+        Called::With {
+            call,
+            config,
+            known,
+        } => answer(plugin, &call, config, &known),
+    };
+    print(&version, result)
+}
+
+/// Prints an answer in this version of the specification.
+pub(crate) fn print(version: &str, result: Result<Value, Failure>) -> ExitCode {
     let (printed, exit) = match result {
         Ok(Value::Null) => return ExitCode::SUCCESS,
         Ok(value) => (value, ExitCode::SUCCESS),
-        Err(failure) => (spec::error_object(&version, &failure), ExitCode::FAILURE),
+        Err(failure) => (spec::error_object(version, &failure), ExitCode::FAILURE),
     };
     let mut text = printed.to_string();
     text.push('\n');
@@ -48,12 +60,27 @@ pub fn run(plugin: Plugin) -> ExitCode {
     }
 }
 
-/// The version to answer in, and the answer.
-fn answer(plugin: Plugin) -> (String, Result<Value, Failure>) {
+/// What a program was called for.
+pub(crate) enum Called {
+    /// The version to answer in, and the answer, where it stands already.
+    Answered(String, Result<Value, Failure>),
+    /// A call, with the configuration as it came and what of it matters.
+    With {
+        call: Call,
+        config: Value,
+        known: Box<Config>,
+    },
+}
+
+/// Reads the environment and standard input.
+pub(crate) fn read_call() -> Called {
     let newest = VERSIONS[VERSIONS.len() - 1].to_owned();
     let call = match spec::asked(|name| std::env::var(name).ok()) {
-        Err(failure) => return (newest, Err(failure)),
-        Ok(Asked::Version) => return (newest.clone(), Ok(versions(&newest))),
+        Err(failure) => return Called::Answered(newest, Err(failure)),
+        Ok(Asked::Version) => {
+            let answer = versions(&newest);
+            return Called::Answered(newest, Ok(answer));
+        }
         Ok(Asked::Call(call)) => call,
     };
     let mut text = String::new();
@@ -64,16 +91,27 @@ fn answer(plugin: Plugin) -> (String, Result<Value, Failure>) {
     {
         Ok(config) => config,
         Err(e) => {
-            return (
-                newest,
-                Err(failure_of(code::DECODING, "standard input is not JSON", &e)),
-            );
+            let failure = failure_of(code::DECODING, "standard input is not JSON", &e);
+            return Called::Answered(newest, Err(failure));
         }
     };
-    let known = match Config::read(&config) {
-        Ok(known) => known,
-        Err(failure) => return (newest, Err(failure)),
-    };
+    match Config::read(&config) {
+        Ok(known) => Called::With {
+            call,
+            config,
+            known: Box::new(known),
+        },
+        Err(failure) => Called::Answered(newest, Err(failure)),
+    }
+}
+
+/// The version to answer in, and the answer.
+fn answer(
+    plugin: Plugin,
+    call: &Call,
+    config: Value,
+    known: &Config,
+) -> (String, Result<Value, Failure>) {
     let mut request = Request {
         plugin,
         command: call.command,
@@ -85,10 +123,10 @@ fn answer(plugin: Plugin) -> (String, Result<Value, Failure>) {
         delegated: None,
     };
     let result = match known.delegate() {
-        Some(kind) if plugin == Plugin::Network => serve_beside(kind, &call, &mut request),
-        _ => serve(&call, &request),
+        Some(kind) if plugin == Plugin::Network => serve_beside(kind, call, &mut request),
+        _ => serve(call, &request),
     };
-    (known.cni_version, result)
+    (known.cni_version.clone(), result)
 }
 
 /// A call for which another plugin gives and takes the addresses.

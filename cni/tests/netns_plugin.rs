@@ -507,4 +507,37 @@ kernel_test! {
         assert_eq!(node.sink.up.lock().unwrap().len(), 1);
         assert!(!node.annotations("half").await.contains_key(POD_IP));
     }
+
+    async fn as_loopback_it_looks_after_lo_without_the_server() {
+        let mut node = Node::new("cnilo").await;
+        node.stop();
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("loopback");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_calico"), &program).unwrap();
+        let pod = TestNs::new("cnipod");
+        pod.ip("link set lo down");
+        let up = || pod.ip("link show lo").contains("LOWER_UP");
+        // As containerd calls it.
+        let call = |command| Call {
+            program: program.to_str().unwrap(),
+            ifname: "lo",
+            config: json!({"cniVersion": "0.3.1", "name": "cni-loopback", "type": "loopback"}),
+            ..Call::new(command, "p", "c1", pod.name())
+        };
+        assert_eq!(node.call(&call("CHECK")).code(), 103);
+        let result = node.call(&call("ADD")).ok();
+        assert_eq!(result["interfaces"][0]["sandbox"], format!("/run/netns/{}", pod.name()));
+        assert_eq!(result["ips"][0]["address"], "127.0.0.1/8");
+        assert!(up());
+        pod.run("ping", &["-c1", "-W5", "127.0.0.1"]);
+        node.call(&call("CHECK")).ok();
+        let given = node.call(&call("ADD").with("prevResult", json!({"cniVersion": "0.3.1", "ips": []}))).ok();
+        assert_eq!(given, json!({"cniVersion": "0.3.1", "ips": []}));
+        node.call(&call("DEL")).ok();
+        assert!(!up());
+        node.call(&Call { netns: "calitest-gone", ..call("DEL") }).ok();
+        node.call(&Call { netns: "", ..call("DEL") }).ok();
+        assert_eq!(node.call(&Call { netns: "calitest-gone", ..call("ADD") }).code(), 4);
+        assert_eq!(node.call(&call("VERSION")).ok()["supportedVersions"][6], "1.1.0");
+    }
 }

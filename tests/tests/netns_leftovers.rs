@@ -79,7 +79,8 @@ impl Machine {
     }
 
     fn has(&self, path: &str) -> bool {
-        self.root.path().join(path).exists()
+        // A link counts, wherever it leads.
+        self.root.path().join(path).symlink_metadata().is_ok()
     }
 
     fn restore(&self, program: &str, rules: &str) {
@@ -439,6 +440,8 @@ async fn a_cleaned_host_is_as_it_was_before_cali_came() {
         }
     });
 
+    assert!(machine.has("opt/cni/bin/loopback"));
+
     let (said, content) = machine.node("cleanup --yes");
     assert!(
         !content && said.contains("cali-node still runs here"),
@@ -465,6 +468,7 @@ async fn a_cleaned_host_is_as_it_was_before_cali_came() {
         "etc/cni/net.d/10-calico.conflist",
         "opt/cni/bin/calico",
         "opt/cni/bin/calico-ipam",
+        "opt/cni/bin/loopback",
         "var/run/calico",
         "var/lib/calico",
     ] {

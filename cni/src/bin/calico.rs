@@ -1,7 +1,15 @@
-//! The network plugin: interface, addresses, policy.
+//! The network plugin: interface, addresses, policy. Called as `loopback` it is that plugin.
 
 use std::process::ExitCode;
 
+use cali_cni::{loopback, plugin};
+
 fn main() -> ExitCode {
-    cali_cni::plugin::run(cali_control::cni::Plugin::Network)
+    if std::env::args()
+        .next()
+        .is_some_and(|name| loopback::is_called(&name))
+    {
+        return loopback::run();
+    }
+    plugin::run(cali_control::cni::Plugin::Network)
 }

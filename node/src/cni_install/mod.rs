@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cali_cni::loopback;
 use felix::dataplane::State;
 use tokio::sync::watch;
 
@@ -113,6 +114,33 @@ pub fn apply_programs(install: &Install, from: &Path, seen: &mut Seen) -> Result
     Ok(())
 }
 
+/// Makes the plugin `loopback` a link to ours in each folder that has none: containerd starts no pod without it, and where nobody has
+/// installed the plugins of the CNI project there is none. One that is there is never touched.
+///
+/// # Errors
+/// The link cannot be made.
+pub fn apply_loopback(install: &Install) -> Result<(), InstallError> {
+    for folder in &install.program_folders {
+        let target = folder.join(loopback::NAME);
+        // Also where a link leads nowhere: it may be meant for the host's view of its files.
+        if target.symlink_metadata().is_ok() {
+            continue;
+        }
+        match std::os::unix::fs::symlink(PROGRAMS[0], &target) {
+            Ok(()) => tracing::info!(program = %target.display(), "CNI plugin installed"),
+            // Another was faster.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(source) => {
+                return Err(InstallError {
+                    path: target,
+                    source,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Writes the configuration list where it is not as it should be, and removes the one it replaces.
 ///
 /// # Errors
@@ -151,7 +179,9 @@ pub async fn keep(
     let mut told = None;
     let mut seen = Seen::default();
     loop {
-        let result = apply_programs(&install, &from, &mut seen).and_then(|()| apply_list(&install));
+        let result = apply_programs(&install, &from, &mut seen)
+            .and_then(|()| apply_loopback(&install))
+            .and_then(|()| apply_list(&install));
         let problem = result.err().map(|error| {
             let cause = &error.source;
             format!("{error}: {cause}")
@@ -281,5 +311,23 @@ mod tests {
         apply_programs(&install, &from, &mut Seen::default()).unwrap();
         let calico = folder.path().join("bin/calico");
         assert_eq!(std::fs::read_to_string(calico).unwrap(), "old");
+    }
+
+    #[test]
+    fn loopback_is_linked_where_there_is_none_and_left_alone_where_there_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (own, others) = (
+            folder.path().join("bin/loopback"),
+            folder.path().join("more/loopback"),
+        );
+        for path in [&own, &others] {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        }
+        std::fs::write(&others, "somebody's").unwrap();
+        for _ in 0..2 {
+            apply_loopback(&install(folder.path())).unwrap();
+            assert_eq!(std::fs::read_link(&own).unwrap(), Path::new("calico"));
+            assert_eq!(std::fs::read_to_string(&others).unwrap(), "somebody's");
+        }
     }
 }

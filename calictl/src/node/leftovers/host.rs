@@ -42,6 +42,9 @@ pub(super) fn read(owner: Owner, netlink: &Netlink, root: &Path) -> Result<Host>
     }
     let mut files = BTreeSet::new();
     for place in owner.places(&run_dir, &state_dir) {
+        if is_anothers(root, &place) {
+            continue;
+        }
         walk(root, place, &mut files);
     }
     Ok(Host {
@@ -117,6 +120,13 @@ fn iptables() -> Result<BTreeMap<&'static str, String>> {
         );
     }
     Ok(all)
+}
+
+/// The plugin `loopback`, unless it is the link that `cali-node` makes where there was none.
+fn is_anothers(root: &Path, place: &Path) -> bool {
+    let here = root.join(place.strip_prefix("/").unwrap_or(place));
+    place.ends_with("loopback")
+        && !std::fs::read_link(here).is_ok_and(|to| to == Path::new("calico"))
 }
 
 /// The place and what is below it, as the host names it. Links are not followed.

@@ -196,6 +196,9 @@ impl Owner {
             Self::Calico | Self::Cali => {
                 below(&LISTS, &["10-calico.conflist"]);
                 below(&PROGRAMS, &["calico", "calico-ipam"]);
+                if self == Self::Cali {
+                    below(&PROGRAMS, &["loopback"]);
+                }
                 if self == Self::Calico {
                     below(&LISTS, &["calico-kubeconfig", "calico-tls"]);
                     all.push("/var/log/calico".into());
