@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_api::{AnyResource, NodeName, Revision};
+use cali_netlink::events::Group;
 use cali_netlink::testing::{TestNs, run};
 use cali_routes::{Backend, Candidate, Input, NextHop, RouteSpec, Source};
 use felix::dataplane::{Config, Dataplane, State, StatusSink};
@@ -86,13 +87,7 @@ impl Host {
         pod.ip("route add 169.254.1.1 dev eth0 scope link");
         pod.ip("route add default via 169.254.1.1 dev eth0");
         ns.ip("route add default via 10.1.0.254");
-        let (updates, stream) = mpsc::channel(16);
-        let config = Config {
-            backend,
-            ..Config::new(NodeName::from(format!("node{id}")))
-        };
-        let dataplane =
-            Dataplane::start(config, ns.netlink().clone(), stream, Box::new(Quiet)).unwrap();
+        let (updates, dataplane) = Self::dataplane(id, &ns, backend);
         Self {
             id,
             ns,
@@ -100,6 +95,21 @@ impl Host {
             updates,
             dataplane,
         }
+    }
+
+    fn dataplane(id: u8, ns: &TestNs, backend: Backend) -> (mpsc::Sender<SyncEvent>, Dataplane) {
+        let (updates, stream) = mpsc::channel(16);
+        let config = Config {
+            backend,
+            ..Config::new(NodeName::from(format!("node{id}")))
+        };
+        let started = Dataplane::start(config, ns.netlink().clone(), stream, Box::new(Quiet));
+        (updates, started.unwrap())
+    }
+
+    async fn in_sync(&self) {
+        let status = SyncEvent::Status(SyncStatus::InSync);
+        self.updates.send(status).await.unwrap();
     }
 
     async fn send(&self, updates: Vec<Update>) {
@@ -270,5 +280,36 @@ fn without_encapsulation_and_bgp_neighbours_are_routed_by_their_addresses() {
             far.problem.as_deref(),
             Some("node far is not on-link: its block needs BGP or encapsulation")
         );
+    });
+}
+
+/// A node starts again, and bgpd is faster than the datastore: its path goes beside the tunnel.
+#[test]
+fn a_start_leaves_the_tunnels_route_alone_until_it_knows_the_pools() {
+    run(async {
+        let (first, second) = (TestNs::new("restart"), TestNs::new("restart"));
+        let (eth_a, _) = first.veth("eth0", &second, "eth0").await;
+        first.address(eth_a, "10.1.0.1/24").await;
+        let mut host = Host::new(1, first, "restart").await;
+        host.send([cluster(), vec![pool("Always")]].concat()).await;
+        host.in_sync().await;
+        host.route("dev vxlan.calico proto 80").await;
+
+        let (updates, dataplane) = Host::dataplane(1, &host.ns, Backend::Bgp);
+        (host.updates, host.dataplane) = (updates, dataplane);
+        let mut watch = host.ns.netlink().events(Group::ROUTING).unwrap();
+        host.send(cluster()).await;
+        host.bgp().await;
+        host.send(vec![pool("Always")]).await;
+        host.in_sync().await;
+        let mut state = host.dataplane.handle().state();
+        let ready = state.wait_for(|state| state.ready);
+        let ready = tokio::time::timeout(PATIENCE, ready).await.unwrap();
+        // The first that others are told of its tunnels is as they are.
+        let tunnels = ready.unwrap().tunnels.clone();
+        assert!(tunnels.devices.contains("vxlan.calico"), "{tunnels:?}");
+        host.route("dev vxlan.calico proto 80").await;
+        let seen = tokio::time::timeout(Duration::from_millis(50), watch.next()).await;
+        assert!(seen.is_err(), "the restart touched the kernel: {seen:?}");
     });
 }

@@ -31,7 +31,7 @@ pub enum Input {
     /// Packets to workloads may be no larger than this, whatever their interfaces take: what is larger is answered with
     /// "fragmentation needed" or "packet too big" here. `None`: the interface decides.
     WorkloadMtu(Option<u32>),
-    /// The datastore has told everything: routes that nothing asked for may go.
+    /// The datastore has told everything: routes that nothing asked for may go, and BGP's paths count.
     InSync,
     /// bgpd has connected anew.
     BgpStarted,
@@ -72,7 +72,10 @@ pub(crate) fn feed(table: &mut RouteTable, input: Input) -> Effect {
         Input::NodeRemove(name) => table.remove_node(&name),
         Input::Suppliers(suppliers) => table.set_suppliers(suppliers),
         Input::WorkloadMtu(mtu) => return Effect::WorkloadMtu(mtu),
-        Input::InSync => return Effect::Release(Hold::Datastore),
+        Input::InSync => {
+            table.set_in_sync();
+            return Effect::Release(Hold::Datastore);
+        }
         Input::BgpStarted => table.bgp_started(),
         Input::BgpEndOfSync { v4 } => {
             table.bgp_end_of_sync(v4);

@@ -26,7 +26,7 @@ use crate::table::{Selected, Way};
 pub enum Hold {
     /// Workload and IPAM-derived routes: until the datastore is in sync.
     Datastore,
-    /// Routes that BGP supplied, of one family: until bgpd's end of sync.
+    /// Routes that BGP supplied, of one family: until bgpd's end of sync, and until the datastore is in sync.
     Bgp {
         /// IPv4 or IPv6.
         v4: bool,
@@ -247,12 +247,17 @@ impl Program {
             } else {
                 Hold::Datastore
             };
-            if self.routes.desired(&key).is_none() && !self.released.contains(&hold) {
+            if self.routes.desired(&key).is_none() && !self.is_released(hold) {
                 self.routes.desire(key, route);
                 self.held.insert(key, hold);
             }
         }
         self.lock().adopting = false;
+    }
+
+    /// BGP's paths are not placed before the datastore has told everything, so that nothing may go before.
+    fn is_released(&self, hold: Hold) -> bool {
+        self.released.contains(&hold) && self.released.contains(&Hold::Datastore)
     }
 
     /// The supplier has told everything: what is still only held goes, if it is ours.
@@ -261,7 +266,7 @@ impl Program {
         let gone: Vec<RouteKey> = self
             .held
             .iter()
-            .filter(|(_, held)| **held == hold)
+            .filter(|(_, held)| self.is_released(**held))
             .map(|(key, _)| *key)
             .collect();
         for key in gone {

@@ -190,6 +190,22 @@ fn bgp_routes_of_an_earlier_life_stay_until_the_end_of_sync() {
 }
 
 #[test]
+fn bgp_routes_of_an_earlier_life_stay_until_the_datastore_is_in_sync_as_well() {
+    let (mut kernel, now) = (Kernel::default(), Instant::now());
+    let mut program = started(&kernel);
+    program.place(cidr("192.168.2.0/26"), Some(via("10.1.0.2")));
+    kernel.turn(&mut program, now);
+    kernel.log.clear();
+    let mut program = started(&kernel);
+    program.release(Hold::Bgp { v4: true });
+    kernel.turn(&mut program, now);
+    assert_eq!(kernel.log, Vec::<String>::new());
+    program.release(Hold::Datastore);
+    kernel.turn(&mut program, now);
+    assert_eq!((kernel.routes.len(), kernel.nexthops.len()), (0, 0));
+}
+
+#[test]
 fn foreign_routes_are_never_touched() {
     let (mut kernel, now) = (Kernel::default(), Instant::now());
     let foreign = [

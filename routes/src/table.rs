@@ -5,6 +5,9 @@
 //!
 //! Make before break: when the contract moves a prefix to another supplier (a pool's mode was edited) and the new
 //! supplier has nothing usable yet, the route that was selected before stays for as long as its own candidate does.
+//!
+//! Until the datastore has told everything no path of BGP's is selected: a pool that is not known yet may give its prefix to block
+//! affinities and a tunnel, and the path that goes beside it would take the place of the route that an earlier run has left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -130,6 +133,9 @@ pub enum Problem {
     /// The contract gives the pool to BGP, which has no path yet.
     #[error("waiting for a BGP path")]
     NoBgpPath,
+    /// BGP has a path, and the pools that decide about it may not be known yet.
+    #[error("waiting for the datastore, which has not told all pools yet")]
+    NotInSync,
     /// The contract gives the pool to block affinities, and there is none.
     #[error(
         "no block affinity; BGP paths are not installed for a pool with this encapsulation ({0})"
@@ -180,6 +186,8 @@ pub struct RouteTable {
     reach: BTreeMap<IpAddr, Reach>,
     users: BTreeMap<IpAddr, BTreeSet<Cidr>>,
     dirty: BTreeSet<Cidr>,
+    /// The datastore has told everything.
+    in_sync: bool,
 }
 
 impl RouteTable {
@@ -193,6 +201,16 @@ impl RouteTable {
             reach: BTreeMap::new(),
             users: BTreeMap::new(),
             dirty: BTreeSet::new(),
+            in_sync: false,
+        }
+    }
+
+    /// The datastore has told everything: BGP's paths may be selected.
+    pub fn set_in_sync(&mut self) {
+        if !std::mem::replace(&mut self.in_sync, true) {
+            let waiting = self.rows.iter();
+            let waiting = waiting.filter(|(_, row)| row.candidates.contains_key(&Source::Bgp));
+            self.dirty.extend(waiting.map(|(prefix, _)| *prefix));
         }
     }
 
@@ -427,6 +445,10 @@ impl RouteTable {
                 continue;
             };
             if !admitted(source, supplier) {
+                continue;
+            }
+            if source == Source::Bgp && !self.in_sync {
+                choice.problem = choice.problem.or(Some(Problem::NotInSync));
                 continue;
             }
             match self.way(prefix, candidate, supplier, row, &mut choice.needs) {

@@ -55,6 +55,7 @@ fn gateway(address: &str, device: &str) -> Gateway {
 /// Local node1 and node2 on one subnet, node3 behind router 10.1.0.254; all blocks have their affinity.
 fn table(encap: Encap) -> RouteTable {
     let mut table = RouteTable::new(NodeName::from("node1"));
+    table.set_in_sync();
     for (id, subnet) in [(1, 1), (2, 1), (3, 2)] {
         table.set_node(endpoint(id, subnet));
     }
@@ -162,6 +163,37 @@ fn unencapsulated_pool_is_routed_by_bgp_with_recursive_next_hop() {
         Some((Source::Bgp, vec![gateway("10.1.0.254", "eth0")]))
     );
     assert_eq!(problem(&t, BLOCK3), None);
+}
+
+/// A node that starts again: bgpd knows a path before the datastore has told the pool, which has a tunnel.
+#[test]
+fn no_path_of_bgp_is_selected_before_the_pools_are_known() {
+    for encap in [Encap::Vxlan(Scope::Always), Encap::None] {
+        let mut table = RouteTable::new(NodeName::from("node1"));
+        table.set(Source::Bgp, cidr(BLOCK2), bgp("10.1.0.2"));
+        table.set(Source::BlockAffinity, cidr(BLOCK2), affinity("node2"));
+        settle(&mut table);
+        assert_eq!(way(&table, BLOCK2), None);
+        assert_eq!(
+            problem(&table, BLOCK2).unwrap(),
+            "waiting for the datastore, which has not told all pools yet"
+        );
+        for (id, subnet) in [(1, 1), (2, 1)] {
+            table.set_node(endpoint(id, subnet));
+        }
+        table.set_pool(pool(encap));
+        table.set_in_sync();
+        settle(&mut table);
+        let (source, gateways) = way(&table, BLOCK2).unwrap();
+        let expected = match encap {
+            Encap::None => (Source::Bgp, gateway("10.1.0.2", "eth0")),
+            _ => (
+                Source::BlockAffinity,
+                gateway("192.168.2.1", VXLAN_V4_DEVICE),
+            ),
+        };
+        assert_eq!((source, gateways[0].clone()), expected);
+    }
 }
 
 #[test]
@@ -448,6 +480,7 @@ proptest! {
     fn incremental_and_fresh_tables_agree(inputs in prop::collection::vec(any_input(), 1..40)) {
         let mut incremental = table(Encap::None);
         let mut fresh = RouteTable::new(NodeName::from("node1"));
+        fresh.set_in_sync();
         for (id, subnet) in [(1, 1), (2, 1), (3, 2)] {
             fresh.set_node(endpoint(id, subnet));
         }

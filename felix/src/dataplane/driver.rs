@@ -173,6 +173,7 @@ impl Dataplane {
             route_inputs: Vec::new(),
             waiting: Vec::new(),
             in_sync: false,
+            written_once: false,
             step_at: None,
             sink,
             state: state_out,
@@ -304,6 +305,8 @@ struct Driver {
     /// Announcers that wait for the next step.
     waiting: Vec<oneshot::Sender<()>>,
     in_sync: bool,
+    /// Tunnels and routes have been written as the datastore had them when it was in sync.
+    written_once: bool,
     step_at: Option<Instant>,
     sink: Box<dyn StatusSink>,
     state: watch::Sender<Arc<State>>,
@@ -558,10 +561,12 @@ impl Driver {
             .position(|input| *input == RouteInput::InSync)
             .map(|at| inputs.remove(at));
         inputs.extend(new);
+        let everything = in_sync.is_some();
         inputs.extend(in_sync);
         if !inputs.is_empty() {
             match self.routes.apply(inputs).await {
                 Ok(failed) => {
+                    self.written_once |= everything;
                     for failed in failed {
                         info!(prefix = %failed.prefix, reason = failed.reason, "route is not programmed");
                     }
@@ -779,7 +784,7 @@ impl Driver {
         notices.extend(self.offload.notices().cloned());
         notices.extend(self.asking.notice(&self.graph, Instant::now()));
         let state = State {
-            ready: self.in_sync && self.enforcer.is_settled(),
+            ready: self.written_once && self.enforcer.is_settled(),
             endpoints: endpoints.chain(held_back).collect(),
             refused: self.enforcer.refused(),
             unusable: self.graph.problems(),
