@@ -3,10 +3,10 @@ SHELL := /bin/bash
 LAB ?= deploy/containerlab/mesh.clab.yml
 BIN := target/debug
 # Integration tests that need no namespaces of their own.
-PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_%,$(notdir $(basename $(wildcard */tests/*.rs))))
+PLAIN_TESTS := $(filter-out netns_% lab_% interop_% etcd_% apiserver_% cluster_%,$(notdir $(basename $(wildcard */tests/*.rs))))
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
 
-.PHONY: soak-ipam image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-cni bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-vm test-vm-short
+.PHONY: soak-ipam image deb fuzz fuzz-coverage bench-bgp bench-calictl bench-cni bench-typha bench-policy help setup build lab lab-down test lint test-unit test-netns test-lab test-interop test-apiserver test-cluster test-full test-vm test-vm-short
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -29,7 +29,7 @@ lab: build ## bring up three nodes on this machine and show what runs there
 lab-down: ## take the lab away again
 	$(SUDO) $(BIN)/calictl lab down $(LAB)
 
-test: setup lint test-unit test-netns test-lab test-interop test-apiserver test-vm-short ## every test of the repository but those of test-vm
+test: setup lint test-unit test-netns test-lab test-interop test-apiserver test-vm-short ## every test of the repository but those of test-vm and test-cluster
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check
@@ -63,6 +63,14 @@ test-vm-short: build ## what a host may lack and how that is said, headers of IP
 test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm
 	scripts/vm/test
+
+test-cluster: build ## Cali on a real cluster of two nodes, as k3s lays it out: installed as documented, pods, Services, policies, an update under traffic (root)
+	@scripts/setup cluster
+	scripts/peers etcd containerd
+	scripts/kubernetes
+	REPEAT=0 scripts/test-as-root 'cluster_*'
+
+test-full: test test-vm test-cluster ## every test of the repository
 
 fuzz: setup ## bgpd and Typha, either side of it, with damaged streams of real peers (FACTOR=n: that many times what `test` does)
 	FUZZ_FACTOR=$(or $(FACTOR),50) cargo test --workspace --test fuzz_seeds

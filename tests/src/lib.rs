@@ -4,7 +4,8 @@
 //! [`kernel`] reads and compares a node's kernel state, [`table`] finds routes in it; [`traffic`] counts lost packets by
 //! sequence number; [`wire`] looks at the frames of a link; [`soak`] kills simulated nodes that share a
 //! cluster's addresses; [`cluster`] is a node on a real API server, [`cni`] calls the plugin as a container runtime does, [`relay`] lets a
-//! namespace reach a server of loopback; [`container`] starts containers of the image as the manifests say.
+//! namespace reach a server of loopback; [`container`] starts containers of the image as the manifests say;
+//! [`k3s`] is a whole cluster of Kubernetes' own programs, laid out as k3s lays it out.
 
 mod arrows;
 pub mod bgp;
@@ -12,6 +13,7 @@ pub mod cluster;
 pub mod cni;
 pub mod container;
 mod documentation;
+pub mod k3s;
 pub mod kernel;
 pub mod lab;
 mod observability;

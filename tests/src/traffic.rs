@@ -52,14 +52,32 @@ impl Ping {
 
     /// A ping in this rhythm, which ends by itself after `limit`.
     pub fn every(namespace: &str, to: &str, interval: Duration, limit: Duration) -> Result<Self> {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace, "ping"]);
+        Self::run(command, format!("{namespace} -> {to}"), to, interval, limit)
+    }
+
+    /// A ping every 10 ms from a namespace without a name, which ends by itself after `limit`.
+    pub fn within(namespace: &NetNs, to: &str, limit: Duration) -> Result<Self> {
+        let interval = Duration::from_millis(10);
+        let what = format!("{namespace} -> {to}");
+        Self::run(namespace.command("ping"), what, to, interval, limit)
+    }
+
+    fn run(
+        mut command: Command,
+        what: String,
+        to: &str,
+        interval: Duration,
+        limit: Duration,
+    ) -> Result<Self> {
         // Not `-w`: with it, ping ends at the first ICMP error.
         let count = (limit.as_secs_f32() / interval.as_secs_f32())
             .ceil()
             .to_string();
         let interval = interval.as_secs_f32().to_string();
-        let mut child = Command::new("ip")
-            .args(["netns", "exec", namespace])
-            .args(["ping", "-n", "-i", &interval, "-c", &count, to])
+        let mut child = command
+            .args(["-n", "-i", &interval, "-c", &count, to])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -94,7 +112,7 @@ impl Ping {
         });
         let ping = Self {
             child,
-            what: format!("{namespace} -> {to}"),
+            what,
             answered,
             errors,
             reader: Some(reader),

@@ -1,8 +1,7 @@
 //! A real kube-apiserver over a real etcd, built by `scripts/kubernetes` (or of `KUBEBUILDER_ASSETS`).
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kube::Client;
@@ -13,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::audit::{self, Asked};
 use super::etcd::Etcd;
-use super::process::{Process, START, free_port, script};
+use super::process::{Process, START, free_port, script, told};
 use crate::kubernetes::Settings;
 
 /// Who may do everything.
@@ -40,14 +39,18 @@ fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
     path
 }
 
-/// An authority and a certificate of the server that it signed.
-fn certificates(folder: &Path) {
+/// Writes an authority, a certificate of the server with these names that it signed, and the keys of tokens of service accounts:
+/// `ca.crt`, `server.crt`, `server.key`, `accounts.key`, `accounts.pub`.
+///
+/// # Panics
+/// If they cannot be made or written.
+pub fn certificates(folder: &Path, names: &[&str]) {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
     let key = || KeyPair::generate().expect("a key");
     let mut authority = CertificateParams::default();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(authority, key()).expect("an authority");
-    let names = ["127.0.0.1".to_owned(), "localhost".to_owned()];
+    let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
     let server_key = key();
     let server = CertificateParams::new(names)
         .expect("names")
@@ -76,13 +79,13 @@ impl ApiServer {
     /// If it cannot be started.
     pub async fn start_audited(users: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        write(folder.path(), audit::POLICY, &audit::policy(users));
+        audit::begin(folder.path(), users);
         Self::start_in(folder).await
     }
 
     async fn start_in(folder: tempfile::TempDir) -> Self {
         let programs = PathBuf::from(script(&["kubernetes"]));
-        certificates(folder.path());
+        certificates(folder.path(), &["127.0.0.1", "localhost"]);
         write(
             folder.path(),
             "tokens.csv",
@@ -216,25 +219,7 @@ impl ApiServer {
     /// # Panics
     /// If it cannot be run.
     pub fn kubectl_says(&self, words: &[&str], input: &str) -> Result<String, String> {
-        let mut child = self
-            .kubectl(words)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("start kubectl");
-        let mut stdin = child.stdin.take().expect("its input");
-        // It may end before it has read everything; what it says then counts.
-        let _ = stdin.write_all(input.as_bytes());
-        drop(stdin);
-        let output = child.wait_with_output().expect("the end of kubectl");
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        if output.status.success() {
-            Ok(said)
-        } else {
-            Err(said)
-        }
+        told(&mut self.kubectl(words), input)
     }
 
     /// A kubeconfig of a service account of `kube-system`, written into this folder, with a token as a kubelet hands it to this

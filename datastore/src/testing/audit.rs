@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 /// The file that says what is written down. There is an audit log where there is this file.
-pub(super) const POLICY: &str = "audit-policy.json";
+const POLICY: &str = "audit-policy.json";
 const LOG: &str = "audit.log";
 
 /// Something that can be asked of the API server, and granted by a role.
@@ -107,18 +107,21 @@ impl Asked {
     }
 }
 
-/// A policy that has what these users ask for written down when it is answered.
-pub(super) fn policy(users: &[&str]) -> String {
-    json!({
+/// Has what these users ask for written down when it is answered, by a server that keeps its files in this folder.
+///
+/// # Panics
+/// If the folder cannot be written to.
+pub fn begin(folder: &Path, users: &[&str]) {
+    let policy = json!({
         "apiVersion": "audit.k8s.io/v1", "kind": "Policy",
         "omitStages": ["RequestReceived"],
         "rules": [{"level": "Metadata", "users": users}, {"level": "None"}],
-    })
-    .to_string()
+    });
+    std::fs::write(folder.join(POLICY), policy.to_string()).expect("a file of the fixture");
 }
 
 /// Adds what the server is to be told.
-pub(super) fn arguments(folder: &Path, command: &mut Command) {
+pub fn arguments(folder: &Path, command: &mut Command) {
     if folder.join(POLICY).exists() {
         let file = |name: &str| folder.join(name).display().to_string();
         command
@@ -128,7 +131,10 @@ pub(super) fn arguments(folder: &Path, command: &mut Command) {
 }
 
 /// Reads the log and begins a new one. Whole lines only: what is being written stays for the next time.
-pub(super) fn take(folder: &Path) -> Vec<Asked> {
+///
+/// # Panics
+/// If a line is no entry, or the folder cannot be written to.
+pub fn take(folder: &Path) -> Vec<Asked> {
     let mark = folder.join("audit.read");
     let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
     let from: usize = read(&mark).parse().unwrap_or(0);

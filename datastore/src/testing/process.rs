@@ -1,6 +1,7 @@
-//! A server process and the log that it leaves.
+//! A server process and the log that it leaves; a client and what it says.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,7 @@ pub(super) const START: Duration = Duration::from_secs(60);
 
 /// A running server. Ends with this value.
 #[derive(Debug)]
-pub(super) struct Process {
+pub struct Process {
     child: Child,
     log: PathBuf,
 }
@@ -21,7 +22,7 @@ impl Process {
     ///
     /// # Panics
     /// If it cannot be started.
-    pub(super) fn start(command: &mut Command, log: &Path) -> Self {
+    pub fn start(command: &mut Command, log: &Path) -> Self {
         let file = File::options()
             .create(true)
             .append(true)
@@ -44,7 +45,7 @@ impl Process {
     ///
     /// # Panics
     /// With the end of its log, if it ends or does not answer in time.
-    pub(super) fn wait(&mut self, mut ready: impl FnMut() -> bool) {
+    pub fn wait(&mut self, mut ready: impl FnMut() -> bool) {
         let limit = Instant::now() + START;
         while !ready() {
             self.check();
@@ -61,20 +62,22 @@ impl Process {
     ///
     /// # Panics
     /// With the end of its log, if not.
-    pub(super) fn check(&mut self) {
+    pub fn check(&mut self) {
         if let Ok(Some(status)) = self.child.try_wait() {
             panic!("the server ended with {status}:\n{}", self.log_end());
         }
     }
 
     /// Kills the server (SIGKILL) and waits for its end.
-    pub(super) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    fn log_end(&self) -> String {
+    /// The last lines that it has written.
+    #[must_use]
+    pub fn log_end(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
@@ -84,6 +87,34 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// What a client says that is given this input, on both streams; as an error if it failed.
+///
+/// # Errors
+/// What it said.
+///
+/// # Panics
+/// If it cannot be run.
+pub fn told(command: &mut Command, input: &str) -> Result<String, String> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let mut stdin = child.stdin.take().expect("its input");
+    // It may end before it has read everything; what it says then counts.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    let output = child.wait_with_output().expect("the end of a client");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    if output.status.success() {
+        Ok(said)
+    } else {
+        Err(said)
     }
 }
 
@@ -100,7 +131,7 @@ pub(super) fn free_port() -> u16 {
 ///
 /// # Panics
 /// If it fails.
-pub(super) fn script(words: &[&str]) -> String {
+pub fn script(words: &[&str]) -> String {
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts");
     let output = Command::new(scripts.join(words[0]))
         .args(&words[1..])
