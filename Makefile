@@ -66,9 +66,9 @@ test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM
 
 test-cluster: build ## Cali on a real cluster of two nodes, as k3s lays it out: installed as documented, pods, Services, policies, an update under traffic (root)
 	@scripts/setup cluster
-	scripts/peers etcd containerd
+	scripts/peers etcd containerd iptables
 	scripts/kubernetes
-	REPEAT=0 scripts/test-as-root 'cluster_*'
+	REPEAT=0 LIMIT=1800 scripts/test-as-root 'cluster_*'
 
 test-full: test test-vm test-cluster ## every test of the repository
 

@@ -317,8 +317,9 @@ impl Drop for Connections {
     }
 }
 
-/// The DaemonSet's pods are replaced one after another, as for a new version, while pods talk between the nodes under a policy.
-fn rolling_update(cluster: &Cluster, pods: &Pods) {
+/// The DaemonSet's pods are replaced one after another, as for a new version or by another manifest, while pods talk between the
+/// nodes under a policy.
+fn rolling_update(cluster: &Cluster, pods: &Pods, change: impl FnOnce()) {
     cluster.apply(POLICY);
     pods.reach(cluster, &[0], true);
     pods.reach(cluster, &[1], false);
@@ -328,7 +329,7 @@ fn rolling_update(cluster: &Cluster, pods: &Pods) {
     let ping = Ping::within(client, &far.ip().to_string(), 3 * LIMIT).expect("a ping");
     let connections = Connections::start(client.clone(), far);
     let refused = Connections::start(pods.clients[1].1.clone(), pods.at(0));
-    cluster.kubectl("-n kube-system rollout restart daemonset/cali-node");
+    change();
     cluster.until(LIMIT, "rolling update", || {
         let after = agents(cluster);
         let status = cluster.get("-n kube-system daemonset cali-node")?["status"].clone();
@@ -356,11 +357,49 @@ fn agents(cluster: &Cluster) -> BTreeSet<String> {
     pods.split_whitespace().map(str::to_owned).collect()
 }
 
+/// Both replicas serve, and each node is a client of one of them, by names in certificates that the controllers have made.
+fn nodes_ask_typha(cluster: &Cluster) {
+    cluster.until(LIMIT, "cali-typha", || {
+        let typha = cluster.get("-n kube-system deployment cali-typha")?;
+        match typha["status"]["readyReplicas"] == 2 {
+            true => Ok(()),
+            false => Err(typha["status"].to_string()),
+        }
+    });
+    for node in cluster.nodes() {
+        cluster.until(LIMIT, &format!("{} asks Typha", node.name), || {
+            let sessions = node.host.run("ss", &["-Htn", "state", "established"]);
+            match sessions
+                .lines()
+                .any(|line| line.trim_end().ends_with(":5473"))
+            {
+                true => Ok(()),
+                false => Err(sessions),
+            }
+        });
+    }
+}
+
+/// The other backend has taken over, beside kube-proxy's rules.
+fn policy_is_in_iptables(cluster: &Cluster) {
+    for node in cluster.nodes() {
+        cluster.until(LIMIT, &format!("iptables on {}", node.name), || {
+            let own = node.host.run("nft", &["list", "tables"]);
+            let rules = ["iptables-legacy-save", "iptables-nft-save"]
+                .map(|program| node.host.run(program, &[]))
+                .concat();
+            match rules.contains(":cali-FORWARD ") && !own.contains("inet calico") {
+                true => Ok(()),
+                false => Err(format!("{own}{rules}")),
+            }
+        });
+    }
+}
+
 /// What the accounts of the manifests asked for, they may do.
 fn nothing_was_denied(cluster: &Cluster) {
     let asked = cluster.asked();
-    for account in ["cali-node", "cali-controllers"] {
-        assert!(ACCOUNTS.contains(&account));
+    for account in ACCOUNTS {
         let count = asked.iter().filter(|one| one.user == user(account)).count();
         assert!(count > 10, "{account} asked {count} times");
     }
@@ -399,8 +438,17 @@ async fn a_cluster_as_k3s_lays_it_out_from_its_start_to_an_update_under_traffic(
     }
     policy(&cluster, &pods);
     for _ in 0..UPDATES {
-        rolling_update(&cluster, &pods);
+        rolling_update(&cluster, &pods, || {
+            cluster.kubectl("-n kube-system rollout restart daemonset/cali-node");
+        });
     }
+    rolling_update(&cluster, &pods, || cluster.install("k3s", &["typha"]));
+    nodes_ask_typha(&cluster);
+    cluster.set_proxy_mode(ProxyMode::Iptables);
+    rolling_update(&cluster, &pods, || {
+        cluster.install("k3s", &["typha", "iptables"]);
+    });
+    policy_is_in_iptables(&cluster);
     pods_leave_nothing(&cluster, &pods);
     nothing_was_denied(&cluster);
     eprintln!("all of it: {:.0?}", start.elapsed());

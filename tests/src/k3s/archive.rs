@@ -11,23 +11,25 @@ use crate::lab::checked;
 /// The image of ordinary pods, and of the container that holds a pod's namespaces.
 pub const BOX: &str = "docker.io/library/box:test";
 
-/// Makes ours, under the name that the manifests have.
+/// Makes ours, or a variant of it, under the name that the manifests have.
 ///
 /// # Panics
 /// If it cannot be made.
-pub(super) fn ours(folder: &Path) -> PathBuf {
-    let work = folder.join("ours");
+pub(super) fn ours(folder: &Path, variant: Option<&str>) -> PathBuf {
+    let work = folder.join(variant.unwrap_or("ours"));
     std::fs::create_dir(&work).expect("a folder");
-    let image = Image::make(&work, None);
+    let image = Image::make(&work, variant);
     if image.libraries.is_empty() {
         return work.join("image.tar");
     }
-    // Programs that were built for tests are not static: with the libraries that they ask for, in a layer that has all.
-    let program = image.root.join("cali");
-    for library in libraries(&program) {
-        let to = image
-            .root
-            .join(library.strip_prefix("/").expect("a whole path"));
+    // Programs that were built for tests are not static: with the libraries that they ask for, in a layer that has all. A variant has
+    // most of them itself, of another system.
+    let libraries = match variant {
+        Some(_) => image.libraries.clone(),
+        None => libraries(&image.root.join("cali")),
+    };
+    for (library, at) in libraries {
+        let to = image.root.join(at.strip_prefix("/").expect("a whole path"));
         std::fs::create_dir_all(to.parent().expect("a folder")).expect("a folder");
         std::fs::copy(&library, to).expect("a library");
     }
@@ -51,14 +53,14 @@ pub(super) fn small(folder: &Path) -> PathBuf {
     pack(&work, BOX, &root, &config)
 }
 
-/// The libraries of a program, with the loader.
-fn libraries(program: &Path) -> Vec<PathBuf> {
+/// The libraries of a program, with the loader, and where they belong.
+fn libraries(program: &Path) -> Vec<(PathBuf, PathBuf)> {
     let output = Command::new("ldd").arg(program).output();
     let text = checked(output.expect("start ldd"), || "ldd".to_owned()).expect("libraries");
     let words = text.split_whitespace();
     words
         .filter(|word| word.starts_with('/'))
-        .map(PathBuf::from)
+        .map(|word| (PathBuf::from(word), PathBuf::from(word)))
         .collect()
 }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use cali_datastore::testing::{Asked, told};
 use cali_netlink::testing::TestNs;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::lab::repository;
 pub use archive::BOX;
 use control_plane::{ADDRESS, ControlPlane};
 pub use node::{Node, ProxyMode};
@@ -35,7 +36,7 @@ pub struct Cluster {
     nodes: Vec<Node>,
     server: ControlPlane,
     router: TestNs,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Drop for Cluster {
@@ -59,7 +60,11 @@ impl Cluster {
     /// If something cannot be started.
     pub async fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let images = [archive::small(folder.path()), archive::ours(folder.path())];
+        let images = [
+            archive::small(folder.path()),
+            archive::ours(folder.path(), None),
+            archive::ours(folder.path(), Some("iptables")),
+        ];
         let router = TestNs::new("k3srouter");
         router.ip(&format!("address add {ADDRESS}/32 dev lo"));
         forward(&router);
@@ -79,10 +84,10 @@ impl Cluster {
             nodes: Vec::new(),
             server,
             router,
-            _folder: folder,
+            folder,
         };
         for (number, host) in hosts.into_iter().enumerate() {
-            let mut node = Node::new(NODES[number], host, cluster._folder.path());
+            let mut node = Node::new(NODES[number], host, cluster.folder.path());
             node.start_containerd(&images);
             node.start_kubelet(&cluster.server, &address(number));
             node.start_proxy(&cluster.server, ProxyMode::Iptables);
@@ -130,6 +135,29 @@ impl Cluster {
         let words = ["apply", "--server-side", "-f", "-"];
         let said = told(self.server.kubectl().args(words), manifests);
         said.unwrap_or_else(|said| panic!("{said}\n{manifests}"));
+    }
+
+    /// Applies an overlay of the manifests with components, as an overlay of a user's own.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub fn install(&self, overlay: &str, components: &[&str]) {
+        let folder = self.folder.path().join("overlay");
+        std::fs::create_dir_all(&folder).expect("a folder");
+        // kustomize takes no whole paths.
+        let up = "../".repeat(folder.components().count() - 1);
+        let manifests = repository().canonicalize().expect("the repository");
+        let manifests = manifests.join("deploy/kubernetes");
+        let below =
+            |part: &str| format!("{up}{}", &manifests.join(part).display().to_string()[1..]);
+        let components = components.iter();
+        let components: Vec<_> = components
+            .map(|name| below(&format!("components/{name}")))
+            .collect();
+        let text = json!({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+            "resources": [below(&format!("overlays/{overlay}"))], "components": components});
+        std::fs::write(folder.join("kustomization.yaml"), text.to_string()).expect("a file");
+        self.kubectl(&format!("apply --server-side -k {}", folder.display()));
     }
 
     /// What the shell of a person says who works in the repository.
