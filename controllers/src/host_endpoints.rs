@@ -1,4 +1,5 @@
-//! Automatic host endpoints: one for all interfaces of each node, and one for each template that fits.
+//! Automatic host endpoints: one for all interfaces of each node, and those of each template that fits: one for the node
+//! addresses in its networks, or one for each interface whose name matches its pattern.
 //!
 //! [`plan`] compares what is wanted with what stands, and is pure. Ours are those that say so in their labels
 //! ([`CREATED_BY`]); a host endpoint of somebody else is never changed, also not where it has a name that we would take.
@@ -13,6 +14,8 @@ use cali_api::v3::{
 };
 use cali_api::{AnyResource, Key, Kind, ObjectMeta, Resource};
 use cali_datastore::{Datastore, Error as StoreError};
+use regex::Regex;
+use sha2::{Digest, Sha256};
 
 use crate::error::Error;
 
@@ -20,6 +23,8 @@ use crate::error::Error;
 pub const CREATED_BY: (&str, &str) = ("projectcalico.org/created-by", "calico-kube-controllers");
 /// End of their names.
 const SUFFIX: &str = "auto-hep";
+/// Longest name of an object (RFC 1123 subdomain).
+const NAME_LIMIT: usize = 253;
 
 /// What is to be written.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -83,41 +88,37 @@ fn wanted_for(
 ) {
     let name = &*node.metadata.name;
     let addresses = addresses(node);
-    if config.create_default_host_endpoint != Some(Toggle::Disabled) {
-        let endpoint = endpoint(format!("{name}-{SUFFIX}"), node, "*", addresses.clone());
+    let mut want = |endpoint: HostEndpoint| {
         wanted.insert(endpoint.metadata.name.to_string(), endpoint);
+    };
+    if config.create_default_host_endpoint != Some(Toggle::Disabled) {
+        let name = named([name, SUFFIX]);
+        want(endpoint(name, node, "*", addresses.clone()));
     }
     for template in &config.templates {
         match of_template(template, node, &addresses) {
-            Ok(Some(endpoint)) => {
-                wanted.insert(endpoint.metadata.name.to_string(), endpoint);
-            }
-            Ok(None) => {}
+            Ok(endpoints) => endpoints.into_iter().for_each(&mut want),
             Err(problem) => problems.push(problem),
         }
     }
 }
 
-/// The host endpoint of a template; none if the template is not for the node or none of its addresses fits.
+/// The host endpoints of a template: none if it is not for the node, or nothing of the node fits.
 fn of_template(
     template: &HostEndpointTemplate,
     node: &Node,
     addresses: &[IpAddr],
-) -> Result<Option<HostEndpoint>, String> {
+) -> Result<Vec<HostEndpoint>, String> {
     let generated = &template.generate_name;
+    let bad = |field: &str, reason: &dyn std::fmt::Display| {
+        format!("template {generated:?} of automatic host endpoints: {field}: {reason}")
+    };
     if !template.node_selector.is_empty() {
         let selector = Selector::parse(&template.node_selector);
-        let selector = selector.map_err(|e| {
-            format!("template {generated:?} of automatic host endpoints: nodeSelector: {e}")
-        })?;
+        let selector = selector.map_err(|error| bad("nodeSelector", &error))?;
         if !selector.matches(&node.metadata.labels) {
-            return Ok(None);
+            return Ok(Vec::new());
         }
-    }
-    if !template.interface_pattern.is_empty() {
-        return Err(format!(
-            "template {generated:?} of automatic host endpoints: interfacePattern is not supported, use interfaceCIDRs"
-        ));
     }
     let fits = |address: &&IpAddr| {
         template
@@ -126,19 +127,50 @@ fn of_template(
             .any(|cidr| cidr.contains(**address))
     };
     let expected: Vec<IpAddr> = addresses.iter().filter(fits).copied().collect();
-    if expected.is_empty() {
-        return Ok(None);
+    let node_name = &*node.metadata.name;
+    let mut endpoints = Vec::new();
+    if template.interface_pattern.is_empty() {
+        if template.interface_cidrs.is_empty() {
+            return Err(bad(
+                "interfaceCIDRs",
+                &"give networks of node addresses here, or interfacePattern",
+            ));
+        }
+        // Without an interface's name nothing else says where it is.
+        if !expected.is_empty() {
+            let name = named([node_name, generated, SUFFIX]);
+            endpoints.push(endpoint(name, node, "", expected));
+        }
+    } else {
+        let pattern = Regex::new(&template.interface_pattern);
+        let pattern = pattern.map_err(|error| bad("interfacePattern", &error))?;
+        for interface in &node.spec.interfaces {
+            if pattern.is_match(&interface.name) {
+                let mut all = expected.clone();
+                all.extend(interface.addresses.iter().filter_map(|text| address(text)));
+                let name = named([node_name, generated, &interface.name, SUFFIX]);
+                endpoints.push(endpoint(name, node, &interface.name, each_once(all)));
+            }
+        }
     }
-    let name = format!("{}-{generated}-{SUFFIX}", node.metadata.name);
-    let mut endpoint = endpoint(name, node, "", expected);
-    for (label, value) in &template.labels {
-        endpoint
-            .metadata
-            .labels
-            .entry(label.clone())
-            .or_insert_with(|| value.clone());
+    for endpoint in &mut endpoints {
+        // The template's word counts, but not about whose it is.
+        let labels = &mut endpoint.metadata.labels;
+        let given = template.labels.iter().filter(|(l, _)| *l != CREATED_BY.0);
+        labels.extend(given.map(|(label, value)| (label.clone(), value.clone())));
     }
-    Ok(Some(endpoint))
+    Ok(endpoints)
+}
+
+/// A name of these parts; of their digest where it would be too long for an object.
+fn named<const N: usize>(parts: [&str; N]) -> String {
+    let name = parts.join("-");
+    if name.len() <= NAME_LIMIT {
+        return name;
+    }
+    let digest = Sha256::digest(name.as_bytes());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{digest}-{SUFFIX}")
 }
 
 fn endpoint(name: String, node: &Node, interface: &str, expected: Vec<IpAddr>) -> HostEndpoint {
@@ -158,7 +190,7 @@ fn endpoint(name: String, node: &Node, interface: &str, expected: Vec<IpAddr>) -
     Resource::new(metadata, spec)
 }
 
-/// All addresses of a node: its own and those of its tunnel devices, each once.
+/// All addresses of a node: its own, those of its tunnel devices and of its interfaces, each once.
 fn addresses(node: &Node) -> Vec<IpAddr> {
     let spec = &node.spec;
     let mut all: Vec<IpAddr> = Vec::new();
@@ -172,13 +204,21 @@ fn addresses(node: &Node) -> Vec<IpAddr> {
         all.extend(wireguard.interface_ipv4_address.map(IpAddr::from));
         all.extend(wireguard.interface_ipv6_address.map(IpAddr::from));
     }
-    for address in &spec.addresses {
-        let text = address.address.split('/').next().unwrap_or_default();
-        all.extend(text.parse::<IpAddr>().ok());
-    }
+    all.extend(spec.addresses.iter().filter_map(|a| address(&a.address)));
+    let interfaces = spec.interfaces.iter();
+    all.extend(interfaces.flat_map(|i| i.addresses.iter().filter_map(|text| address(text))));
+    each_once(all)
+}
+
+/// An address, with or without its subnet.
+fn address(text: &str) -> Option<IpAddr> {
+    text.split('/').next()?.parse().ok()
+}
+
+fn each_once(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     let mut seen = BTreeSet::new();
-    all.retain(|address| seen.insert(*address));
-    all
+    addresses.retain(|address| seen.insert(*address));
+    addresses
 }
 
 /// Reads, compares, writes. What somebody else changes in between is left to the next pass.

@@ -23,7 +23,12 @@ fn node(name: &str, zone: &str) -> Node {
         "spec": {
             "bgp": {"ipv4Address": "192.0.2.1/24", "ipv6Address": "2001:db8::1/64", "ipv4IPIPTunnelAddr": "10.65.0.1"},
             "ipv4VXLANTunnelAddr": "10.65.0.2",
-            "addresses": [{"address": "192.0.2.1/24"}, {"address": "198.51.100.7"}]
+            "addresses": [{"address": "192.0.2.1/24"}, {"address": "198.51.100.7"}],
+            "interfaces": [
+                {"name": "eth0", "addresses": ["192.0.2.1", "2001:db8::1"]},
+                {"name": "eth1", "addresses": ["198.51.100.7", "203.0.113.7"]},
+                {"name": "storage.100", "addresses": []}
+            ]
         }
     }));
     match node.unwrap() {
@@ -60,7 +65,8 @@ fn each_node_gets_one_for_all_its_interfaces_that_changes_nothing_by_itself() {
             "2001:db8::1",
             "10.65.0.1",
             "10.65.0.2",
-            "198.51.100.7"
+            "198.51.100.7",
+            "203.0.113.7"
         ])
     );
 }
@@ -105,7 +111,7 @@ fn templates_choose_nodes_and_addresses() {
         "autoCreate": "Enabled", "createDefaultHostEndpoint": "Disabled",
         "templates": [
             {"generateName": "out", "interfaceCIDRs": ["198.51.100.0/24"], "labels": {"side": "out", "zone": "x"}},
-            {"generateName": "none", "interfaceCIDRs": ["203.0.113.0/24"]},
+            {"generateName": "none", "interfaceCIDRs": ["100.64.0.0/10"]},
             {"generateName": "b", "interfaceCIDRs": ["0.0.0.0/0"], "nodeSelector": "zone == 'b'"}
         ]
     }));
@@ -116,10 +122,64 @@ fn templates_choose_nodes_and_addresses() {
     assert_eq!(&*endpoint.metadata.name, "n1-out-auto-hep");
     assert_eq!(endpoint.spec.expected_ips, ips(&["198.51.100.7"]));
     assert_eq!(endpoint.metadata.labels["side"], "out");
+    assert_eq!(endpoint.metadata.labels["zone"], "x", "the template's wins");
+    assert_eq!(endpoint.metadata.labels[CREATED_BY.0], CREATED_BY.1);
+}
+
+#[test]
+fn a_pattern_makes_one_for_each_interface_that_matches() {
+    let config = |pattern: &str, generated: &str| {
+        on(json!({
+            "autoCreate": "Enabled", "createDefaultHostEndpoint": "Disabled",
+            "templates": [{"generateName": generated, "interfacePattern": pattern, "interfaceCIDRs": ["10.65.0.2/32"]}]
+        }))
+    };
+    let made = |config: &AutoHostEndpointConfig| -> Vec<(String, String, Vec<IpAddr>)> {
+        let plan = plan(config, [&node("n1", "a")], &[]);
+        assert_eq!(plan.problems, Vec::<String>::new());
+        let of = |endpoint: cali_api::v3::HostEndpoint| {
+            let name = endpoint.metadata.name.to_string();
+            (
+                name,
+                endpoint.spec.interface_name,
+                endpoint.spec.expected_ips,
+            )
+        };
+        plan.put.into_iter().map(of).collect()
+    };
+    let eth1 = ["10.65.0.2", "198.51.100.7", "203.0.113.7"];
     assert_eq!(
-        endpoint.metadata.labels["zone"], "a",
-        "the node's own label wins"
+        made(&config("^eth1$|^storage", "nic")),
+        [
+            ("n1-nic-eth1-auto-hep".into(), "eth1".into(), ips(&eth1)),
+            (
+                "n1-nic-storage.100-auto-hep".into(),
+                "storage.100".into(),
+                ips(&["10.65.0.2"])
+            ),
+        ]
     );
+    assert_eq!(made(&config("wlan", "nic")), []);
+    // An object's name is bounded.
+    let long = made(&config("eth0", &"x".repeat(250)));
+    let [(name, _, _)] = long.as_slice() else {
+        panic!("{long:?}")
+    };
+    assert!(name.len() <= 253 && name.ends_with("-auto-hep"), "{name}");
+
+    for (template, said) in [
+        (
+            json!({"generateName": "bad", "interfacePattern": "("}),
+            "interfacePattern: ",
+        ),
+        (json!({"generateName": "bad"}), "or interfacePattern"),
+    ] {
+        let config = on(json!({"autoCreate": "Enabled", "templates": [template]}));
+        let plan = plan(&config, [&node("n1", "a")], &[]);
+        assert!(plan.problems[0].contains(said), "{:?}", plan.problems);
+        // The one for all interfaces does not depend on it.
+        assert_eq!(plan.put.len(), 1);
+    }
 }
 
 /// Waits until the datastore holds these host endpoints, each with the label `zone`.

@@ -227,6 +227,33 @@ fn strict_affinity_forbids_borrowing() {
 }
 
 #[test]
+fn a_released_address_rests_before_anybody_gets_it_again() {
+    let store = Memory::new(7, 0);
+    immediately(store.create(pool("10.0.0.0/30", 30))).unwrap();
+    let configuration = cali_api::v3::IPAMConfigurationSpec {
+        ip_cooldown_seconds: Some(60),
+        ..Default::default()
+    };
+    immediately(store.create(Resource::named("default", configuration).into())).unwrap();
+    let seconds = Arc::new(AtomicU64::new(1000));
+    let clock = seconds.clone();
+    let time = Arc::new(move || {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(clock.load(Ordering::Relaxed))
+    });
+    let one = Allocator::new(store.clone(), "node1", time.clone());
+    let two = Allocator::new(store, "node2", time);
+    let all = immediately(one.assign(&Request::workload(Owner::new("net.a"), 4, 0))).unwrap();
+    immediately(one.release(&[all[1].address], Some("net.a"))).unwrap();
+    for (second, rested) in [(1000, false), (1059, false), (1060, true)] {
+        seconds.store(second, Ordering::Relaxed);
+        let asked = Request::workload(Owner::new("net.b"), 1, 0);
+        let given = immediately(two.assign(&asked));
+        let addresses = given.map(|given| given[0].address);
+        assert_eq!(addresses.ok(), rested.then_some(all[1].address), "{second}");
+    }
+}
+
+#[test]
 fn a_failed_family_returns_the_other() {
     let store = Memory::new(7, 0);
     immediately(store.create(pool("10.0.0.0/30", 30))).unwrap();

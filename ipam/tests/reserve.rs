@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
-use cali_api::v3::{EncapMode, IPPoolSpec};
+use cali_api::v3::{EncapMode, IPAMConfigurationSpec, IPPoolSpec};
 use cali_api::{AnyResource, Key, Kind, Resource};
 use cali_datastore::Datastore;
 use cali_datastore::sqlite::Sqlite;
@@ -39,6 +40,10 @@ async fn store_with_pool(folder: &Path) -> Arc<Switched> {
 
 async fn keeper(store: &Arc<Switched>, folder: &Path, node: &str) -> Keeper {
     let allocator = Allocator::with_system_time(store.clone(), node);
+    keeper_of(allocator, folder, node).await
+}
+
+async fn keeper_of(allocator: Allocator, folder: &Path, node: &str) -> Keeper {
     let mut settings = Settings::new(folder.join(format!("{node}.journal")));
     // Nothing here may depend on the slow comparison.
     settings.audit = Duration::from_secs(3600);
@@ -256,6 +261,39 @@ async fn a_locked_store_is_left_as_it_is_until_it_is_unlocked() {
             .any(|handle| handle == "net.a")
     );
     keeper.acquire(&ask("net.late", "n1", &[])).await.unwrap();
+}
+
+/// With a cooldown, what a pod gives back does not become ready on the node: it rests in the store.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_released_address_rests_and_then_comes_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = switched(folder.path());
+    let small = pool("small", "10.0.0.0/30", |spec| spec.block_size = Some(30));
+    store.create(small).await.unwrap();
+    let configuration = IPAMConfigurationSpec {
+        ip_cooldown_seconds: Some(600),
+        ..Default::default()
+    };
+    let configuration = Resource::named("default", configuration).into();
+    store.create(configuration).await.unwrap();
+    let later = Arc::new(AtomicU64::new(0));
+    let clock = later.clone();
+    let time = move || SystemTime::now() + Duration::from_secs(clock.load(Ordering::Relaxed));
+    let allocator = Allocator::new(store.clone(), "n1", Arc::new(time));
+    let keeper = keeper_of(allocator, folder.path(), "n1").await;
+    let mut held = BTreeMap::new();
+    for number in 0..4 {
+        let handle = format!("net.{number}");
+        let got = keeper.acquire(&ask(&handle, "n1", &[])).await.unwrap();
+        held.insert(handle, got[0].address);
+    }
+    keeper.release("net.2").await.unwrap();
+    soon("the release", keeper.settled()).await.unwrap();
+    let refused = keeper.acquire(&ask("net.new", "n1", &[])).await;
+    assert!(refused.is_err(), "{refused:?}");
+    later.store(601, Ordering::Relaxed);
+    let got = keeper.acquire(&ask("net.new", "n1", &[])).await.unwrap();
+    assert_eq!(got[0].address, held["net.2"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
