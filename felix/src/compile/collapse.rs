@@ -287,7 +287,10 @@ fn union(
         led.push(((*id).clone(), chain.chain.name.clone()));
         into.chains.insert(chain.chain.name.clone(), chain);
     }
-    for version in VERSIONS {
+    for version in VERSIONS
+        .into_iter()
+        .filter(|version| sets.has_family(*version))
+    {
         let name = names::union_map(version, &led);
         let mut exprs = expr::family(version).to_vec();
         exprs.push(expr::load_address(side, version, Reg::R1));

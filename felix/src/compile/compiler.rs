@@ -15,7 +15,7 @@ use super::evaluate::Suspects;
 use super::expr::{self, counter};
 use super::host_policy::KeptOpen;
 use super::hosts::Hosts;
-use super::known_sets::KnownSets;
+use super::known_sets::{KnownSets, Reshaped};
 use super::limits::{self, Limited};
 use super::program::{ChainProgram, Program, SetProgram, Touched};
 use super::rule::Rendered;
@@ -221,18 +221,22 @@ impl Compiler {
                 kind,
                 origin,
                 members,
-            } => self
-                .sets
-                .create(&mut self.desired, id, *kind, origin, members),
+            } => {
+                let reshaped = self
+                    .sets
+                    .create(&mut self.desired, id, *kind, origin, members);
+                self.render_users(id, reshaped);
+            }
             Delta::IpSetChange { id, added, removed } => {
                 self.suspect_members(id, added, removed);
-                if self.sets.change(&mut self.desired, id, added, removed) {
-                    self.dirty
-                        .extend(self.set_users.get(id).into_iter().flatten().cloned());
-                }
+                let reshaped = self.sets.change(&mut self.desired, id, added, removed);
+                self.render_users(id, reshaped);
                 self.update_unions(id, added, removed);
             }
-            Delta::IpSetRemove { id } => self.sets.remove(&mut self.desired, id),
+            Delta::IpSetRemove { id } => {
+                let reshaped = self.sets.remove(&mut self.desired, id);
+                self.render_users(id, reshaped);
+            }
             Delta::Policy { id, rules } => {
                 let former = self.policies.insert(id.clone(), rules.clone());
                 if former.is_some() {
@@ -325,6 +329,19 @@ impl Compiler {
     fn render_writers(&mut self, unit: &Unit) {
         let stacks = self.writers.get(unit).into_iter().flatten();
         self.dirty.extend(stacks.cloned().map(Unit::Stack));
+    }
+
+    /// What looks a set up must be rendered again.
+    fn render_users(&mut self, id: &IpSetId, reshaped: Reshaped) {
+        match reshaped {
+            Reshaped::Nothing => {}
+            Reshaped::Set => self
+                .dirty
+                .extend(self.set_users.get(id).into_iter().flatten().cloned()),
+            Reshaped::Family => self
+                .dirty
+                .extend(self.set_users.values().flatten().cloned()),
+        }
     }
 
     fn put_tunnel_peers(&mut self) {
@@ -688,21 +705,27 @@ impl Compiler {
                     rendered.rules.push(ask(names::policy_chain(id, direction)));
                     continue;
                 };
-                let pass = passes(&rules, direction).then(|| {
-                    let pass = self.acquire_stack(stack.after(position));
-                    next.push(pass.clone());
-                    pass
-                });
+                let pass =
+                    passes(&rules, direction).then(|| self.acquire_stack(stack.after(position)));
                 let owner = names::policy_text(id);
                 let rules = rules.of(direction);
+                let written = rendered.rules.len();
                 Endings {
                     settings: &self.settings,
                     place: stack.place,
                     direction,
                     owner: &owner,
-                    pass,
+                    pass: pass.clone(),
                 }
                 .render(rules, &self.sets, &mut rendered);
+                if let Some(pass) = pass {
+                    // A rule that can match nobody at present is not written.
+                    if leads_to(&rendered.rules[written..], &pass) {
+                        next.push(pass);
+                    } else {
+                        self.release_stack(&pass);
+                    }
+                }
                 sets.extend(rules.iter().flat_map(crate::calc::Rule::set_ids).cloned());
             }
             if tier.default_action == TierDefault::Deny {
@@ -822,6 +845,11 @@ impl Compiler {
             self.needs.insert(unit.clone(), needs);
         }
     }
+}
+
+fn leads_to(rules: &[NftRule], chain: &Arc<str>) -> bool {
+    let leads = |expr: &Expr| matches!(expr, Expr::Verdict(Verdict::Goto(to) | Verdict::Jump(to)) if to == chain);
+    rules.iter().flat_map(|rule| &rule.exprs).any(leads)
 }
 
 fn passes(rules: &Rules, direction: Direction) -> bool {

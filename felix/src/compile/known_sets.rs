@@ -1,4 +1,8 @@
 //! IP sets in the kernel: an exact set per family, and an interval set while there are networks.
+//!
+//! A family that no member of any set belongs to has no sets, and no rule looks for it in one: a cluster of one family pays for
+//! one. Each set is looked for by its name, one after the other, and each rule is validated again with every change
+//! (`nft_set_lookup`, `nft_table_validate`).
 
 use std::sync::Arc;
 
@@ -15,21 +19,58 @@ use crate::calc::{IpSetId, IpSetKind, IpVersion, Member};
 
 const VERSIONS: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
-/// An IP set's shape: how many networks of each family it has.
+/// An IP set's shape: how many members and networks of each family it has.
 #[derive(Debug)]
 struct KnownSet {
+    kind: IpSetKind,
     origin: Arc<str>,
     networks: [usize; 2],
-    members: usize,
+    members: [usize; 2],
+}
+
+impl KnownSet {
+    fn exact(&self, id: &IpSetId, version: IpVersion) -> SetProgram {
+        let address = address_type(version);
+        let key = match self.kind {
+            IpSetKind::Net => KeyType::one(address),
+            IpSetKind::Port => {
+                KeyType::concat(&[address, DataType::InetProto, DataType::InetService])
+            }
+        };
+        let mut set = Set::exact(names::exact_set(id, version), key);
+        set.comment = Some(comment(&self.origin));
+        SetProgram::new(set)
+    }
+
+    fn is_small(&self, thresholds: Thresholds) -> bool {
+        self.members.iter().sum::<usize>() <= thresholds.small_set
+    }
+}
+
+/// Which rules must be rendered again after a change of a set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Reshaped {
+    /// None.
+    Nothing,
+    /// Those that look the set up: its networks appeared or disappeared, or it became small or large.
+    Set,
+    /// All that look a set up: a family came into use or went out of it.
+    Family,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct KnownSets {
     sets: HashMap<IpSetId, KnownSet>,
+    /// Members of each family in all sets.
+    members: [usize; 2],
     pub(super) thresholds: Thresholds,
 }
 
 impl Sets for KnownSets {
+    fn has_family(&self, version: IpVersion) -> bool {
+        self.members[version as usize] > 0
+    }
+
     fn thresholds(&self) -> Thresholds {
         self.thresholds
     }
@@ -37,7 +78,7 @@ impl Sets for KnownSets {
     fn is_small(&self, id: &IpSetId) -> bool {
         self.sets
             .get(id)
-            .is_some_and(|set| set.members <= self.thresholds.small_set)
+            .is_some_and(|set| set.is_small(self.thresholds))
     }
 
     fn has_networks(&self, id: &IpSetId, version: IpVersion) -> bool {
@@ -56,55 +97,55 @@ impl KnownSets {
         kind: IpSetKind,
         origin: &Arc<str>,
         members: &[Member],
-    ) {
-        self.sets.insert(
-            id.clone(),
-            KnownSet {
-                origin: origin.clone(),
-                networks: [0; 2],
-                members: 0,
-            },
-        );
+    ) -> Reshaped {
+        let set = KnownSet {
+            kind,
+            origin: origin.clone(),
+            networks: [0; 2],
+            members: [0; 2],
+        };
         for version in VERSIONS {
-            let address = address_type(version);
-            let key = match kind {
-                IpSetKind::Net => KeyType::one(address),
-                IpSetKind::Port => {
-                    KeyType::concat(&[address, DataType::InetProto, DataType::InetService])
-                }
-            };
-            let mut set = Set::exact(names::exact_set(id, version), key);
-            set.comment = Some(comment(origin));
-            desired.put_set(SetProgram::new(set));
+            if self.has_family(version) {
+                desired.put_set(set.exact(id, version));
+            }
         }
-        self.change(desired, id, members, &[]);
+        self.sets.insert(id.clone(), set);
+        self.change(desired, id, members, &[])
     }
 
-    /// Members came or went. Returns whether rules that look the set up must be rendered again,
-    /// because its networks appeared or disappeared, or it became small or large.
+    /// Members came or went.
     pub(super) fn change(
         &mut self,
         desired: &mut Desired,
         id: &IpSetId,
         added: &[Member],
         removed: &[Member],
-    ) -> bool {
+    ) -> Reshaped {
         let Some(set) = self.sets.get_mut(id) else {
-            return false;
+            return Reshaped::Nothing;
         };
-        let small_set = self.thresholds.small_set;
         let before = set.networks;
-        for (members, step) in [(added, 1_isize), (removed, -1)] {
-            for net in members.iter().filter_map(wide) {
-                let count = &mut set.networks[IpVersion::of(net.addr()) as usize];
-                *count = count.saturating_add_signed(step);
+        let was_small = set.is_small(self.thresholds);
+        let mut members = self.members;
+        for (changed, step) in [(added, 1_isize), (removed, -1)] {
+            for member in changed {
+                let add = |count: &mut usize| *count = count.saturating_add_signed(step);
+                let version = version(member) as usize;
+                add(&mut set.members[version]);
+                add(&mut members[version]);
+                if wide(member).is_some() {
+                    add(&mut set.networks[version]);
+                }
             }
         }
         let after = set.networks;
-        let was_small = set.members <= small_set;
-        set.members = (set.members + added.len()).saturating_sub(removed.len());
-        let mut reshaped = was_small != (set.members <= small_set);
+        let mut reshaped = if was_small == set.is_small(self.thresholds) {
+            Reshaped::Nothing
+        } else {
+            Reshaped::Set
+        };
         let origin = set.origin.clone();
+        reshaped = reshaped.max(self.count(desired, members));
         for version in VERSIONS {
             let name = names::wide_set(id, version);
             match (before[version as usize] > 0, after[version as usize] > 0) {
@@ -116,7 +157,7 @@ impl KnownSets {
                 (true, false) => desired.remove_set(&name),
                 _ => continue,
             }
-            reshaped = true;
+            reshaped = reshaped.max(Reshaped::Set);
         }
         for member in removed {
             let (name, elem) = element(id, member);
@@ -130,13 +171,47 @@ impl KnownSets {
     }
 
     /// Nothing looks the set up any more.
-    pub(super) fn remove(&mut self, desired: &mut Desired, id: &IpSetId) {
-        self.sets.remove(id);
+    pub(super) fn remove(&mut self, desired: &mut Desired, id: &IpSetId) -> Reshaped {
+        let Some(set) = self.sets.remove(id) else {
+            return Reshaped::Nothing;
+        };
+        let mut members = self.members;
         for version in VERSIONS {
             desired.remove_set(&names::exact_set(id, version));
             desired.remove_set(&names::wide_set(id, version));
+            members[version as usize] -= set.members[version as usize];
         }
+        self.count(desired, members)
     }
+
+    /// There are so many members of each family now.
+    fn count(&mut self, desired: &mut Desired, members: [usize; 2]) -> Reshaped {
+        let had = VERSIONS.map(|version| self.has_family(version));
+        self.members = members;
+        let mut reshaped = Reshaped::Nothing;
+        for version in VERSIONS {
+            let has = self.has_family(version);
+            if has == had[version as usize] {
+                continue;
+            }
+            reshaped = Reshaped::Family;
+            for (id, set) in &self.sets {
+                if has {
+                    desired.put_set(set.exact(id, version));
+                } else {
+                    desired.remove_set(&names::exact_set(id, version));
+                }
+            }
+        }
+        reshaped
+    }
+}
+
+fn version(member: &Member) -> IpVersion {
+    IpVersion::of(match member {
+        Member::Net(net) => net.addr(),
+        Member::Port { addr, .. } => *addr,
+    })
 }
 
 /// A member that belongs into an interval set.

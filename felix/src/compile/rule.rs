@@ -26,6 +26,8 @@ pub(super) trait Sets {
     fn thresholds(&self) -> Thresholds;
     /// Whether the set has at most [`Thresholds::small_set`] members.
     fn is_small(&self, id: &IpSetId) -> bool;
+    /// Whether any set has members of this family, so that each has a set of it.
+    fn has_family(&self, version: IpVersion) -> bool;
     /// Whether the set has networks among its members, so that its interval set is there.
     fn has_networks(&self, id: &IpSetId, version: IpVersion) -> bool;
 }
@@ -109,7 +111,7 @@ impl Rendered {
             (Side::Destination, &rule.destination),
             (Side::Source, &rule.source),
         ] {
-            self.ports(side, peer, version, &mut choices);
+            self.ports(side, peer, version, sets, &mut choices);
         }
         if let Some(version) = version {
             for (side, peer) in [
@@ -136,8 +138,11 @@ impl Rendered {
         side: Side,
         peer: &PeerMatch,
         version: Option<IpVersion>,
+        sets: &impl Sets,
         choices: &mut Vec<Choice>,
     ) {
+        // In a set that nobody of the family is in, nothing is found.
+        let looked_up = version.filter(|version| sets.has_family(*version));
         let mut choice = Choice::new();
         match merge_ports(&peer.ports).as_slice() {
             [] => {}
@@ -147,7 +152,7 @@ impl Rendered {
                 choice.push(expr::port_in_literal(side, set, false).into());
             }
         }
-        if let Some(version) = version {
+        if let Some(version) = looked_up {
             for id in &peer.port_sets {
                 choice.push(
                     expr::port_in(side, version, names::exact_set(id, version), false).into(),
@@ -165,7 +170,7 @@ impl Rendered {
                 choices.push(vec![expr::port_in_literal(side, set, true).into()]);
             }
         }
-        if let Some(version) = version {
+        if let Some(version) = looked_up {
             for id in &peer.not_port_sets {
                 choices.push(vec![
                     expr::port_in(side, version, names::exact_set(id, version), true).into(),
@@ -202,6 +207,12 @@ impl Rendered {
                 choices.push(vec![expr::address_in(side, version, set, true).into()]);
             }
         }
+        if !sets.has_family(version) {
+            if !peer.sets.is_empty() {
+                choices.push(Choice::new());
+            }
+            return;
+        }
         for id in &peer.sets {
             let mut choice =
                 vec![expr::address_in(side, version, names::exact_set(id, version), false).into()];
@@ -225,19 +236,25 @@ impl Rendered {
     }
 
     fn port_set(&mut self, ranges: &[PortRange]) -> Arc<str> {
-        let text = ranges
-            .iter()
-            .map(|range| format!("{}-{}", range.first, range.last))
-            .collect::<Vec<_>>()
-            .join(",");
-        let name = names::literal_set("p", &text);
+        // Elements of an interval set need a transaction before their rule (`plan`).
+        let exact = ranges.iter().all(|range| range.first == range.last);
+        let text = |range: &PortRange| match exact {
+            true => range.first.to_string(),
+            false => format!("{}-{}", range.first, range.last),
+        };
+        let content = ranges.iter().map(text).collect::<Vec<_>>().join(",");
+        let name = names::literal_set("p", &content);
         self.literals.entry(name.clone()).or_insert_with(|| {
-            let set = Set::interval(name.clone(), KeyType::one(DataType::InetService));
-            SetProgram::new(set).with(
-                ranges
-                    .iter()
-                    .map(|range| Elem::range(Key::port(range.first), Key::port(range.last))),
-            )
+            let key = KeyType::one(DataType::InetService);
+            let (set, element): (_, fn(&PortRange) -> Elem) = if exact {
+                let port = |range: &PortRange| Elem::new(Key::port(range.first));
+                (Set::exact(name.clone(), key), port)
+            } else {
+                let ports =
+                    |range: &PortRange| Elem::range(Key::port(range.first), Key::port(range.last));
+                (Set::interval(name.clone(), key), ports)
+            };
+            SetProgram::new(set).with(ranges.iter().map(element))
         });
         name
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_netlink::nft::{Data, Expr, Verdict};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 
 use super::*;
-use crate::calc::tests::any_step;
+use crate::calc::tests::{any_step, put};
 use crate::calc::{Graph, Input};
 
 /// A graph, a compiler, and what the kernel would have.
@@ -17,6 +18,8 @@ struct Rig {
     compiler: Compiler,
     kernel: Program,
     transactions: usize,
+    /// How many changes needed a transaction before them.
+    prepared: usize,
 }
 
 impl Rig {
@@ -28,6 +31,7 @@ impl Rig {
             compiler: Compiler::with_thresholds(thresholds),
             kernel: Program::absent(),
             transactions: 0,
+            prepared: 0,
         };
         rig.flush();
         rig
@@ -41,6 +45,7 @@ impl Rig {
         let desired = self.compiler.program();
         let plan = plan_touched(&self.kernel, desired, &touched);
         self.transactions += usize::from(!plan.is_empty());
+        self.prepared += usize::from(!plan.steps[0].is_empty());
         self.kernel.adopt(desired, &touched, &plan.outcome, &[]);
         assert!(!plan.outcome.rebuilds);
     }
@@ -131,6 +136,73 @@ fn rules_of(program: &Program) -> BTreeMap<&str, Vec<Option<u64>>> {
         .iter()
         .map(|(name, chain)| (&**name, chain.tags().collect()))
         .collect()
+}
+
+/// Sets of selectors, and rules of policy that ask for the family: how many of IPv4 and of IPv6.
+fn of_families(program: &Program) -> [(usize, usize); 2] {
+    ["cali40", "cali60"].map(|prefix| {
+        let is_selectors = |name: &&Arc<str>| {
+            let digest = name.strip_prefix(prefix);
+            digest.is_some_and(|digest| !digest.starts_with('-'))
+        };
+        let looks_up = |expr: &Expr| matches!(expr, Expr::Lookup { set, .. } if is_selectors(&set));
+        let chains = program.chains.values();
+        let rules = chains.flat_map(|chain| &chain.rules);
+        let asking = rules.filter(|rule| rule.rule.exprs.iter().any(looks_up));
+        let sets = program.sets.keys().filter(is_selectors);
+        (sets.count(), asking.count())
+    })
+}
+
+#[test]
+fn a_family_that_no_member_has_costs_neither_sets_nor_rules() {
+    let labelled = |namespace: &str, kind: &str, name: &str, labels: Value, spec: Value| {
+        put(json!({"apiVersion": "projectcalico.org/v3", "kind": kind,
+            "metadata": {"namespace": namespace, "name": name, "labels": labels}, "spec": spec}))
+    };
+    let pod = labelled(
+        "a",
+        "WorkloadEndpoint",
+        "here-k8s-p-eth0",
+        json!({"app": "x"}),
+        json!({"orchestrator": "k8s", "node": "here", "pod": "p", "endpoint": "eth0", "interfaceName": "calip",
+               "ipNetworks": ["10.0.0.1/32"], "profiles": []}),
+    );
+    let policy = labelled(
+        "a",
+        "NetworkPolicy",
+        "default.p",
+        json!({}),
+        json!({"selector": "all()", "types": ["Ingress"], "ingress": [
+            {"action": "Allow", "protocol": "TCP", "source": {"selector": "app == 'x'"}, "destination": {"ports": [80, 443]}},
+            {"action": "Allow", "source": {"notSelector": "app == 'x'"}}]}),
+    );
+    let nets = |nets: Value| {
+        labelled(
+            "a",
+            "NetworkSet",
+            "n",
+            json!({"app": "x"}),
+            json!({"nets": nets}),
+        )
+    };
+    let mut rig = Rig::new(Thresholds::default());
+    rig.graph.on_update(policy);
+    rig.graph.on_update(pod);
+    rig.flush();
+    let [ipv4, ipv6] = of_families(rig.compiler.program());
+    assert_eq!(ipv6, (0, 0));
+    assert!(ipv4.0 > 0 && ipv4.1 == 2, "{ipv4:?}");
+    // Single ports need no interval set, which would cost a transaction before the change.
+    assert_eq!(rig.prepared, 0);
+    rig.graph.on_update(nets(json!(["fd00::1/128"])));
+    rig.flush();
+    let both = of_families(rig.compiler.program());
+    assert_eq!(both, [ipv4, ipv4]);
+    rig.graph.on_update(nets(json!(["192.0.2.1/32"])));
+    rig.flush();
+    assert_eq!(of_families(rig.compiler.program()), [ipv4, (0, 0)]);
+    assert_eq!(dangling(rig.compiler.program()), BTreeSet::new());
 }
 
 proptest! {
