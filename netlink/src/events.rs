@@ -6,7 +6,8 @@
 
 use std::{
     collections::VecDeque,
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -150,6 +151,8 @@ pub struct EventStream {
     gathered_until: tokio::time::Instant,
     decode: fn(&Message<'_>) -> Option<Event>,
     port: u32,
+    /// What writers of this process know of the stream.
+    listener: Option<Arc<nft::Listener>>,
 }
 
 #[derive(Debug)]
@@ -215,7 +218,26 @@ impl EventStream {
             gathered_until: tokio::time::Instant::now(),
             decode,
             port,
+            listener: None,
         })
+    }
+
+    pub(crate) fn with_listener(
+        mut self,
+        register: impl FnOnce(OwnedFd) -> Arc<nft::Listener>,
+    ) -> Result<Self> {
+        let socket = self.socket.get_ref().0.duplicate();
+        let fail = |errno| Error::errno("subscribe to", "notifications", errno);
+        self.listener = Some(register(socket.map_err(fail)?));
+        Ok(self)
+    }
+
+    /// Where a writer of this process says that notifications were lost, what is known is older.
+    fn look_for_loss(&mut self) {
+        if self.listener.as_ref().is_some_and(|one| one.take_lost()) {
+            self.waiting.clear();
+            self.waiting.push_back(Event::Overflow);
+        }
     }
 
     /// The port number of the socket (only of use in tests and logs; requests come from other sockets).
@@ -229,11 +251,19 @@ impl EventStream {
             if let Some(event) = self.try_next() {
                 return Ok(event);
             }
-            let mut ready = self
-                .socket
-                .readable_mut()
-                .await
-                .map_err(|error| Error::io("wait for", "notifications", &error))?;
+            let listener = self.listener.clone();
+            let lost = async {
+                match &listener {
+                    Some(listener) => listener.loses().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let mut ready = tokio::select! {
+                ready = self.socket.readable_mut() => {
+                    ready.map_err(|error| Error::io("wait for", "notifications", &error))?
+                }
+                () = lost => continue,
+            };
             let turn = read_turn(&mut ready.get_inner_mut().0, self.decode, &mut self.waiting);
             if turn? {
                 ready.clear_ready();
@@ -243,6 +273,7 @@ impl EventStream {
 
     /// A notification that has been read already; does not wait.
     pub fn try_next(&mut self) -> Option<Event> {
+        self.look_for_loss();
         self.waiting.pop_front()
     }
 
@@ -278,6 +309,7 @@ impl EventStream {
                 break;
             }
         }
+        self.look_for_loss();
         self.gathered.extend(self.waiting.drain(..));
         Ok(std::mem::take(&mut self.gathered))
     }

@@ -28,6 +28,7 @@ use crate::{
 
 const SOL_NETLINK: libc::c_int = 270;
 const NETLINK_ADD_MEMBERSHIP: libc::c_int = 1;
+const NETLINK_DROP_MEMBERSHIP: libc::c_int = 2;
 const NETLINK_CAP_ACK: libc::c_int = 10;
 const NETLINK_EXT_ACK: libc::c_int = 11;
 const NETLINK_GET_STRICT_CHK: libc::c_int = 12;
@@ -47,6 +48,21 @@ const ANSWER_LIMIT: i64 = 10;
 const DUMP_TRIES: usize = 8;
 /// Receive and send buffers of request sockets.
 const REQUEST_BUFFER: usize = 8 << 20;
+
+/// Joins a multicast group.
+pub(crate) fn join_group(socket: BorrowedFd<'_>, group: u32) -> Result<(), Errno> {
+    set_option(socket, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &(group as i32))
+}
+
+/// Leaves a multicast group. What is queued stays.
+pub(crate) fn leave_group(socket: BorrowedFd<'_>, group: u32) -> Result<(), Errno> {
+    set_option(
+        socket,
+        SOL_NETLINK,
+        NETLINK_DROP_MEMBERSHIP,
+        &(group as i32),
+    )
+}
 
 /// A netlink socket.
 #[derive(Debug)]
@@ -204,12 +220,13 @@ impl Socket {
 
     /// Joins a multicast group.
     pub(crate) fn join(&self, group: u32) -> Result<(), Errno> {
-        set_option(
-            self.fd.as_fd(),
-            SOL_NETLINK,
-            NETLINK_ADD_MEMBERSHIP,
-            &(group as i32),
-        )
+        join_group(self.fd.as_fd(), group)
+    }
+
+    /// The same socket once more.
+    pub(crate) fn duplicate(&self) -> Result<OwnedFd, Errno> {
+        let copy = self.fd.try_clone();
+        copy.map_err(|error| error.raw_os_error().map_or(Errno::EBADF, Errno::from_raw))
     }
 
     /// The port number that the kernel gave to the socket.

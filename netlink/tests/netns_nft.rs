@@ -2,39 +2,22 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod nft_lab;
+
 use std::{sync::Arc, time::Duration};
 
 use cali_netlink::{
-    Event, Nft,
     nft::{
-        Base, BaseHook, Chain, ChainType, Changed, CmpOp, Ct, DataType, Elem, Expr, Family,
-        FibResult, Hook, Key, KeyType, Meta, NatKind, NftEvent, Object, Policy, Position, Reg,
-        Reject, Rt, Rule, Set, TableName, Transaction, Verdict, ct_state, fib_flag, nat_flag,
+        Base, BaseHook, Chain, ChainType, CmpOp, Ct, DataType, Elem, Expr, Family, FibResult, Hook,
+        Key, KeyType, Meta, NatKind, Object, Policy, Position, Reg, Reject, Rt, Rule, Set,
+        TableName, Transaction, Verdict, ct_state, fib_flag, nat_flag,
     },
     testing::TestNs,
 };
 
+use nft_lab::{begin, name, open, table};
+
 const R1: Reg = Reg::R1;
-
-fn table() -> TableName {
-    TableName::new(Family::Inet, "calico")
-}
-
-fn name(text: &str) -> Arc<str> {
-    text.into()
-}
-
-fn open(label: &str) -> (TestNs, Nft) {
-    let ns = TestNs::new(label);
-    let nft = Nft::open(ns.netns()).unwrap();
-    (ns, nft)
-}
-
-fn begin() -> Transaction {
-    let mut tx = Transaction::new(table());
-    tx.add_table();
-    tx
-}
 
 /// What `nft` prints, without indentation, one line per line.
 fn listing(ns: &TestNs) -> Vec<String> {
@@ -928,57 +911,4 @@ fn counters_count_packets() {
         nft.elements(&table(), &map).unwrap()[0].counter,
         Some((6, 504))
     );
-}
-
-#[tokio::test]
-async fn foreign_changes_are_told_apart_from_our_own() {
-    let (ns, nft) = open("events");
-    let mut events = Nft::events(ns.netns()).unwrap();
-    let mut tx = begin();
-    tx.add_chain(&Chain::regular("cali-x"));
-    nft.commit(tx).unwrap();
-    ns.run("nft", &["add rule inet calico cali-x drop"]);
-    let mut ours = Vec::new();
-    let mut theirs = Vec::new();
-    let mut generation = None;
-    let limit = Duration::from_secs(10);
-    while generation.is_none() {
-        let Event::Nft(event) = tokio::time::timeout(limit, events.next())
-            .await
-            .expect("events")
-            .unwrap()
-        else {
-            panic!("only nf_tables events come here")
-        };
-        let own = event.port() == nft.port();
-        match event {
-            NftEvent::Change {
-                object,
-                gone,
-                table: changed,
-                ..
-            } => {
-                assert_eq!((changed, gone), (table(), false));
-                if own {
-                    ours.push(object)
-                } else {
-                    theirs.push(object)
-                }
-            }
-            NftEvent::Commit {
-                generation: new, ..
-            } if !own => generation = Some(new),
-            NftEvent::Commit { .. } => {}
-        }
-    }
-    assert_eq!(ours, [Changed::Table, Changed::Chain(name("cali-x"))]);
-    assert!(
-        matches!(theirs.as_slice(), [Changed::Rule(chain, _)] if **chain == *"cali-x"),
-        "{theirs:?}"
-    );
-    assert_eq!(
-        generation.as_ref().map(|new| new.process.as_str()),
-        Some("nft")
-    );
-    assert_eq!(nft.generation(), Ok(generation.unwrap().id));
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use cali_api::update::{SyncEvent, SyncStatus, Update};
 use cali_netlink::NetNs;
+use cali_netlink::events::{Event, EventStream};
 use cali_netlink::nft::Nft;
 use felix::calc::{Graph, Input};
 use felix::compile::{Compiler, Program, plan_touched};
@@ -34,18 +35,30 @@ pub struct Node {
     /// What the kernel has, to plan the size of a transaction.
     kernel: Program,
     measure_size: bool,
+    /// A node listens to what others do to its table, and so the kernel tells it of everything.
+    events: EventStream,
+    _runtime: tokio::runtime::Runtime,
 }
 
 impl Node {
     /// A node that knows nothing.
     pub fn new(netns: &NetNs, measure_size: bool) -> Result<Self> {
         let nft = Nft::open(netns).context("cannot open nf_tables")?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let events = {
+            let _entered = runtime.enter();
+            Nft::events(netns)?
+        };
         Ok(Self {
             graph: Graph::new(NODE.into()),
             compiler: Compiler::default(),
             ruleset: Ruleset::adopt(nft)?,
             kernel: Program::absent(),
             measure_size,
+            events,
+            _runtime: runtime,
         })
     }
 
@@ -72,6 +85,14 @@ impl Node {
         let sizes = self.measure_size.then(|| touched.clone());
         self.ruleset.touch(touched);
         self.ruleset.apply(self.compiler.program(), Instant::now());
+        let heard = self.events.burst_so_far()?;
+        let told = heard.into_iter().filter_map(|event| match event {
+            Event::Nft(event) => Some(event),
+            _ => None,
+        });
+        if self.ruleset.on_events(told) {
+            bail!("somebody else changes the table");
+        }
         let mut change = Change {
             cpu: own_cpu().saturating_sub(cpu),
             elapsed: start.elapsed(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nix::sys::socket::SockProtocol;
 
-use super::{Family, Generation, Nft, TableName, handle::read_generation, message};
+use super::{Family, Generation, Listener, Nft, TableName, handle::read_generation, message};
 use crate::{
     NetNs,
     error::Result,
@@ -71,14 +71,18 @@ impl NftEvent {
 
 impl Nft {
     /// Changes of all tables of a namespace, from now on. Needs a running tokio runtime.
+    ///
+    /// It does not tell of large transactions of this process ([`Nft::commit`]).
     pub fn events(netns: &NetNs) -> Result<EventStream> {
-        EventStream::open(
+        let stream = EventStream::open(
             netns,
             SockProtocol::NetlinkNetFilter,
             &[GROUP],
             EVENT_BUFFER,
             decode,
-        )
+        )?;
+        let namespace = netns.id()?;
+        stream.with_listener(|socket| Listener::register(socket, namespace, GROUP))
     }
 }
 

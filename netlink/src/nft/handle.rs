@@ -16,6 +16,7 @@ use super::{
     Transaction,
     foreign::{self, Dropper},
     message::{self, NFGENMSG, RawElem},
+    quiet::{QUIET_FROM, Quiet},
     transaction::{Failure, Object},
 };
 use crate::{
@@ -39,6 +40,8 @@ const ELEMENT_TRIES: u32 = 10;
 pub struct Nft {
     socket: Arc<Mutex<Socket>>,
     port: u32,
+    /// [`NetNs::id`].
+    namespace: (u64, u64),
 }
 
 /// The number that every change of nf_tables in the namespace raises, and who made this change.
@@ -62,6 +65,7 @@ impl Nft {
         Ok(Self {
             socket: Arc::new(Mutex::new(socket)),
             port,
+            namespace: netns.id()?,
         })
     }
 
@@ -75,7 +79,23 @@ impl Nft {
     }
 
     /// Applies a transaction: all of it, or nothing.
-    pub fn commit(&self, mut transaction: Transaction) -> Result<Committed, Rejected> {
+    ///
+    /// Listeners of this process ([`Nft::events`]) are told of small transactions only: the kernel takes several times as long
+    /// for one that it tells of. They hear [`crate::events::Event::Overflow`] if somebody else changed something meanwhile.
+    pub fn commit(&self, transaction: Transaction) -> Result<Committed, Rejected> {
+        if transaction.bytes() < QUIET_FROM {
+            return self.apply(transaction);
+        }
+        // Asked for before they leave: what somebody else changes in between is told of, or counted, or both.
+        let before = self.generation();
+        let quiet = Quiet::begin(self.namespace);
+        let outcome = self.apply(transaction);
+        let changes = u32::from(outcome.is_ok());
+        quiet.end(self, before.map(|before| before.wrapping_add(changes)));
+        outcome
+    }
+
+    fn apply(&self, mut transaction: Transaction) -> Result<Committed, Rejected> {
         if transaction.is_empty() {
             return Ok(Committed::default());
         }

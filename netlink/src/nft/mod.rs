@@ -12,6 +12,7 @@ mod handle;
 pub mod matching;
 mod message;
 mod model;
+mod quiet;
 mod set;
 mod transaction;
 
@@ -26,5 +27,6 @@ pub use model::{
     BaseHook, Chain, ChainType, Family, Hook, ListedChain, ListedRule, Policy, Rule, Table,
     TableName, Verdict,
 };
+pub(crate) use quiet::Listener;
 pub use set::{Data, DataType, Elem, Key, KeyType, ListedSet, MapData, Set};
 pub use transaction::{Committed, Failure, Object, Position, Rejected, Transaction};
