@@ -2,6 +2,7 @@
 //!
 //! `calictl-speed` measures the `calictl` beside it, on SQLite, on a real etcd and on a real API server, which it starts itself.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,9 +17,13 @@ use cali_datastore::Datastore;
 use cali_datastore::testing::{ApiServer, Etcd};
 use clap::{Parser, ValueEnum};
 use futures::stream::{self, StreamExt, TryStreamExt};
+use http::HeaderValue;
+use http::header::ACCEPT;
+use http_body_util::BodyExt;
 use kube::Client;
+use kube::client::Body;
 use kube::core::Request;
-use kube::core::params::{Patch, PatchParams, PostParams};
+use kube::core::params::{ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 
 /// How quick the command line is
@@ -250,6 +255,36 @@ struct Cost {
     output: u64,
 }
 
+impl fmt::Display for Cost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = |octets: u64| octets as f64 / 1e6;
+        write!(
+            f,
+            "{:.2} s, {:.1} MB of memory at most, {:.1} MB of output",
+            self.time.as_secs_f64(),
+            megabytes(self.memory),
+            megabytes(self.output)
+        )
+    }
+}
+
+/// What the server itself needs to say everything at once in its shortest form: octets and time.
+async fn bare(server: &ApiServer) -> Result<(usize, Duration)> {
+    let client = server.client().await;
+    let mut request = Request::new("/api/v1/pods").list(&ListParams::default())?;
+    let form = HeaderValue::from_static("application/vnd.kubernetes.protobuf");
+    request.headers_mut().insert(ACCEPT, form);
+    let start = Instant::now();
+    let answer = client.send(request.map(Body::from)).await?;
+    ensure!(answer.status().is_success(), "{}", answer.status());
+    let mut body = answer.into_body();
+    let mut bytes = 0;
+    while let Some(frame) = body.frame().await {
+        bytes += frame?.data_ref().map_or(0, |data| data.len());
+    }
+    Ok((bytes, start.elapsed()))
+}
+
 /// Runs a command to its end.
 fn once(command: &mut Command) -> Result<Cost> {
     let start = Instant::now();
@@ -380,17 +415,24 @@ impl Bench {
         ] {
             let words = ["get", "workloadendpoints", "-A", "-o", format];
             let cost = of(arguments.rounds, &mut self.command(&words))?;
-            let seen = format!(
-                "{:.2} s, {:.1} MB of memory at most, {:.1} MB of output",
-                cost.time.as_secs_f64(),
-                cost.memory as f64 / 1e6,
-                cost.output as f64 / 1e6
-            );
             let what = format!(
                 "{place}: `get workloadendpoints -A -o {format}`, {} of them",
                 arguments.endpoints
             );
-            row(&what, &seen, aim);
+            row(&what, &cost.to_string(), aim);
+        }
+        if let Store::Kubernetes(server) = &self.store {
+            let count = arguments.endpoints;
+            let cost = of(1, &mut server.kubectl(&["get", "pods", "-A"]))?;
+            row(
+                &format!("beside it: `kubectl get pods -A`, {count} of them"),
+                &cost.to_string(),
+                "",
+            );
+            let (bytes, time) = bare(server).await?;
+            let seen = format!("{:.2} s, {:.1} MB", time.as_secs_f64(), bytes as f64 / 1e6);
+            let what = format!("beside it: the server's answer with all {count}, read by nobody");
+            row(&what, &seen, "");
         }
         let changes = self.watched(arguments.changes).await?;
         let at = |share: f64| {
