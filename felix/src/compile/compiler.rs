@@ -4,30 +4,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cali_api::{Cidr, Key as ObjectKey};
-use cali_netlink::nft::{
-    Chain, DataType, Elem, Expr, Key, KeyType, Rule as NftRule, Set, Verdict, ct_state,
-};
+use cali_netlink::nft::{Chain, DataType, Expr, KeyType, Rule as NftRule, Set, Verdict};
 use foldhash::HashMap;
 
 use super::collapse::{Allowed, Thresholds, Union, allows_only, collapse};
 use super::desired::Desired;
 use super::evaluate::Suspects;
-use super::expr::{self, counter};
 use super::host_policy::KeptOpen;
 use super::hosts::Hosts;
 use super::known_sets::{KnownSets, Reshaped};
-use super::limits::{self, Limited};
+use super::limits::Limited;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
 use super::rule::Rendered;
 use super::settings::Settings;
 use super::stack::{Endings, Place, Stack, ask, comment, deny_rest};
 use super::{base, names};
 use crate::calc::{
-    Action, Batch, Delta, Direction, Endpoint, IpSetId, Limit, PoolNat, Rules, TierDefault,
-    TunnelPeers,
+    Action, Batch, Delta, Direction, Endpoint, IpSetId, PoolNat, Rules, TierDefault, TunnelPeers,
 };
 
-const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+pub(super) const DIRECTIONS: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
 /// Whose content a chain holds: what must be rendered again when something below changes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,7 +65,7 @@ pub(super) struct Needs {
 #[derive(Debug)]
 pub(super) struct KnownEndpoint {
     pub(super) endpoint: Arc<Endpoint>,
-    stacks: [Arc<str>; 2],
+    pub(super) stacks: [Arc<str>; 2],
 }
 
 /// The desired state of table `inet calico`.
@@ -87,7 +83,7 @@ pub struct Compiler {
     pub(super) endpoints: HashMap<ObjectKey, KnownEndpoint>,
     /// Endpoints by interface. One interface belongs to one endpoint; should two claim it, the
     /// first by name has it.
-    interfaces: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
+    pub(super) interfaces: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
     stacks: HashMap<Arc<str>, KnownStack>,
     /// Stacks that ask a policy or profile.
     askers: HashMap<Unit, BTreeSet<Arc<str>>>,
@@ -362,136 +358,6 @@ impl Compiler {
         for set in base::service_sets(&self.service_nets) {
             self.desired.put_set(set);
         }
-    }
-
-    // ---- endpoints
-
-    fn put_endpoint(&mut self, id: &ObjectKey, endpoint: &Arc<Endpoint>) {
-        let stacks = DIRECTIONS.map(|direction| {
-            self.acquire_stack(Stack {
-                place: Place::Endpoint,
-                direction,
-                tiers: endpoint.tiers(direction).to_vec(),
-                profiles: endpoint.profiles.clone(),
-            })
-        });
-        let known = KnownEndpoint {
-            endpoint: endpoint.clone(),
-            stacks,
-        };
-        let former = self.endpoints.insert(id.clone(), known);
-        self.interfaces
-            .entry(endpoint.interface.clone())
-            .or_default()
-            .insert(id.clone());
-        if let Some(former) = former {
-            let same_policy = former.endpoint.profiles == endpoint.profiles
-                && DIRECTIONS.iter().all(|direction| {
-                    former.endpoint.tiers(*direction) == endpoint.tiers(*direction)
-                });
-            if !same_policy {
-                let addresses = &endpoint.addresses;
-                addresses.iter().for_each(|net| self.suspects.add(*net));
-            }
-            if former.endpoint.interface != endpoint.interface {
-                self.leave_interface(id, &former.endpoint.interface);
-            }
-            former
-                .stacks
-                .iter()
-                .for_each(|name| self.release_stack(name));
-        }
-        self.put_interface(&endpoint.interface);
-    }
-
-    fn remove_endpoint(&mut self, id: &ObjectKey) {
-        let Some(former) = self.endpoints.remove(id) else {
-            return;
-        };
-        self.leave_interface(id, &former.endpoint.interface);
-        former
-            .stacks
-            .iter()
-            .for_each(|name| self.release_stack(name));
-    }
-
-    fn leave_interface(&mut self, id: &ObjectKey, interface: &Arc<str>) {
-        if let Some(owners) = self.interfaces.get_mut(interface) {
-            owners.remove(id);
-            if owners.is_empty() {
-                self.interfaces.remove(interface);
-            }
-        }
-        self.put_interface(interface);
-    }
-
-    /// The chains of an interface and the way to them.
-    fn put_interface(&mut self, interface: &Arc<str>) {
-        let owner = self
-            .interfaces
-            .get(interface)
-            .and_then(BTreeSet::first)
-            .cloned();
-        let limits = owner.as_ref().and_then(|id| self.endpoints.get(id));
-        self.put_limits(interface, limits.map(|known| known.endpoint.limits));
-        for (direction, map) in [
-            (Direction::Ingress, names::TO_WORKLOAD),
-            (Direction::Egress, names::FROM_WORKLOAD),
-        ] {
-            let name = names::endpoint_chain(interface, direction);
-            let key = Key::ifname(interface);
-            match owner
-                .as_ref()
-                .and_then(|id| Some((id, self.endpoints.get(id)?)))
-            {
-                Some((id, known)) => {
-                    let stack = known.stacks[direction as usize].clone();
-                    let limit = known.endpoint.limits.of(direction);
-                    let chain = self.endpoint_chain(&name, id, direction, limit, stack);
-                    self.desired.put_chain(chain);
-                    self.desired
-                        .put_element(map, Elem::new(key).verdict(Verdict::Goto(name)));
-                }
-                None => {
-                    self.desired.remove_chain(&name);
-                    self.desired.remove_element(map, &key);
-                }
-            }
-        }
-    }
-
-    fn endpoint_chain(
-        &self,
-        name: &Arc<str>,
-        id: &ObjectKey,
-        direction: Direction,
-        limit: Limit,
-        stack: Arc<str>,
-    ) -> ChainProgram {
-        let mut rules = Vec::new();
-        let drop = [counter(), Expr::Verdict(Verdict::Drop)];
-        if self.settings.drop_invalid {
-            let exprs = [expr::ct_state_any(ct_state::INVALID).as_slice(), &drop].concat();
-            rules.push(NftRule::new(exprs).comment("invalid"));
-        }
-        rules.extend(limit.connections.map(limits::connections));
-        if direction == Direction::Egress {
-            if !self.settings.allow_vxlan_from_workloads {
-                let to_port = base::udp_to(self.settings.vxlan_port);
-                let exprs = [to_port.as_slice(), &drop].concat();
-                rules.push(NftRule::new(exprs).comment("VXLAN from a workload"));
-            }
-            if !self.settings.allow_ipip_from_workloads {
-                let exprs = [expr::protocol(4, false).as_slice(), &drop].concat();
-                rules.push(NftRule::new(exprs).comment("IPIP from a workload"));
-            }
-        }
-        rules.push(NftRule::new([Expr::Verdict(Verdict::Goto(stack))]));
-        let chain = Chain {
-            comment: Some(comment(&id.to_string())),
-            ..Chain::regular(name.clone())
-        };
-        ChainProgram::new(chain, rules)
     }
 
     // ---- stacks

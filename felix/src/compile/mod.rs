@@ -39,6 +39,7 @@ mod rule;
 mod settings;
 mod shared;
 mod stack;
+mod workloads;
 
 pub(crate) use base::{NEIGHBOUR_DISCOVERY, ROUTER_ADVERTISEMENT};
 pub use collapse::Thresholds;

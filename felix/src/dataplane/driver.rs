@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cali_api::update::SyncEvent;
-use cali_api::v3::{Toggle, WorkloadEndpoint};
+use cali_api::v3::Toggle;
 use cali_api::{Key, NodeName};
 use cali_netlink::events::{Event, EventStream, Group, Notice};
 use cali_netlink::nft::{Nft, NftEvent};
@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 use typha::interest::Asker;
 
+use super::access::{Announcement, Handle};
 use super::asking::Asking;
 use super::bystanders::Bystanders;
 use super::endpoints::{EndpointChanges, Endpoints};
@@ -30,7 +31,7 @@ use super::own_addresses::OwnAddresses;
 use super::packet_log::PacketLogger;
 use super::resources::Resources;
 use super::sockets;
-use super::state::{EndpointState, NotProgrammed, State, StatusSink};
+use super::state::{EndpointState, State, StatusSink};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
 
 /// How long routes wait for tunnels that do not get ready.
@@ -81,17 +82,6 @@ impl Config {
     }
 }
 
-/// The dataplane's task has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the dataplane has ended")]
-pub struct Stopped;
-
-struct Announcement {
-    key: Key,
-    endpoint: Option<Arc<WorkloadEndpoint>>,
-    done: oneshot::Sender<()>,
-}
-
 /// A running dataplane. Dropping it ends the task and leaves the kernel forwarding as it is.
 #[derive(Debug)]
 pub struct Dataplane {
@@ -103,14 +93,6 @@ impl Drop for Dataplane {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-/// Access to a running dataplane.
-#[derive(Debug, Clone)]
-pub struct Handle {
-    announcements: mpsc::Sender<Announcement>,
-    state: watch::Receiver<Arc<State>>,
-    routes: Writer,
 }
 
 impl Dataplane {
@@ -193,82 +175,6 @@ impl Dataplane {
     #[must_use]
     pub const fn handle(&self) -> &Handle {
         &self.handle
-    }
-}
-
-impl Handle {
-    /// Tells of a local endpoint that the datastore may not have yet (with `None`: takes that back), and waits until
-    /// the step that takes it in has been done. Whether it is programmed then, [`Self::programmed`] says.
-    ///
-    /// # Errors
-    /// [`Stopped`].
-    pub async fn announce(
-        &self,
-        key: Key,
-        endpoint: Option<Arc<WorkloadEndpoint>>,
-    ) -> Result<(), Stopped> {
-        let (done, answer) = oneshot::channel();
-        let announcement = Announcement {
-            key,
-            endpoint,
-            done,
-        };
-        self.announcements
-            .send(announcement)
-            .await
-            .map_err(|_| Stopped)?;
-        answer.await.map_err(|_| Stopped)
-    }
-
-    /// Waits until policy and routes of an endpoint are in the kernel.
-    ///
-    /// # Errors
-    /// [`NotProgrammed`] with the reason after `limit`.
-    pub async fn programmed(
-        &self,
-        key: &Key,
-        limit: Duration,
-    ) -> Result<EndpointState, NotProgrammed> {
-        let mut state = self.state.clone();
-        let stands = state.wait_for(|state| {
-            state
-                .endpoints
-                .get(key)
-                .is_some_and(EndpointState::is_programmed)
-        });
-        let waited = match tokio::time::timeout(limit, stands).await {
-            Ok(Ok(state)) => state.endpoints.get(key).cloned(),
-            Ok(Err(_)) => return Err(NotProgrammed::Stopped),
-            Err(_) => None,
-        };
-        if let Some(endpoint) = waited {
-            return Ok(endpoint);
-        }
-        let problem = self
-            .state
-            .borrow()
-            .endpoints
-            .get(key)
-            .map(|endpoint| endpoint.problem.clone());
-        match problem {
-            None => Err(NotProgrammed::Unknown(key.clone())),
-            Some(problem) => Err(NotProgrammed::Because {
-                endpoint: key.clone(),
-                reason: problem.unwrap_or_else(|| "no reason is known".to_owned()),
-            }),
-        }
-    }
-
-    /// The state as it changes.
-    #[must_use]
-    pub fn state(&self) -> watch::Receiver<Arc<State>> {
-        self.state.clone()
-    }
-
-    /// The node's routes, for bgpd's best paths and for status.
-    #[must_use]
-    pub const fn routes(&self) -> &Writer {
-        &self.routes
     }
 }
 

@@ -12,6 +12,7 @@
 //!
 //! It never reads the datastore: updates come in over a channel, status goes out as values ([`State`]).
 
+mod access;
 mod asking;
 mod bystanders;
 mod driver;
@@ -33,7 +34,8 @@ mod sockets;
 mod state;
 mod status_log;
 
-pub use driver::{Config, Dataplane, Handle, Stopped};
+pub use access::{Handle, Stopped};
+pub use driver::{Config, Dataplane};
 pub use endpoints::{EndpointChanges, Endpoints, interface_settings};
 pub use enforcer::BackendOverride;
 pub use iptables::{Iptables, Tools, Variant};
