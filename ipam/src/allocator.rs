@@ -292,12 +292,13 @@ impl Allocator {
         assigned: &mut Vec<Assigned>,
     ) -> Result<(), Error> {
         let ours = self.affinity();
+        let clock = self.clock(&situation.configuration);
         let others: Vec<Cidr> = self
             .objects
             .blocks()
             .await?
             .iter()
-            .filter(|b| !b.is_owned_by(&ours) && b.free() > 0)
+            .filter(|b| !b.is_owned_by(&ours) && b.has_free(clock))
             .map(Block::cidr)
             .collect();
         for (block, pool) in in_pools(&others, pools) {

@@ -311,19 +311,26 @@ impl Block {
         self.drop_unused_attributes();
     }
 
+    /// Whether [`Self::assign`] has something to give.
+    pub fn has_free(&self, clock: Clock) -> bool {
+        self.free() > 0 || self.rested(clock).next().is_some()
+    }
+
     /// Frees the addresses whose rest is over, in the order of their numbers.
     pub fn end_rests(&mut self, clock: Clock) {
-        for ordinal in 0..self.spec.allocations.len() {
-            let over = self
-                .attribute(ordinal)
-                .and_then(|a| a.released_at.as_deref())
-                .is_some_and(|at| rest_is_over(at, clock));
-            if over {
-                self.spec.allocations[ordinal] = None;
-                self.spec.unallocated.push(ordinal as u32);
-            }
+        for ordinal in self.rested(clock).collect::<Vec<_>>() {
+            self.spec.allocations[ordinal] = None;
+            self.spec.unallocated.push(ordinal as u32);
         }
         self.drop_unused_attributes();
+    }
+
+    fn rested(&self, clock: Clock) -> impl Iterator<Item = usize> {
+        (0..self.spec.allocations.len()).filter(move |ordinal| {
+            self.attribute(*ordinal)
+                .and_then(|a| a.released_at.as_deref())
+                .is_some_and(|at| rest_is_over(at, clock))
+        })
     }
 
     fn set(&mut self, ordinal: usize, owner: &Owner) {
