@@ -135,6 +135,86 @@ async fn with_the_values_of_an_overlay_the_chart_gives_its_objects_and_the_api_s
     }
 }
 
+/// `helm` against a server, as the documents have it: whatever else is said, whether it was content counts.
+fn helm_does(server: &ApiServer, words: &[&str]) {
+    let mut command = Command::new(helm());
+    command.env("KUBECONFIG", server.kubeconfig());
+    let output = command.args(["-n", "kube-system"]).args(words).output();
+    succeeds(&format!("helm {words:?}"), &output.expect("helm"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_is_installed_upgraded_rolled_back_and_taken_away() {
+    let server = ApiServer::start().await;
+    let chart = chart().display().to_string();
+    let values = |overlay: &str| {
+        let file = repository().join(format!("deploy/helm/values/{overlay}.yaml"));
+        file.display().to_string()
+    };
+    // Which of an overlay's objects are there, but for what the chart leaves behind: helm never deletes definitions.
+    let there = |overlay: &str| -> Vec<String> {
+        let text = of_overlay(overlay);
+        let own = text.split("\n---\n");
+        let own = own.filter(|object| !object.contains("kind: CustomResourceDefinition"));
+        let own = own.collect::<Vec<_>>().join("\n---\n");
+        let words = ["get", "--ignore-not-found", "-o", "name", "-f", "-"];
+        let said = server.kubectl_says(&words, &own);
+        let said = said.unwrap_or_else(|said| panic!("{overlay}: {said}"));
+        said.lines().map(str::to_owned).collect()
+    };
+    let typhas = || -> String {
+        let words = [
+            "-n",
+            "kube-system",
+            "get",
+            "deployment",
+            "cali-typha",
+            "-o",
+            "jsonpath={.spec.replicas}",
+        ];
+        server
+            .kubectl_says(&words, "")
+            .unwrap_or_else(|said| panic!("{said}"))
+    };
+
+    helm_does(&server, &["install", "cali", &chart, "-f", &values("k3s")]);
+    let installed = there("k3s");
+    let wanted = objects(&of_overlay("k3s"));
+    let definitions = wanted
+        .keys()
+        .filter(|name| name.starts_with("CustomResourceDefinition"));
+    assert_eq!(
+        installed.len(),
+        wanted.len() - definitions.count(),
+        "{installed:?}"
+    );
+    assert_eq!(typhas(), "0");
+
+    helm_does(
+        &server,
+        &["upgrade", "cali", &chart, "-f", &values("typha")],
+    );
+    assert_ne!(typhas(), "0");
+    helm_does(&server, &["rollback", "cali", "1"]);
+    assert_eq!(typhas(), "0");
+    assert_eq!(there("k3s"), installed);
+
+    helm_does(&server, &["uninstall", "cali"]);
+    // A namespace ends with what is in it, which a controller sees to that does not run here.
+    assert_eq!(there("k3s"), ["namespace/cali-certificates"]);
+    let words = [
+        "get",
+        "namespace",
+        "cali-certificates",
+        "-o",
+        "jsonpath={.status.phase}",
+    ];
+    assert_eq!(
+        server.kubectl_says(&words, ""),
+        Ok("Terminating".to_owned())
+    );
+}
+
 #[test]
 fn values_that_mean_nothing_are_refused_by_their_name() {
     for (words, reason) in [
