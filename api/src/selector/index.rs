@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use super::{Labels, Restriction, Selector};
 use crate::Key;
+use crate::kubernetes::{LABEL_NAMESPACE, LABEL_SERVICE_ACCOUNT};
 use foldhash::{HashMap, HashSet};
 use smallvec::SmallVec;
 
@@ -212,6 +213,9 @@ impl Labels for Effective<'_> {
     }
 }
 
+/// Labels that few objects share the value of.
+const WHERE: [&str; 2] = [LABEL_NAMESPACE, LABEL_SERVICE_ACCOUNT];
+
 /// A necessary condition by which the selectors that may match a class are found.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Bucket {
@@ -224,7 +228,8 @@ enum Bucket {
 }
 
 impl Bucket {
-    /// The buckets of a selector: those of its narrowest restriction.
+    /// The buckets of a selector: those of its narrowest restriction. Of equal ones that of where an object is: every namespace
+    /// may have an application of the same name.
     fn of(selector: &Selector) -> Vec<Self> {
         let width = |restriction: &Restriction| match restriction {
             Restriction::OneOf(values) => values.len(),
@@ -233,7 +238,7 @@ impl Bucket {
         match selector
             .restrictions()
             .into_iter()
-            .min_by_key(|(_, restriction)| width(restriction))
+            .min_by_key(|(label, restriction)| (width(restriction), !WHERE.contains(&&**label)))
         {
             None => vec![Self::Any],
             Some((label, Restriction::Present)) => vec![Self::Present((*label).into())],

@@ -96,7 +96,7 @@ impl Drop for Quiet {
     fn drop(&mut self) {
         for listener in &self.away {
             if join_group(listener.socket.as_fd(), listener.group).is_err() {
-                // Its owner reads again and again rather than trusts a silent socket.
+                // Deaf until the next large transaction: what is known now may be old.
                 listener.lose();
             }
         }
