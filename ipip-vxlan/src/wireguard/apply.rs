@@ -18,9 +18,11 @@ use crate::Wish;
 use crate::devices::DeviceProblem;
 
 /// How often the device is looked at while it is in use.
-const LOOK: Duration = Duration::from_millis(700);
-/// And while a peer has not shaken hands.
-const LOOK_SOON: Duration = Duration::from_millis(150);
+const LOOK: Duration = Duration::from_millis(400);
+/// And while a peer has not shaken hands: a handshake takes a round trip, or some seconds if its first packet is lost.
+const LOOK_SOON: Duration = Duration::from_millis(50);
+/// So long after a change of ours, or a handshake. Later, whoever has not answered is most likely not there.
+const SOON: Duration = Duration::from_secs(7);
 
 /// One family's objects in the kernel.
 #[derive(Debug)]
@@ -34,9 +36,13 @@ pub(crate) struct Crypt {
     unasked_since: Option<Instant>,
     /// Encryption was switched off and on again: others have forgotten our sessions.
     resumed: bool,
+    /// A device that somebody removed comes back under its key: no node has to be told, and none waits for the datastore.
+    private: Option<WgKey>,
     public: Option<WgKey>,
     handshakes: BTreeMap<WgKey, i64>,
     waiting: usize,
+    /// When something was changed, or another peer shook hands.
+    progress: Instant,
     mtu: u32,
     has_address: bool,
     next_look: Option<Instant>,
@@ -61,9 +67,11 @@ impl Crypt {
             made: None,
             unasked_since: None,
             resumed: false,
+            private: None,
             public: None,
             handshakes: BTreeMap::new(),
             waiting: 0,
+            progress: Instant::now(),
             mtu: 0,
             has_address: false,
             next_look: None,
@@ -119,7 +127,7 @@ impl Crypt {
                 problems.push(text);
             }
         }
-        if self.waiting > 0 {
+        if self.waiting > 0 && self.progress.elapsed() < SOON {
             self.next_look = Some(Instant::now() + LOOK_SOON);
         }
     }
@@ -168,6 +176,7 @@ impl Crypt {
             self.made = None;
             self.remove(netlink, &place, problems).await;
         }
+        self.private = None;
         self.public = None;
         self.handshakes.clear();
         self.waiting = 0;
@@ -218,7 +227,8 @@ impl Crypt {
         let epoch = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs().cast_signed());
-        let change = change(&found, family, settings, plan, &self.handshakes);
+        let private = || self.private.or_else(new_key);
+        let change = change(&found, family, settings, plan, &self.handshakes, private);
         if let Some(change) = change {
             if takes_away(&change) {
                 // A packet that is led to the device and belongs to no peer there is answered by "host unreachable".
@@ -227,14 +237,19 @@ impl Crypt {
                     .map_err(failed)?;
             }
             control.set(index, &change).map_err(failed)?;
+            found = control.get(index).map_err(failed)?;
+            self.progress = Instant::now();
         }
-        let found = control.get(index).map_err(failed)?;
         if found.public_key != self.public {
             info!(device = family.device, key = ?found.public_key.map(|key| key.to_string()), "WireGuard key");
         }
+        self.private = found.private_key;
         self.public = found.public_key;
         self.handshakes = handshakes(&found);
         let waiting = plan.waiting(&self.handshakes);
+        if waiting.len() < self.waiting {
+            self.progress = Instant::now();
+        }
         self.waiting = waiting.len();
         if let Some(first) = waiting.first() {
             problems.push(format!(
@@ -366,13 +381,14 @@ fn handshakes(device: &WgDevice) -> BTreeMap<WgKey, i64> {
         .collect()
 }
 
-/// What differs between the device and its plan. Pure but for a new private key, where there is none.
+/// What differs between the device and its plan. Where it has no private key, `private` gives one.
 fn change(
     found: &WgDevice,
     family: &FamilySettings,
     settings: &WireguardSettings,
     plan: &WgPlan,
     handshakes: &BTreeMap<WgKey, i64>,
+    private: impl FnOnce() -> Option<WgKey>,
 ) -> Option<WgChange> {
     let wanted = plan.peers_now(handshakes);
     let differs = |key: &WgKey| {
@@ -406,7 +422,7 @@ fn change(
         .copied()
         .collect();
     let change = WgChange {
-        private_key: found.private_key.is_none().then(new_key).flatten(),
+        private_key: found.private_key.is_none().then(private).flatten(),
         port: (found.port != family.port).then_some(family.port),
         fwmark: (found.fwmark != settings.mark).then_some(settings.mark),
         peers,
@@ -572,18 +588,26 @@ mod tests {
             peers: BTreeMap::from([(key, (peer, state))]),
         };
         let seen = handshakes(&found);
-        assert_eq!(change(&found, &settings.v4, &settings, &plan, &seen), None);
+        let change = |found: &WgDevice| {
+            change(found, &settings.v4, &settings, &plan, &seen, || {
+                Some(WgKey([6; 32]))
+            })
+        };
+        assert_eq!(change(&found), None);
         // A stranger's peer goes, a lost prefix comes back.
         let stranger = found.peers[&key].clone();
         found.peers.insert(WgKey([7; 32]), stranger);
         if let Some((peer, _)) = found.peers.get_mut(&key) {
             peer.prefixes.clear();
         }
-        let change = change(&found, &settings.v4, &settings, &plan, &seen).unwrap();
-        assert_eq!(change.remove, BTreeSet::from([WgKey([7; 32])]));
-        assert_eq!(change.peers.len(), 1);
-        assert_eq!(change.add_only.len(), 1, "nothing has to be taken away");
-        assert_eq!(change.private_key, None);
+        let put_right = change(&found).unwrap();
+        assert_eq!(put_right.remove, BTreeSet::from([WgKey([7; 32])]));
+        assert_eq!(put_right.peers.len(), 1);
+        assert_eq!(put_right.add_only.len(), 1, "nothing has to be taken away");
+        assert_eq!(put_right.private_key, None);
+        // A device that was made anew gets the key that the others know.
+        let anew = change(&WgDevice::default()).unwrap();
+        assert_eq!(anew.private_key, Some(WgKey([6; 32])));
     }
 
     #[test]

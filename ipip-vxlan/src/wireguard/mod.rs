@@ -8,7 +8,7 @@
 //! - A prefix is routed into the device only after a handshake with its peer: only then has the peer our key and takes our
 //!   packets. Until then the pool's own way carries it, and nothing is lost.
 //! - A key that two nodes have published is used for neither.
-//! - The private key never leaves the kernel's device but for being put there.
+//! - The private key is made by the process that puts it into the kernel's device, and is written nowhere else.
 
 pub(crate) mod apply;
 
