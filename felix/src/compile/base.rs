@@ -16,7 +16,9 @@
 //! | `cali-nat-postrouting` | postrouting nat 110 | NAT outgoing, after kube-proxy's masquerade |
 //!
 //! Those of host endpoints are there only while there are host endpoints. What untracked policy or policy before
-//! destination NAT accepts carries a mark past the host endpoint's later policy; there is no other mark.
+//! destination NAT accepts carries a mark past the host endpoint's later policy. Where kube-proxy works in IPVS mode, two more
+//! marks tell what it forwards from what the host sends itself, and the chains of the input hook stand behind IPVS, see
+//! [`super::ipvs`]. There is no other mark.
 //!
 //! Packets of established flows leave each policy chain early. The source check stands before
 //! connection tracking and sees every packet.
@@ -31,6 +33,7 @@ use cali_netlink::nft::{
 
 use super::expr::{self, Side, cmp, counter};
 use super::hosts::{Shape, Site};
+use super::ipvs;
 use super::limits::{Limited, ask_rates};
 use super::names;
 use super::program::{ChainProgram, SetProgram};
@@ -60,6 +63,8 @@ pub(super) struct Ground<'a> {
     /// There are networks of service addresses.
     pub(super) services: bool,
     pub(super) limited: &'a Limited,
+    /// kube-proxy works in IPVS mode.
+    pub(super) ipvs: bool,
 }
 
 /// Chains that are there only while there are host endpoints.
@@ -68,6 +73,10 @@ const HOST_CHAINS: [&str; 3] = [
     "cali-output-host",
     "cali-mangle-postrouting",
 ];
+
+/// The chains of the input hook: without IPVS, and behind it. They have two names each because a chain cannot change its place.
+const INPUT_FROM_WORKLOAD: [&str; 2] = ["cali-input-from-wl", "cali-ipvs-input-from-wl"];
+const INPUT_HOST: [&str; 2] = ["cali-input-host", "cali-ipvs-input-host"];
 
 /// All chains of this module, and names of those that are not needed now.
 pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
@@ -79,9 +88,12 @@ pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
         forward(ground, "cali-forward-to-wl", 1, Site::ForwardOut),
         input_from_workload(ground),
         workload_to_host(),
-        input_host(settings),
+        input_host(ground),
         nat_postrouting(settings),
     ];
+    if ground.ipvs {
+        chains.extend(ipvs::chains(ground));
+    }
     chains.extend(
         [
             mangle_prerouting(ground),
@@ -91,14 +103,16 @@ pub(super) fn chains(ground: Ground<'_>) -> (Vec<ChainProgram>, Vec<Arc<str>>) {
         .into_iter()
         .flatten(),
     );
-    let absent = HOST_CHAINS.map(Arc::from).into_iter();
+    let absent = [INPUT_FROM_WORKLOAD, INPUT_HOST].into_iter().flatten();
+    let absent = absent.chain(HOST_CHAINS).chain(ipvs::CHAINS);
+    let absent = absent.map(Arc::from);
     let absent = absent.filter(|name: &Arc<str>| !chains.iter().any(|c| c.chain.name == *name));
     let absent = absent.collect();
     (chains, absent)
 }
 
 /// The way to the host endpoints of a site.
-fn to_hosts(hosts: &Shape, site: Site) -> Vec<Rule> {
+pub(super) fn to_hosts(hosts: &Shape, site: Site) -> Vec<Rule> {
     let mut rules = Vec::new();
     if hosts.named.contains(&site) {
         rules.push(dispatch(site.interface(), site.map()));
@@ -273,11 +287,11 @@ fn base(name: &str, chain_type: ChainType, hook: Hook, priority: i32) -> Chain {
     )
 }
 
-fn rule(parts: &[&[Expr]]) -> Rule {
+pub(super) fn rule(parts: &[&[Expr]]) -> Rule {
     Rule::new(parts.concat())
 }
 
-fn drop() -> [Expr; 2] {
+pub(super) fn drop() -> [Expr; 2] {
     [counter(), Expr::Verdict(Verdict::Drop)]
 }
 
@@ -371,6 +385,9 @@ fn output_host(ground: Ground<'_>) -> Option<ChainProgram> {
     }
     let accept = [Expr::Verdict(Verdict::Accept)];
     let mut rules = vec![Rule::new(expr::accept_established())];
+    if ground.ipvs {
+        rules.push(ipvs::accept_forwarded(ground.settings));
+    }
     rules.extend(accept_marked(ground));
     for prefix in &ground.settings.workload_prefixes {
         let to = expr::interface_prefix(Meta::OifName, prefix);
@@ -417,7 +434,7 @@ fn mangle_postrouting(ground: Ground<'_>) -> Option<ChainProgram> {
     Some(ChainProgram::new(hook, rules))
 }
 
-fn dispatch(key: Meta, map: &str) -> Rule {
+pub(super) fn dispatch(key: Meta, map: &str) -> Rule {
     Rule::new([
         Expr::Meta { key, dreg: Reg::R1 },
         Expr::VerdictMap {
@@ -461,15 +478,28 @@ fn forward(ground: Ground<'_>, name: &str, priority: i32, site: Site) -> ChainPr
     )
 }
 
-fn rates(ground: Ground<'_>, direction: Direction) -> Option<Rule> {
+pub(super) fn rates(ground: Ground<'_>, direction: Direction) -> Option<Rule> {
     ground
         .limited
         .rates(direction)
         .then(|| ask_rates(direction))
 }
 
+/// What IPVS takes is not the host's: with it, the host's part begins behind.
+fn input_chain(ground: Ground<'_>, [name, behind]: [&str; 2], place: i32) -> Chain {
+    if ground.ipvs {
+        base_chain(behind, (Hook::Input, ipvs::BEHIND + place))
+    } else {
+        base_chain(name, (Hook::Input, place))
+    }
+}
+
 fn input_from_workload(ground: Ground<'_>) -> ChainProgram {
-    let mut rules: Vec<Rule> = rates(ground, Direction::Egress).into_iter().collect();
+    let mut rules: Vec<Rule> = if ground.ipvs {
+        vec![ipvs::clear_marks(ground.settings)]
+    } else {
+        rates(ground, Direction::Egress).into_iter().collect()
+    };
     rules.push(Rule::new(expr::accept_established()));
     for prefix in &ground.settings.workload_prefixes {
         let to = [Expr::Verdict(Verdict::Goto(WORKLOAD_TO_HOST.into()))];
@@ -480,10 +510,7 @@ fn input_from_workload(ground: Ground<'_>) -> ChainProgram {
         rules.extend(accept_marked(ground));
         rules.extend(to_hosts(ground.hosts, Site::In));
     }
-    ChainProgram::new(
-        base("cali-input-from-wl", ChainType::Filter, Hook::Input, 0),
-        rules,
-    )
+    ChainProgram::new(input_chain(ground, INPUT_FROM_WORKLOAD, 0), rules)
 }
 
 /// For a workload, or for a host, which also takes router advertisements.
@@ -510,7 +537,8 @@ fn workload_to_host() -> ChainProgram {
 }
 
 /// A base chain of its own: what policy accepted before has only left the chain before.
-fn input_host(settings: &Settings) -> ChainProgram {
+fn input_host(ground: Ground<'_>) -> ChainProgram {
+    let settings = ground.settings;
     let mut rules = Vec::new();
     if settings.host_action == HostAction::Drop {
         rules.push(Rule::new(expr::accept_established()));
@@ -520,10 +548,7 @@ fn input_host(settings: &Settings) -> ChainProgram {
             rules.push(rule(&[&from, &drop()]).comment("defaultEndpointToHostAction"));
         }
     }
-    ChainProgram::new(
-        base("cali-input-host", ChainType::Filter, Hook::Input, 1),
-        rules,
-    )
+    ChainProgram::new(input_chain(ground, INPUT_HOST, 1), rules)
 }
 
 fn nat_postrouting(settings: &Settings) -> ChainProgram {

@@ -12,6 +12,7 @@ use super::desired::Desired;
 use super::evaluate::Suspects;
 use super::host_policy::KeptOpen;
 use super::hosts::Hosts;
+use super::ipvs::Ipvs;
 use super::known_sets::{KnownSets, Reshaped};
 use super::limits::Limited;
 use super::program::{ChainProgram, Program, SetProgram, Touched};
@@ -76,6 +77,7 @@ pub struct Compiler {
     pub(super) hosts: Hosts,
     pub(super) kept_open: KeptOpen,
     pub(super) limited: Limited,
+    pub(super) ipvs: Ipvs,
     service_nets: Arc<[Cidr]>,
     sets: KnownSets,
     pub(super) policies: HashMap<ObjectKey, Arc<Rules>>,
@@ -117,6 +119,7 @@ impl Default for Compiler {
             hosts: Hosts::default(),
             kept_open: KeptOpen::default(),
             limited: Limited::default(),
+            ipvs: Ipvs::default(),
             service_nets: Arc::default(),
             sets: KnownSets::default(),
             policies: HashMap::default(),
@@ -312,6 +315,7 @@ impl Compiler {
             tunnels: &self.tunnel_peers,
             services: !self.service_nets.is_empty(),
             limited: &self.limited,
+            ipvs: self.ipvs.active,
         });
         for chain in chains {
             self.desired.put_chain(chain);

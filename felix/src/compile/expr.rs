@@ -244,11 +244,29 @@ pub(super) fn has_mark(bits: u32) -> [Expr; 3] {
     ]
 }
 
+/// The packet's mark has none of these bits.
+pub(super) fn has_no_mark(bits: u32) -> [Expr; 3] {
+    let [load, mask, _] = has_mark(bits);
+    [load, mask, cmp(CmpOp::Eq, Key::host32(0))]
+}
+
 /// `iifname|oifname != "name"`.
 pub(super) fn interface_is_not(key: Meta, name: &str) -> [Expr; 2] {
     [
         Expr::Meta { key, dreg: Reg::R1 },
         cmp(CmpOp::Neq, Key::ifname(name)),
+    ]
+}
+
+/// `ct direction original`.
+pub(super) fn original_direction() -> [Expr; 2] {
+    [
+        Expr::Ct {
+            key: Ct::Direction,
+            original: None,
+            dreg: Reg::R1,
+        },
+        cmp(CmpOp::Eq, Key::byte(0)),
     ]
 }
 

@@ -34,6 +34,12 @@ pub struct Offload {
     pub devices: BTreeMap<u32, Arc<str>>,
     /// Interfaces of workloads with limits or marks, whose packets must all be seen.
     pub spared: BTreeSet<Arc<str>>,
+    /// kube-proxy works in IPVS mode.
+    ///
+    /// IPVS translates replies back in the forward hook and sets none of the status bits that tell a flowtable of a translation: a
+    /// reply that takes the short cut would have the wrong source. The other direction of such a flow never comes through the
+    /// forward hook, so only that one hands flows over.
+    pub ipvs: bool,
 }
 
 impl Offload {
@@ -73,6 +79,9 @@ impl Offload {
         for protocol in [TCP, UDP] {
             let mut hand_over = expr::protocol(protocol, false).to_vec();
             hand_over.extend(expr::ct_state_any(ct_state::ESTABLISHED));
+            if self.ipvs {
+                hand_over.extend(expr::original_direction());
+            }
             hand_over.push(Expr::FlowOffload(FLOWTABLE.into()));
             transaction.append_rule(&chain.name, &Rule::new(hand_over));
         }
@@ -90,7 +99,7 @@ impl Offload {
             .devices
             .iter()
             .any(|(index, name)| self.devices.get(index).is_some_and(|now| now != name));
-        if left || self.spared != before.spared {
+        if left || self.spared != before.spared || self.ipvs != before.ipvs {
             return None;
         }
         let mut transaction = Transaction::new(table());

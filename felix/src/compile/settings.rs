@@ -8,6 +8,7 @@ use cali_api::v3::{
 };
 use cali_netlink::nft::{Expr, Reject, Verdict};
 
+use super::ipvs;
 use super::log::LogRate;
 use crate::calc::PortRange;
 
@@ -90,6 +91,8 @@ pub struct Settings {
     pub failsafe_outbound: Vec<ProtoPort>,
     /// The bit of packet marks that says: accepted before connection tracking or destination NAT.
     pub accept_mark: u32,
+    /// The bits of packet marks by which is known what IPVS forwards.
+    pub ipvs_marks: ipvs::Marks,
     /// NAT of what leaves the pools.
     pub nat: NatOutgoing,
     /// How packets to service addresses end that nobody serves; `None`: they go where routes lead.
@@ -111,6 +114,8 @@ impl From<&FelixConfigurationSpec> for Settings {
     fn from(spec: &FelixConfigurationSpec) -> Self {
         let prefixes = spec.interface_prefix.as_deref().unwrap_or("cali");
         let wireguard = ipip_vxlan::WireguardSettings::from(spec);
+        let mask = spec.nftables_mark_mask.or(spec.iptables_mark_mask);
+        let mask = mask.unwrap_or(MARK_MASK);
         Self {
             workload_prefixes: prefixes
                 .split(',')
@@ -139,11 +144,11 @@ impl From<&FelixConfigurationSpec> for Settings {
             allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
             failsafe_inbound: spec.failsafe_inbound(),
             failsafe_outbound: spec.failsafe_outbound(),
-            accept_mark: lowest_bit(
-                spec.nftables_mark_mask
-                    .or(spec.iptables_mark_mask)
-                    .unwrap_or(MARK_MASK),
-            ),
+            accept_mark: bit(mask, 0),
+            ipvs_marks: ipvs::Marks {
+                arrived: bit(mask, 6),
+                from_workload: bit(mask, 7),
+            },
             nat: NatOutgoing::from(spec),
             service_loop: match spec.service_loop_prevention {
                 Some(ServiceLoopPrevention::Disabled) => None,
@@ -155,10 +160,14 @@ impl From<&FelixConfigurationSpec> for Settings {
     }
 }
 
-/// Calico's bit for "accepted" is the lowest of the mask.
-const fn lowest_bit(mask: u32) -> u32 {
-    let mask = if mask == 0 { MARK_MASK } else { mask };
-    1 << mask.trailing_zeros()
+/// A bit of the mask, counted from the lowest. Calico's bit for "accepted" is the first, that of WireGuard the sixth. What
+/// validation lets pass has eight.
+fn bit(mask: u32, index: usize) -> u32 {
+    let nth = |mask: u32| {
+        let bits = (0..u32::BITS).map(|bit| 1 << bit);
+        bits.filter(|bit| mask & bit != 0).nth(index)
+    };
+    nth(mask).or_else(|| nth(MARK_MASK)).unwrap_or_default()
 }
 
 impl Settings {

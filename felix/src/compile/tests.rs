@@ -212,13 +212,16 @@ proptest! {
     /// of it, nothing dangles and nothing is left over.
     #[test]
     fn any_history_compiles_to_the_program_of_a_fresh_start(
-        steps in prop::collection::vec((any_step(), any::<bool>()), 1..50),
+        steps in prop::collection::vec((any_step(), any::<bool>(), any::<Option<bool>>()), 1..50),
         eager in any::<bool>(),
     ) {
         let thresholds = if eager { Thresholds::EAGER } else { Thresholds::default() };
         let mut rig = Rig::new(thresholds);
         let mut last: Vec<Update> = Vec::new();
-        for (update, flush) in steps {
+        for (update, flush, ipvs) in steps {
+            if let Some(ipvs) = ipvs {
+                rig.compiler.set_ipvs(ipvs);
+            }
             let broken = matches!(update.value.as_deref(), Some(cali_api::AnyResource::NetworkPolicy(policy))
                 if policy.spec.selector.starts_with("broken"));
             if broken {
@@ -233,6 +236,7 @@ proptest! {
         }
         rig.flush();
         let mut fresh = Rig::new(thresholds);
+        fresh.compiler.set_ipvs(rig.compiler.has_ipvs());
         last.into_iter().rev().for_each(|update| fresh.graph.on_update(update));
         fresh.flush();
         let program = rig.compiler.program();

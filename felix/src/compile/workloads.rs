@@ -28,6 +28,9 @@ impl Compiler {
             stacks,
         };
         let former = self.endpoints.insert(id.clone(), known);
+        if let Some(former) = &former {
+            self.claim(id, &former.endpoint.addresses, false);
+        }
         self.interfaces
             .entry(endpoint.interface.clone())
             .or_default()
@@ -50,12 +53,14 @@ impl Compiler {
                 .for_each(|name| self.release_stack(name));
         }
         self.put_interface(&endpoint.interface);
+        self.claim(id, &endpoint.addresses, true);
     }
 
     pub(super) fn remove_endpoint(&mut self, id: &ObjectKey) {
         let Some(former) = self.endpoints.remove(id) else {
             return;
         };
+        self.claim(id, &former.endpoint.addresses, false);
         self.leave_interface(id, &former.endpoint.interface);
         former
             .stacks
@@ -106,6 +111,7 @@ impl Compiler {
                 }
             }
         }
+        self.put_sources(interface);
     }
 
     fn endpoint_chain(

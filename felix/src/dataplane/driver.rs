@@ -33,6 +33,7 @@ use super::resources::Resources;
 use super::sockets;
 use super::state::{EndpointState, State, StatusSink};
 use crate::calc::{Batch, Delta, Direction, Graph, Input};
+use crate::compile::IPVS_DEVICE;
 
 /// How long routes wait for tunnels that do not get ready.
 const TUNNELS_PATIENCE: Duration = Duration::from_secs(5);
@@ -112,6 +113,7 @@ impl Dataplane {
         let mut enforcer = Enforcer::new(netlink.netns().clone(), nft.clone(), config.enforcement);
         let mut own_addresses = OwnAddresses::default();
         enforcer.set_interfaces(own_addresses.look(&netlink)?);
+        enforcer.set_ipvs(own_addresses.has_device(&netlink, IPVS_DEVICE)?);
         let routes = Writer::start(config.node.clone(), netlink.clone(), config.routes.clone())?;
         let resources = Resources::new(config.node.clone(), config.backend);
         let wish = Wish {
@@ -339,6 +341,12 @@ impl Driver {
         if self.own_addresses.on_events(&events) {
             self.on_addresses();
         }
+        if events
+            .iter()
+            .any(|event| matches!(event, Event::Link(_) | Event::Overflow))
+        {
+            self.look_for_ipvs();
+        }
         let mut names: BTreeSet<String> = BTreeSet::new();
         for event in events {
             match event {
@@ -380,6 +388,26 @@ impl Driver {
                 }
             }
             Err(error) => warn!(%error, "the addresses of this host cannot be read"),
+        }
+    }
+
+    /// kube-proxy may change its mode while the node runs.
+    fn look_for_ipvs(&mut self) {
+        match self.own_addresses.has_device(&self.netlink, IPVS_DEVICE) {
+            Ok(there) => {
+                if self.enforcer.set_ipvs(there) {
+                    info!(
+                        there,
+                        device = IPVS_DEVICE,
+                        "kube-proxy's mode has changed: IPVS is at work where this device is there"
+                    );
+                    // Flows that began before are judged, and replies that IPVS translates must not take a short cut.
+                    self.offload.take_down();
+                    self.flows.suspect_all();
+                    self.step_at = Some(Instant::now());
+                }
+            }
+            Err(error) => warn!(%error, "the devices of this host cannot be read"),
         }
     }
 
@@ -573,7 +601,9 @@ impl Driver {
             &wireguard.family(false).device,
         ];
         let endpoints = self.endpoints.all().map(|(_, endpoint)| endpoint);
-        self.offload.put_up(endpoints, &tunnels, Instant::now());
+        let ipvs = self.enforcer.compiler().has_ipvs();
+        self.offload
+            .put_up(endpoints, &tunnels, ipvs, Instant::now());
         self.metrics
             .offload_devices
             .set(i64::try_from(self.offload.devices()).unwrap_or(i64::MAX));

@@ -31,6 +31,11 @@ use super::enforcer_side::{IptablesSide, Side, off_task};
 /// After this time a backend that could not be started is tried again.
 const START_RETRY: Duration = Duration::from_secs(10);
 
+/// What is not enforced, and what to do.
+const IPVS_IN_IPTABLES: &str = "kube-proxy works in IPVS mode (device kube-ipvs0), and this node enforces policy by iptables, which does not \
+    see what IPVS forwards: POLICY DOES NOT HOLD FOR CONNECTIONS THROUGH SERVICES. Set nftablesMode of FelixConfiguration default to \
+    Enabled (and unset FELIX_NFTABLESMODE), or run kube-proxy with another mode";
+
 /// Between the last write of a new backend, or a try, and the removal of the former one.
 const REMOVE_PAUSE: Duration = Duration::from_millis(20);
 
@@ -165,6 +170,21 @@ impl Enforcer {
         }
         self.interfaces = interfaces;
         changed
+    }
+
+    /// kube-proxy works in IPVS mode, or does not any more; true where that is something else than before.
+    pub(super) fn set_ipvs(&mut self, active: bool) -> bool {
+        if self.compiler.has_ipvs() == active {
+            return false;
+        }
+        self.compiler.set_ipvs(active);
+        let touched = self.compiler.take_touched();
+        for side in self.side.iter_mut().chain(&mut self.leaving) {
+            if let Side::Nftables(ruleset) = side {
+                ruleset.touch(touched.clone());
+            }
+        }
+        true
     }
 
     /// What the lock-out guard keeps open; true where that is something else than before.
@@ -535,6 +555,9 @@ impl Enforcer {
             let problem = side.problem();
             problem.map(|problem| format!("{}: {problem}", side.name()))
         }));
+        if self.compiler.has_ipvs() && matches!(self.side, Some(Side::Iptables(_))) {
+            all.push(IPVS_IN_IPTABLES.to_owned());
+        }
         all.extend(self.leaving.iter().map(|side| {
             format!(
                 "{} stays until the chosen backend holds everything",

@@ -84,6 +84,7 @@ fn plan(
     links: impl Iterator<Item = (u32, Arc<str>)>,
     workloads: Workloads,
     tunnels: &[&str],
+    ipvs: bool,
 ) -> Plan {
     let Workloads { free, spared } = workloads;
     let takes_part = |name: &str| {
@@ -93,7 +94,11 @@ fn plan(
                 || settings.pattern.as_ref().is_some_and(|p| p.is_match(name)))
     };
     let devices = links.filter(|(_, name)| takes_part(name)).collect();
-    Plan { devices, spared }
+    Plan {
+        devices,
+        spared,
+        ipvs,
+    }
 }
 
 /// Interfaces of local workloads.
@@ -201,6 +206,7 @@ impl Offload {
         &mut self,
         endpoints: impl Iterator<Item = &'a Arc<Endpoint>>,
         tunnels: &[&str],
+        ipvs: bool,
         now: Instant,
     ) {
         if self.retry_at.is_some_and(|at| at > now) || (!self.outdated && self.retry_at.is_none()) {
@@ -214,7 +220,7 @@ impl Offload {
             self.outdated = self.retry_at.is_some();
             return;
         }
-        match self.write(endpoints, tunnels) {
+        match self.write(endpoints, tunnels, ipvs) {
             Ok(()) => self.problem = None,
             Err(error) => {
                 let problem = format!(
@@ -234,12 +240,14 @@ impl Offload {
         &mut self,
         endpoints: impl Iterator<Item = &'a Arc<Endpoint>>,
         tunnels: &[&str],
+        ipvs: bool,
     ) -> Result<(), Error> {
         let links = self.netlink.dump_links()?.into_iter();
         let links = links
             .filter(|link| link.up)
             .map(|link| (link.index, link.name.into()));
-        let wanted = plan(&self.settings, links, Workloads::of(endpoints), tunnels);
+        let workloads = Workloads::of(endpoints);
+        let wanted = plan(&self.settings, links, workloads, tunnels, ipvs);
         if self.stands == Stands::Table(Some(wanted.clone())) {
             return Ok(());
         }
@@ -306,7 +314,7 @@ mod tests {
         };
         let links = ["lo", "eth0", "cali1", "cali2", "vxlan.calico", "docker0"].map(Arc::from);
         let links = (1..).zip(links);
-        let plan = plan(&settings, links, workloads, &["vxlan.calico"]);
+        let plan = plan(&settings, links, workloads, &["vxlan.calico"], false);
         let devices: Vec<&str> = plan.devices.values().map(|name| &**name).collect();
         assert_eq!(devices, ["eth0", "cali1", "vxlan.calico"]);
         assert_eq!(plan.spared, BTreeSet::from(["cali2".into()]));
@@ -331,6 +339,7 @@ mod tests {
                 .map(|(at, name)| (*at, Arc::from(*name)))
                 .collect(),
             spared: spared.iter().map(|name| Arc::from(*name)).collect(),
+            ipvs: false,
         };
         let before = plan(&[(1, "a"), (2, "b")], &[]);
         assert!(
@@ -346,5 +355,10 @@ mod tests {
             plan(&[(1, "z"), (2, "b")], &[]).extend(&before).is_none(),
             "renamed"
         );
+        let ipvs = Plan {
+            ipvs: true,
+            ..plan(&[(1, "a"), (2, "b")], &[])
+        };
+        assert!(ipvs.extend(&before).is_none(), "other rules");
     }
 }

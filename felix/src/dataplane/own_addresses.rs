@@ -64,6 +64,15 @@ impl OwnAddresses {
         }
     }
 
+    /// Whether there is a device of this name now.
+    ///
+    /// # Errors
+    /// The kernel has to be asked, and its answer is none.
+    pub(super) fn has_device(&mut self, netlink: &Netlink, name: &str) -> Result<bool, Error> {
+        let links = self.links.look(netlink)?;
+        Ok(links.values().any(|link| link.name == name))
+    }
+
     /// The addresses now.
     ///
     /// # Errors
