@@ -7,8 +7,9 @@ mod flow_lab;
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use flow_lab::{ANSWER, Host, SILENCE, address, closed, gone, pod, run, set};
+use flow_lab::{ANSWER, Host, SILENCE, SetAtEnd, address, closed, gone, pod, run, set};
 use socket2::{Domain, Socket, Type};
 
 const PORT: u16 = 8000;
@@ -43,6 +44,14 @@ async fn ipvs_comes(host: &Host) {
     host.ns.ip("link add kube-ipvs0 type bridge");
     host.until("the chains behind IPVS", || {
         has_chain(host, "cali-ipvs-to-wl") && !has_chain(host, "cali-input-from-wl")
+    })
+    .await;
+}
+
+async fn ipvs_goes(host: &Host) {
+    host.ns.ip("link delete kube-ipvs0");
+    host.until("the usual chains", || {
+        has_chain(host, "cali-input-from-wl") && !has_chain(host, "cali-ipvs-to-wl")
     })
     .await;
 }
@@ -134,11 +143,7 @@ fn what_ipvs_forwards_is_under_the_policy_of_both_ends() {
         assert!(!to_closed.arrives(address(77)), "its new address");
         assert!(to_closed.arrives(address(1)), "nobody's address any more");
 
-        host.ns.ip("link delete kube-ipvs0");
-        host.until("the usual chains", || {
-            has_chain(&host, "cali-input-from-wl") && !has_chain(&host, "cali-ipvs-to-wl")
-        })
-        .await;
+        ipvs_goes(&host).await;
         assert!(to_closed.arrives(address(77)));
     });
 }
@@ -237,5 +242,75 @@ fn what_ipvs_has_left_is_judged_behind_it_and_carries_no_mark() {
             .collect();
         // All three came by with marks; the allowed one arrived without.
         assert_eq!(counted, [3, 0, 0, 1], "{listed}");
+    });
+}
+
+#[test]
+fn a_node_that_enforces_by_iptables_says_what_does_not_hold() {
+    run(async {
+        let host = Host::new("ipvst", 1).await;
+        let mut all = host.everything();
+        all.push(Host::backend("Disabled", "NFT"));
+        host.in_sync(all).await;
+        let says = || {
+            let state = host.handle().state();
+            let notices = state.borrow().notices.join("\n");
+            notices.contains("POLICY DOES NOT HOLD FOR CONNECTIONS THROUGH SERVICES")
+        };
+        assert!(!says());
+        host.ns.ip("link add kube-ipvs0 type bridge");
+        host.until("the notice", says).await;
+        host.send(vec![Host::backend("Enabled", "NFT")]).await;
+        host.until("nf_tables, and no notice", || {
+            !says() && has_chain(&host, "cali-ipvs-to-wl")
+        })
+        .await;
+    });
+}
+
+#[test]
+fn nobody_slips_through_while_the_chains_change_their_place() {
+    run(async {
+        let host = Host::new("ipvsg", 2).await;
+        let mut all = host.everything();
+        all.push(set(&reaches_only(2, "192.168.1.1/32")));
+        all.push(set(
+            r#"{"apiVersion":"projectcalico.org/v3","kind":"FelixConfiguration","metadata":{"name":"default"},
+                "spec":{"defaultEndpointToHostAction":"Accept"}}"#,
+        ));
+        host.in_sync(all).await;
+        let server = host.ns.netns().run(|| UdpSocket::bind((ip(OWN), PORT)));
+        let server = server.expect("enter").expect("bind");
+        server.set_read_timeout(Some(ANSWER)).expect("a time limit");
+        let over = AtomicBool::new(false);
+        let rounds = std::thread::scope(|scope| {
+            let _ends = SetAtEnd([&over, &over]);
+            let talk = scope.spawn(|| {
+                let mut rounds = 0;
+                while !over.load(Ordering::Relaxed) {
+                    // Each is a flow of its own, which policy has to decide on.
+                    for (from, word) in [(2, b'?'), (1, b'.')] {
+                        let client = host.inside(from, || UdpSocket::bind((address(from), 0)));
+                        client.send_to(&[word], (ip(OWN), PORT)).expect("to send");
+                    }
+                    let mut word = [0];
+                    server.recv_from(&mut word).expect("what policy allows");
+                    assert_eq!(word, *b".", "what policy forbids, in round {rounds}");
+                    rounds += 1;
+                }
+                rounds
+            });
+            tokio::task::block_in_place(|| {
+                tokio::runtime::Handle::current().block_on(async {
+                    for _ in 0..10 {
+                        ipvs_comes(&host).await;
+                        ipvs_goes(&host).await;
+                    }
+                });
+            });
+            over.store(true, Ordering::Relaxed);
+            talk.join().expect("the talk")
+        });
+        assert!(rounds > 10, "{rounds} rounds");
     });
 }
