@@ -60,7 +60,7 @@ test-vm-short: build ## what a host may lack and how that is said, headers of IP
 	@scripts/setup vm
 	scripts/vm/test encapsulation-devices encapsulation-headers flow-offload late-modules without-nf_tables
 
-test-vm: ## encapsulations, WireGuard and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
+test-vm: ## encapsulations, WireGuard, kube-proxy's IPVS (Kubernetes is built once) and kernel tests in a virtual machine (KVM=1: with hardware support; CALI_VM_KERNELS="6.1 6.12")
 	@scripts/setup vm
 	scripts/vm/test
 
