@@ -3,14 +3,17 @@
 mod policy_lab;
 
 use std::fmt::Display;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::Read as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
+use cali_netlink::NetNs;
 use cali_netlink::conntrack::Conntrack;
 use cali_netlink::testing::eventually;
 use felix::compile::{Compiler, Program};
 use policy_lab::{Lab, Place, batch};
 use serde_json::{Value, json};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -215,7 +218,7 @@ fn what_carries_other_packets_between_nodes_is_not_tracked() {
     let configuration = json!({"apiVersion": "projectcalico.org/v3", "kind": "FelixConfiguration",
         "metadata": {"name": "default"}, "spec": {"wireguardEnabled": true, "wireguardEnabledV6": true}});
     lab.enforce(&program(&lab.pods, &[configuration]));
-    let bound = |ns: &cali_netlink::NetNs, port: u16| {
+    let bound = |ns: &NetNs, port: u16| {
         let socket = ns.run(|| UdpSocket::bind(SocketAddr::new("::".parse().expect("::"), port)));
         let socket = socket.expect("enter").expect("bind");
         socket.set_read_timeout(Some(LIMIT)).expect("a limit");
@@ -244,4 +247,50 @@ fn what_carries_other_packets_between_nodes_is_not_tracked() {
         ports, [OTHER; 2],
         "one of each family, and of no other port"
     );
+}
+
+/// A packet of IPIP whose inner part nobody looks at, as it comes to a host beside: its source.
+fn source_of_ipip(lab: &Lab) -> Ipv4Addr {
+    let open = |ns: &NetNs| {
+        let socket = ns.run(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(4))));
+        let socket = socket.expect("enter").expect("a raw socket");
+        socket.set_read_timeout(Some(LIMIT)).expect("a limit");
+        socket
+    };
+    let (here, there) = (open(lab.node.netns()), open(lab.world.ns.netns()));
+    let to = SocketAddr::new(lab.world.address(true), 0);
+    here.send_to(b"inner", &to.into()).expect("sent");
+    let mut packet = [0; 64];
+    // The kernel at the other end drops what has a wrong checksum.
+    let length = (&there).read(&mut packet).expect("a packet");
+    assert_eq!(&packet[20..length], b"inner");
+    <[u8; 4]>::try_from(&packet[12..16])
+        .expect("a source")
+        .into()
+}
+
+#[test]
+fn ipip_has_an_address_by_which_this_node_is_known() {
+    let mut lab = Lab::new(1);
+    let node = |name: &str, spec: Value| json!({"apiVersion": "projectcalico.org/v3", "kind": "Node", "metadata": {"name": name}, "spec": spec});
+    let there = lab.world.address(true).to_string();
+    let there = node("there", json!({"addresses": [{"address": there}]}));
+    let own = json!({"ipv4Address": "192.0.2.77/24"});
+    let preferred = json!([{"address": "192.0.2.1"}]);
+    let pool = |mode: &str| {
+        json!({"apiVersion": "projectcalico.org/v3", "kind": "IPPool", "metadata": {"name": "pool"},
+               "spec": {"cidr": "10.65.0.0/24", "ipipMode": mode}})
+    };
+    let unknown = node("node", json!({"bgp": own}));
+    let known = node("node", json!({"bgp": own, "addresses": preferred}));
+    for (pool, here, seen) in [
+        (pool("Always"), &unknown, "192.0.2.77"),
+        // The others know it by that address as well.
+        (pool("Always"), &known, "192.0.2.1"),
+        // Somebody else's.
+        (pool("Never"), &unknown, "192.0.2.1"),
+    ] {
+        lab.enforce(&program(&lab.pods, &[pool, here.clone(), there.clone()]));
+        assert_eq!(source_of_ipip(&lab).to_string(), seen);
+    }
 }

@@ -226,7 +226,8 @@ impl Graph {
                     Some(AnyResource::Node(node)) => Some(&**node),
                     _ => None,
                 };
-                self.tunnel_peers.set_node(key, node);
+                let here = *key.name == *self.node.as_str();
+                self.tunnel_peers.set_node(key, node, here);
             }
             Kind::IPPool => {
                 match value.as_deref() {

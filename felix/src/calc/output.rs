@@ -6,7 +6,7 @@
 //! does not either.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use cali_api::v3::FelixConfigurationSpec;
@@ -408,6 +408,8 @@ pub struct PoolNat {
 pub struct TunnelPeers {
     /// Addresses of all nodes, and `externalNodesList`; sorted.
     pub sources: Vec<Cidr>,
+    /// The address by which the others know this node.
+    pub own: Option<Ipv4Addr>,
     /// A pool uses IPIP.
     pub ipip: bool,
     /// A pool uses VXLAN.

@@ -1,6 +1,8 @@
-//! Who may send encapsulated packets to this node: every node's addresses, and those that the settings name.
+//! Who may send encapsulated packets to this node: every node's addresses, and those that the settings name. And the address
+//! that the others know this node by.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use cali_api::v3::{EncapMode, FelixConfigurationSpec, IPPool, Node, NodeAddress};
@@ -14,22 +16,33 @@ pub(super) struct PeerIndex {
     nodes: BTreeMap<Key, Vec<Cidr>>,
     /// (IPIP, VXLAN) of each pool.
     modes: BTreeMap<Key, (bool, bool)>,
+    own: Option<Ipv4Addr>,
     told: Option<Arc<TunnelPeers>>,
     dirty: bool,
 }
 
 impl PeerIndex {
-    pub(super) fn set_node(&mut self, key: Key, node: Option<&Node>) {
+    /// A node, which may be this one.
+    pub(super) fn set_node(&mut self, key: Key, node: Option<&Node>, here: bool) {
         self.dirty = true;
-        let Some(node) = node else {
+        let own = node.map(|node| [node.spec.ipv4(), node.spec.ipv6()]);
+        let own = own.into_iter().flatten().flatten();
+        let reached = node.iter().flat_map(|node| &node.spec.addresses);
+        let reached = reached.filter_map(NodeAddress::ip);
+        let addresses: Vec<IpAddr> = own.map(|network| network.ip()).chain(reached).collect();
+        if here {
+            // The same as where the tunnels of others lead.
+            self.own = addresses.iter().find_map(|address| match address {
+                IpAddr::V4(address) => Some(*address),
+                IpAddr::V6(_) => None,
+            });
+        }
+        if node.is_some() {
+            let addresses = addresses.into_iter().map(Cidr::host).collect();
+            self.nodes.insert(key, addresses);
+        } else {
             self.nodes.remove(&key);
-            return;
-        };
-        let own = [node.spec.ipv4(), node.spec.ipv6()];
-        let own = own.into_iter().flatten().map(|network| network.ip());
-        let reached = node.spec.addresses.iter().filter_map(NodeAddress::ip);
-        let addresses = own.chain(reached).map(Cidr::host).collect();
-        self.nodes.insert(key, addresses);
+        }
     }
 
     pub(super) fn set_pool(&mut self, key: Key, pool: Option<&IPPool>) {
@@ -74,6 +87,7 @@ impl PeerIndex {
         sources.dedup();
         let peers = Arc::new(TunnelPeers {
             sources,
+            own: self.own,
             ipip: self.modes.values().any(|(ipip, _)| *ipip),
             vxlan: self.modes.values().any(|(_, vxlan)| *vxlan),
         });
@@ -88,7 +102,7 @@ impl PeerIndex {
 mod tests {
     use super::*;
     use cali_api::Kind;
-    use cali_api::v3::NodeSpec;
+    use cali_api::v3::{NodeBGPSpec, NodeSpec};
 
     #[test]
     fn addresses_of_all_nodes_are_told_once() {
@@ -105,12 +119,38 @@ mod tests {
                 ..NodeSpec::default()
             },
         );
-        index.set_node(key.clone(), Some(&node));
+        index.set_node(key.clone(), Some(&node), false);
         let peers = index.take(&settings).unwrap();
         assert_eq!(peers.sources, ["10.0.0.1/32".parse().unwrap()]);
-        index.set_node(key.clone(), Some(&node));
+        assert_eq!(peers.own, None);
+        index.set_node(key.clone(), Some(&node), false);
         assert_eq!(index.take(&settings), None);
-        index.set_node(key, None);
+        index.set_node(key, None, false);
         assert!(index.take(&settings).unwrap().sources.is_empty());
+    }
+
+    #[test]
+    fn the_own_address_is_that_for_bgp_or_the_first_by_which_the_node_is_reached() {
+        let mut index = PeerIndex::default();
+        let key = Key::cluster(Kind::Node, "here".to_owned());
+        let mut node = Node::named("here", NodeSpec::default());
+        let own = |index: &mut PeerIndex, node: Option<&Node>| {
+            index.set_node(key.clone(), node, true);
+            let told = index.take(&FelixConfigurationSpec::default());
+            told.map(|peers| peers.own.map(|own| own.to_string()))
+        };
+        node.spec.addresses = ["fd00::1", "10.0.0.2"]
+            .map(|address| NodeAddress {
+                address: address.into(),
+                type_: String::new(),
+            })
+            .into();
+        assert_eq!(own(&mut index, Some(&node)), Some(Some("10.0.0.2".into())));
+        node.spec.bgp = Some(NodeBGPSpec {
+            ipv4_address: Some("10.0.0.1/24".parse().unwrap()),
+            ..NodeBGPSpec::default()
+        });
+        assert_eq!(own(&mut index, Some(&node)), Some(Some("10.0.0.1".into())));
+        assert_eq!(own(&mut index, None), Some(None));
     }
 }

@@ -3,7 +3,7 @@
 //! | chain | hook, priority | duty |
 //! |---|---|---|
 //! | `cali-raw-prerouting` | prerouting −300 | source addresses of workloads; outer VXLAN and WireGuard are not tracked; untracked policy |
-//! | `cali-raw-output` | output −300 | outer VXLAN and WireGuard are not tracked; untracked policy |
+//! | `cali-raw-output` | output −300 | the source of outer IPIP; outer VXLAN and WireGuard are not tracked; untracked policy |
 //! | `cali-forward-from-wl` | forward 0 | policy of the sending workload, or of the host endpoint that packets come in by |
 //! | `cali-forward-to-wl` | forward +1 | service addresses that nobody serves; policy of the receiving workload, or of the host endpoint that packets leave by |
 //! | `cali-input-from-wl` | input 0 | policy of a workload that talks to the host; of host endpoints |
@@ -27,8 +27,8 @@ use std::sync::Arc;
 
 use cali_api::Cidr;
 use cali_netlink::nft::{
-    BaseHook, Chain, ChainType, CmpOp, Expr, Family, FibResult, Hook, Key, Meta, NatKind, Policy,
-    Reg, Rule, Verdict, ct_status, fib_flag, nat_flag,
+    Base, BaseHook, Chain, ChainType, CmpOp, Expr, Family, FibResult, Hook, Key, Meta, NatKind,
+    Policy, Reg, Rule, Verdict, ct_status, fib_flag, nat_flag,
 };
 
 use super::expr::{self, Side, cmp, counter};
@@ -346,8 +346,37 @@ fn raw_prerouting(ground: Ground<'_>) -> ChainProgram {
     )
 }
 
+/// The kernel gives IPIP's outer packets the address that the route to the other node prefers, and the fall-back device of IPIP
+/// takes no other. Where that is an address by which nobody knows this node, the others would take it for a stranger.
+fn ipip_source(tunnels: &TunnelPeers) -> Option<Rule> {
+    /// Of the header's checksum and source (RFC 791 §3.1), in bytes.
+    const CHECKSUM: u32 = 10;
+    const SOURCE: u32 = 12;
+    let own = tunnels.own.filter(|_| tunnels.ipip)?;
+    let nodes = pool_set("nodes", IpVersion::V4);
+    let holds = |side, negated| expr::address_in(side, IpVersion::V4, nodes.clone(), negated);
+    let set = [
+        Expr::Immediate {
+            dreg: Reg::R1,
+            value: Key::ip(own.into()),
+        },
+        Expr::PayloadSet {
+            base: Base::Network,
+            offset: SOURCE,
+            len: 4,
+            sreg: Reg::R1,
+            checksum: Some(CHECKSUM),
+        },
+    ];
+    let ipip = expr::protocol(IPIP, false);
+    let between = [holds(Side::Destination, false), holds(Side::Source, true)].concat();
+    let parts: [&[Expr]; 4] = [&expr::family(IpVersion::V4), &ipip, &between, &set];
+    Some(rule(&parts).comment("IPIP with the address that nodes know"))
+}
+
 fn raw_output(ground: Ground<'_>) -> ChainProgram {
     let mut rules: Vec<Rule> = clear_mark(ground).into_iter().collect();
+    rules.extend(ipip_source(ground.tunnels));
     let outer = ground.settings.outer_ports();
     rules.extend(outer.map(|port| Rule::new(untracked(port))));
     rules.extend(to_hosts(ground.hosts, Site::RawOut));
