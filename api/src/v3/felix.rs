@@ -562,6 +562,19 @@ impl FelixConfigurationSpec {
     /// VXLAN network identifier where none is set.
     pub const DEFAULT_VXLAN_VNI: u32 = 4096;
 
+    /// `nftablesMarkMask` where neither it nor `iptablesMarkMask` is set.
+    const DEFAULT_MARK_MASK: u32 = 0xffff_0000;
+
+    /// The bits of packet marks that are ours, from the lowest on. Calico gives them out in this order: the first says "accepted",
+    /// the sixth is that of WireGuard.
+    pub fn mark_bits(&self) -> impl Iterator<Item = u32> + use<> {
+        let mask = self.nftables_mark_mask.or(self.iptables_mark_mask);
+        let mask = mask.unwrap_or(Self::DEFAULT_MARK_MASK);
+        (0..u32::BITS)
+            .map(|bit| 1 << bit)
+            .filter(move |bit| mask & bit != 0)
+    }
+
     /// Ports of the host that no policy closes: the configured ones, or Calico's (DHCP, SSH, BGP, etcd, Typha, API server).
     #[must_use]
     pub fn failsafe_inbound(&self) -> Vec<ProtoPort> {

@@ -101,9 +101,6 @@ pub struct Settings {
     pub log_rate: Option<LogRate>,
 }
 
-/// The mask that Calico uses unless told otherwise.
-const MARK_MASK: u32 = 0xffff_0000;
-
 impl Default for Settings {
     fn default() -> Self {
         Self::from(&FelixConfigurationSpec::default())
@@ -114,8 +111,13 @@ impl From<&FelixConfigurationSpec> for Settings {
     fn from(spec: &FelixConfigurationSpec) -> Self {
         let prefixes = spec.interface_prefix.as_deref().unwrap_or("cali");
         let wireguard = ipip_vxlan::WireguardSettings::from(spec);
-        let mask = spec.nftables_mark_mask.or(spec.iptables_mark_mask);
-        let mask = mask.unwrap_or(MARK_MASK);
+        // What validation lets pass has eight.
+        let default = FelixConfigurationSpec::default();
+        let bit = |index| {
+            let own = spec.mark_bits().nth(index);
+            own.or_else(|| default.mark_bits().nth(index))
+                .unwrap_or_default()
+        };
         Self {
             workload_prefixes: prefixes
                 .split(',')
@@ -144,10 +146,10 @@ impl From<&FelixConfigurationSpec> for Settings {
             allow_ipip_from_workloads: spec.allow_ipip_packets_from_workloads.unwrap_or(false),
             failsafe_inbound: spec.failsafe_inbound(),
             failsafe_outbound: spec.failsafe_outbound(),
-            accept_mark: bit(mask, 0),
+            accept_mark: bit(0),
             ipvs_marks: ipvs::Marks {
-                arrived: bit(mask, 6),
-                from_workload: bit(mask, 7),
+                arrived: bit(6),
+                from_workload: bit(7),
             },
             nat: NatOutgoing::from(spec),
             service_loop: match spec.service_loop_prevention {
@@ -158,16 +160,6 @@ impl From<&FelixConfigurationSpec> for Settings {
             log_rate: LogRate::of(spec),
         }
     }
-}
-
-/// A bit of the mask, counted from the lowest. Calico's bit for "accepted" is the first, that of WireGuard the sixth. What
-/// validation lets pass has eight.
-fn bit(mask: u32, index: usize) -> u32 {
-    let nth = |mask: u32| {
-        let bits = (0..u32::BITS).map(|bit| 1 << bit);
-        bits.filter(|bit| mask & bit != 0).nth(index)
-    };
-    nth(mask).or_else(|| nth(MARK_MASK)).unwrap_or_default()
 }
 
 impl Settings {

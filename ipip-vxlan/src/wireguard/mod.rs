@@ -99,12 +99,6 @@ impl From<&FelixConfigurationSpec> for WireguardSettings {
         let table = table
             .and_then(|ranges| ranges.first().copied())
             .or(spec.route_table_range);
-        // The sixth bit of ours, as Calico allocates them: accept, pass, drop and two of scratch come before.
-        let mask = spec
-            .nftables_mark_mask
-            .or(spec.iptables_mark_mask)
-            .unwrap_or(0xffff_0000);
-        let sixth = (0..32).map(|bit| 1 << bit).filter(|bit| mask & bit != 0);
         let keepalive = spec.wireguard_persistent_keep_alive;
         Self {
             v4: family(
@@ -125,10 +119,11 @@ impl From<&FelixConfigurationSpec> for WireguardSettings {
                 .wireguard_routing_rule_priority
                 .unwrap_or(defaults.priority),
             table: table.map_or(defaults.table, |range| range.min),
-            mark: sixth
-                .clone()
+            // Calico's: accept, pass, drop and two of scratch come before.
+            mark: spec
+                .mark_bits()
                 .nth(5)
-                .or_else(|| sixth.clone().next_back())
+                .or_else(|| spec.mark_bits().last())
                 .unwrap_or(defaults.mark),
             hosts: spec.wireguard_host_encryption_enabled.unwrap_or(false),
             keepalive: keepalive.map_or(0, |keepalive| {
